@@ -1,0 +1,27 @@
+"""A run, described by one file: read once, checked whole, never changed afterwards.
+
+``lisa`` holds the method, ``run`` the file with all its sections, ``base`` what makes a mistake readable,
+``files`` YAML and JSON, ``contradictions`` the facts that two files could tell differently.
+"""
+
+from __future__ import annotations
+
+from lisa_ds.config.contradictions import check_contradictions as check_contradictions
+from lisa_ds.config.lisa import LisaConfig as LisaConfig
+from lisa_ds.config.lisa import OptimizerConfig as OptimizerConfig
+from lisa_ds.config.lisa import SamplerConfig as SamplerConfig
+from lisa_ds.config.run import DataConfig as DataConfig
+from lisa_ds.config.run import ModelConfig as ModelConfig
+from lisa_ds.config.run import RunConfig as RunConfig
+from lisa_ds.config.run import load_config as load_config
+
+__all__ = [
+    "DataConfig",
+    "LisaConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "SamplerConfig",
+    "check_contradictions",
+    "load_config",
+]

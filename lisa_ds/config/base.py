@@ -1,0 +1,170 @@
+"""What every section shares: frozen, strict, and mistakes told as ``file: key: what, got value``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from lisa_ds.errors import ConfigError
+
+NOT_BUILT = "not built yet, arrives with {feature}"
+
+# Written in the wrong place so often that the right one is worth a hint.
+_HOMES = {
+    "lr": "training.learning_rate",
+    "batch_size": "training.per_device_train_batch_size",
+    "epochs": "training.num_train_epochs",
+    **{
+        key: f"training.{key}"
+        for key in (
+            *("learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
+            *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
+            *("output_dir", "bf16", "fp16", "report_to", "gradient_checkpointing", "lr_scheduler_type"),
+        )
+    },
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a section was read, so that a message written much later still names file and key."""
+
+    file: str = ""
+    prefix: str = ""
+    overridden: frozenset[str] = frozenset()  # dotted keys that the command line set
+    added: frozenset[str] = frozenset()  # sections that are there only because of such a key
+
+    def where(self, key: str) -> str:
+        """``run.yaml: lisa.seed`` for the key ``seed``, or ``command line: lisa.seed`` if it was overridden."""
+        dotted = ".".join(filter(None, (self.prefix, key)))
+        typed = dotted in self.added or any(f"{dotted}.".startswith(f"{key}.") for key in self.overridden)
+        return ": ".join(filter(None, ("command line" if typed else self.file, dotted)))
+
+
+class Section(BaseModel):
+    """A frozen group of keys that knows where it came from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @property
+    def source(self) -> str:
+        """The file this was read from; empty for one built in code."""
+        return self._origin.file
+
+    def where(self, key: str) -> str:
+        """File and dotted name of ``key``, as error messages begin."""
+        return self._origin.where(key)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal settings are equal, wherever they were read."""
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def validate(kind: type[SectionT], fields: Mapping[str, Any], origin: Origin, problems: Sequence[str] = ()) -> SectionT:
+    """Build ``kind`` from ``fields``.
+
+    Args:
+        kind: The section to build.
+        fields: Its keys and values.
+        origin: Where they were read.
+        problems: Mistakes that were found before, reported along with those found here.
+
+    Raises:
+        ConfigError: Every mistake, one a line.
+    """
+    try:
+        section = kind.model_validate(dict(fields))
+    except ValidationError as error:
+        problems = [*problems, *(_explain(problem, kind, origin) for problem in error.errors())]
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    _set_origin(section, origin)
+    return section
+
+
+def _set_origin(section: Section, origin: Origin) -> None:
+    section._origin = origin
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            prefix = ".".join(filter(None, (origin.prefix, name)))
+            _set_origin(value, replace(origin, prefix=prefix))
+
+
+def not_built(**arrives: str) -> BeforeValidator:
+    """Refuse by name the values whose feature is still to come: ``not_built(host="parking of layer state")``."""
+
+    def check(value: Any) -> Any:
+        name = next(iter(value), None) if isinstance(value, Mapping) else value
+        if isinstance(name, str) and name in arrives:
+            raise PydanticCustomError("not_built", NOT_BUILT, {"feature": arrives[name]})
+        return value
+
+    return BeforeValidator(check)
+
+
+def mistake(what: str) -> PydanticCustomError:
+    """An error whose text is exactly ``what`` (pydantic would prefix a ValueError's, and expand its braces)."""
+    return PydanticCustomError("mistake", "{what}", {"what": what})
+
+
+def _explain(problem: ErrorDetails, kind: type[Section], origin: Origin) -> str:
+    location = problem["loc"]
+    where = origin.where(".".join(str(part) for part in location)) or kind.__name__
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key, got {_show(problem['input'])}" + _meant(_suggest(kind, location, origin.prefix))
+    if problem["type"] == "missing":
+        return f"{where}: required, got nothing"
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        return f"{where}: should be a section of keys, got {_show(problem['input'])}"
+    what = problem["msg"].removeprefix("Input ")
+    if isinstance(problem["input"], Mapping) and problem["type"] == "mistake":
+        return f"{where}: {what}"  # about several keys, which the text names: the whole section would say nothing
+    choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
+    return f"{where}: {what}, got {_show(problem['input'])}" + _meant(_closest(problem["input"], choices))
+
+
+def _suggest(kind: type[Section], location: tuple[int | str, ...], prefix: str) -> list[str]:
+    """The keys that were probably meant: the same one in its right place, or a close one of the same section."""
+    *path, key = location
+    section: Any = kind
+    for part in path:
+        section = section.model_fields[part].annotation
+    homes = [
+        f"{title}.{key}"
+        for title, field in kind.model_fields.items()
+        if isinstance(field.annotation, type)
+        and issubclass(field.annotation, Section)
+        and key in field.annotation.model_fields
+    ]
+    if not homes and ("training" in kind.model_fields or prefix) and key in _HOMES:
+        homes = [_HOMES[str(key)]]
+    return homes or [
+        ".".join(str(part) for part in (*path, near)) for near in _closest(key, list(section.model_fields))
+    ]
+
+
+def _closest(value: object, choices: Sequence[str]) -> list[str]:
+    return difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
+
+
+def _meant(suggestions: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(map(repr, suggestions))}?" if suggestions else ""
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

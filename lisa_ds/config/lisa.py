@@ -1,0 +1,262 @@
+"""The ``lisa`` section: which layers train, for how long, and what they leave behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, StrictInt, model_validator
+
+from lisa_ds.config.base import NOT_BUILT, Origin, Section, mistake, not_built, validate
+from lisa_ds.config.files import read_mapping
+from lisa_ds.errors import ConfigError
+
+# What other tools call our keys. Accepted in files and on the command line, with a notice.
+ALIASES = {
+    "lisa_activated_layers": "num_sampled_layers",  # LMFlow, ms-swift
+    "lisa_interval_steps": "interval_steps",  # LMFlow
+    "lisa_layers_attribute": "layers_path",  # LMFlow, axolotl
+    "lisa_n_layers": "num_sampled_layers",  # axolotl
+    "lisa_step_interval": "interval_steps",  # axolotl, ms-swift
+    "switch_block_every": "interval_steps",  # BAdam
+}
+
+_log = logging.getLogger(__name__)
+_noticed: set[str] = set()
+
+
+def _interval(value: Any) -> Any:
+    if isinstance(value, str) and (epochs := re.fullmatch(r"([1-9][0-9]*) ?epochs?", value)):
+        return f"{epochs[1]}epoch"
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise mistake('should be a number of optimizer steps, 1 or more, or epochs as "1epoch"')
+    return value
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Count = Annotated[int, Field(ge=1)]
+Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Policy = Annotated[
+    Literal["always", "never"],
+    not_built(sampled="sampled embeddings and head", every="sampled embeddings and head"),
+]
+
+
+class SamplerConfig(Section):
+    """How the layers of an interval are drawn."""
+
+    name: Annotated[
+        Literal["uniform", "cyclic", "bernoulli", "fixed"],
+        not_built(**dict.fromkeys(("weight_norm", "grad_norm", "fisher"), "importance sampling")),
+    ] = "uniform"
+    """``uniform``: without replacement in a draw. ``cyclic``: every layer once a cycle, reshuffled each cycle.
+    ``bernoulli``: each layer with probability num_sampled_layers / layers, the paper's Algorithm 1. ``fixed``."""
+
+    layers: Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(strict=False)] | None = None
+    """``fixed`` only: the layers to train, counted from 0."""
+
+    @model_validator(mode="after")
+    def _layers_belong_to_fixed(self) -> SamplerConfig:
+        if (self.name == "fixed") != bool(self.layers):
+            raise mistake(
+                "name 'fixed' needs layers: a list of the layers to train"
+                if self.name == "fixed"
+                else f"layers goes with name 'fixed' only, but name is {self.name!r}"
+            )
+        if self.layers is not None and len(set(self.layers)) != len(self.layers):
+            raise mistake(f"layers names a layer twice: {list(self.layers)}")
+        return self
+
+
+class OptimizerConfig(Section):
+    """The optimizer of the sampled layers."""
+
+    name: Annotated[Literal["adamw"], not_built(masked_adamw="the fused kernels")] = "adamw"
+    """``adamw``."""
+
+    precision: Annotated[
+        Literal["mixed"], not_built(stochastic_rounding="the fused kernels", int8="the fused kernels")
+    ] = "mixed"
+    """``mixed``: 16-bit weights with an fp32 master copy and fp32 moments (plain fp32 if the model is fp32)."""
+
+
+class LisaConfig(Section):
+    """Which layers train, for how long, and what they leave behind."""
+
+    num_sampled_layers: Count = 2
+    """Layers trained in one interval (gamma in the paper)."""
+
+    sampling_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The same as a share of the model's layers, rounded down. Instead of ``num_sampled_layers``."""
+
+    interval_steps: Annotated[int | str, BeforeValidator(_interval)] = 20
+    """Optimizer steps between two draws (K in the paper), or ``"1epoch"``. Micro-steps do not count."""
+
+    seed: int = 0
+    """Seed of the draws. They depend on this and the interval alone."""
+
+    layers_path: Annotated[str, Field(min_length=1)] = "auto"
+    """Dotted path from the model to its block stack (several: separated by commas), or ``auto``."""
+
+    sampler: Annotated[SamplerConfig, BeforeValidator(_named)] = Field(default_factory=SamplerConfig)
+    """How layers are drawn; ``sampler: cyclic`` is short for ``sampler: {name: cyclic}``."""
+
+    embeddings: Policy = "always"
+    """Whether the embeddings train: ``always`` or ``never``."""
+
+    lm_head: Policy = "always"
+    """Whether the head trains. Tied to the embeddings it is one weight, under one policy."""
+
+    rest: Policy = "always"
+    """Whether what is in neither blocks, embeddings nor head trains: the final norm and the like."""
+
+    embeddings_lr_scale: Scale = 1.0
+    """Factor on the learning rate of the embeddings."""
+
+    lm_head_lr_scale: Scale = 1.0
+    """Factor on the learning rate of the head."""
+
+    rest_lr_scale: Scale = 1.0
+    """Factor on the learning rate of the rest."""
+
+    on_release: Annotated[Literal["drop"], not_built(host="parking of layer state", nvme="parking of layer state")] = (
+        "drop"
+    )
+    """What becomes of a layer's optimizer state when it leaves the draw: ``drop``, as in the paper."""
+
+    state_format: Annotated[Literal["fp32"], not_built(int8="parking of layer state")] = "fp32"
+    """How kept state is stored."""
+
+    nvme_path: Annotated[None, BeforeValidator(lambda value: _unset(value, "parking of layer state"))] = None
+    """Directory for state kept on NVMe."""
+
+    prefetch_steps: Annotated[int, BeforeValidator(lambda value: _unset(value, "parking of layer state"))] = 0
+    """Steps ahead of a switch at which state starts to move."""
+
+    optimizer: Annotated[OptimizerConfig, BeforeValidator(_named)] = Field(default_factory=OptimizerConfig)
+    """The optimizer of the sampled layers."""
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> LisaConfig:
+        if self.sampling_ratio is not None and "num_sampled_layers" in self.model_fields_set:
+            raise mistake(
+                f"num_sampled_layers ({self.num_sampled_layers}) and sampling_ratio ({self.sampling_ratio}) "
+                "say the same thing: keep one"
+            )
+        if layers := self.sampler.layers:
+            if self.sampling_ratio is not None:
+                raise mistake("sampling_ratio does not go with sampler 'fixed', which names its layers")
+            if "num_sampled_layers" in self.model_fields_set and self.num_sampled_layers != len(layers):
+                raise mistake(
+                    f"num_sampled_layers is {self.num_sampled_layers}, but sampler.layers names {len(layers)}: "
+                    "leave num_sampled_layers out"
+                )
+        for part in ("embeddings", "lm_head", "rest"):
+            if getattr(self, part) == "never" and f"{part}_lr_scale" in self.model_fields_set:
+                raise mistake(f"{part}_lr_scale has no effect with {part}: never; remove one of them")
+        return self
+
+    @property
+    def interval_epochs(self) -> int | None:
+        """Epochs of one interval if ``interval_steps`` is given in epochs, else ``None``."""
+        return int(self.interval_steps.removesuffix("epoch")) if isinstance(self.interval_steps, str) else None
+
+    def num_sampled(self, num_layers: int) -> int:
+        """Layers drawn in one interval of a model of ``num_layers`` (``bernoulli``: on average).
+
+        Raises:
+            ConfigError: The model has too few layers for what is asked.
+        """
+        if self.sampler.layers:
+            if max(self.sampler.layers) >= num_layers:
+                raise ConfigError(
+                    f"{self.where('sampler.layers')}: the model has layers 0 to {num_layers - 1}, "
+                    f"got {list(self.sampler.layers)}"
+                )
+            return len(self.sampler.layers)
+        if self.sampling_ratio is None:
+            if self.num_sampled_layers > num_layers:
+                raise ConfigError(
+                    f"{self.where('num_sampled_layers')}: the model has {num_layers} layers, "
+                    f"got {self.num_sampled_layers}; choose 1 to {num_layers}, "
+                    "or check that layers_path leads to the block stack"
+                )
+            return self.num_sampled_layers
+        # As written in decimal: 0.29 * 100 is 28.999999999999996 in binary, and would lose a layer.
+        count = int(Fraction(repr(self.sampling_ratio)) * num_layers)
+        if count == 0:
+            raise ConfigError(
+                f"{self.where('sampling_ratio')}: leaves no layer of the model's {num_layers}, "
+                f"got {self.sampling_ratio}; it takes at least 1/{num_layers}, or set num_sampled_layers"
+            )
+        return count
+
+    @classmethod
+    def load(cls, source: LisaConfig | Mapping[str, Any] | str | Path | None) -> LisaConfig:
+        """Read the section from wherever a caller keeps it.
+
+        Args:
+            source: A config as it is; the keys in a dict; a YAML or JSON file that holds the section alone or
+                the ``lisa`` section of a whole run; or ``None`` for the defaults.
+
+        Raises:
+            ConfigError: Every mistake, one a line.
+        """
+        if isinstance(source, LisaConfig):
+            return source
+        if source is not None and not isinstance(source, (Mapping, str, Path)):
+            raise ConfigError(
+                f"lisa_config: should be a LisaConfig, a dict or the path of a file, got {type(source).__name__}"
+            )
+        file = str(source) if isinstance(source, (str, Path)) else "lisa_config"
+        fields: Mapping[str, Any] = read_mapping(file) if isinstance(source, (str, Path)) else source or {}
+        prefix = ""
+        if "lisa" in fields:
+            sections = ("model", "data", "method", "lisa", "training", "deepspeed")
+            if unknown := [key for key in fields if key not in sections]:
+                raise ConfigError(
+                    "\n".join(
+                        f"{file}: {key}: unknown section; the sections are {', '.join(sections)}" for key in unknown
+                    )
+                )
+            prefix, fields = "lisa", fields["lisa"] or {}
+            if not isinstance(fields, Mapping):
+                raise ConfigError(f"{file}: lisa: should be a section of keys, got {fields!r}")
+        origin = Origin(file, prefix)
+        problems: list[str] = []
+        return validate(cls, rename_aliases(fields, origin, problems), origin, problems)
+
+
+def rename_aliases(fields: Mapping[str, Any], origin: Origin, problems: list[str]) -> dict[str, Any]:
+    """The same keys under our names; a key that is given under two names is added to ``problems``."""
+    renamed: dict[str, Any] = {}
+    for key, value in fields.items():
+        name = ALIASES.get(key, key)
+        if name in renamed:
+            both = [other for other in fields if ALIASES.get(other, other) == name]
+            problems.append(f"{origin.where(name)}: given under several names, {' and '.join(both)}: keep one")
+        elif name != key:
+            _notice(f"{origin.where(key)}: read as {name!r}, its name here")
+        renamed.setdefault(name, value)
+    return renamed
+
+
+def _notice(text: str) -> None:
+    # Once a process, and from one rank of a run: every rank reads the same file.
+    if text not in _noticed and os.environ.get("RANK", "0") == "0":
+        _log.warning(text)
+    _noticed.add(text)
+
+
+def _unset(value: Any, feature: str) -> Any:
+    if value is not None and (value != 0 or isinstance(value, bool)):
+        raise mistake(NOT_BUILT.format(feature=feature))
+    return value

@@ -1,0 +1,212 @@
+"""A whole run: model, data, method and the training arguments, in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from lisa_ds.config.base import Origin, Section, mistake, not_built, validate
+from lisa_ds.config.files import parse_yaml, read_mapping
+from lisa_ds.config.lisa import LisaConfig, rename_aliases
+
+Name = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _path_or_keys(value: Any) -> Any:
+    if value is not None and not isinstance(value, (str, dict)):
+        raise mistake("should be the path of a DeepSpeed config or its keys")
+    return value
+
+
+class ModelConfig(Section):
+    """Which model is trained."""
+
+    name_or_path: Name
+    """``builtin:smollm2-135m``, a directory, or a name on the Hugging Face hub."""
+
+    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    """What its head is for."""
+
+    attn_implementation: Name | None = None
+    """Passed to ``from_pretrained``: ``eager``, ``sdpa``, ``flash_attention_2``."""
+
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+
+    revision: Name | None = None
+    """Branch, tag or commit on the hub."""
+
+    num_labels: Count | None = None
+    """``sequence_classification`` only: how many classes."""
+
+    @model_validator(mode="after")
+    def _labels_belong_to_classification(self) -> ModelConfig:
+        if self.num_labels is not None and self.task != "sequence_classification":
+            raise mistake(f"num_labels goes with task 'sequence_classification', but task is {self.task!r}")
+        return self
+
+
+class DataConfig(Section):
+    """What it is trained on, and how rows become tokens."""
+
+    path: Name
+    """``builtin:stdlib-docs``, a file (json, jsonl, parquet, txt), a directory of files, or a hub data set."""
+
+    split: Name = "train"
+    """The split to train on."""
+
+    eval_path: Name | None = None
+    """Held-out data. Without it, see ``eval_split`` and ``eval_fraction``."""
+
+    eval_split: Name | None = None
+    """The split to evaluate on, of ``eval_path`` if that is given, else of ``path``."""
+
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training split to hold out."""
+
+    eval_max_rows: Count | None = None
+    """At most so many rows are evaluated."""
+
+    max_rows: Count | None = None
+    """At most so many rows are trained on."""
+
+    format: Literal["auto", "alpaca", "messages", "prompt_completion", "text", "classification"] = "auto"
+    """What a row holds; ``auto`` tells by its columns."""
+
+    max_length: Count = 1024
+    """Tokens of a row at most."""
+
+    packing: bool = False
+    """Whether texts are joined and cut into rows of ``max_length``, for continual pre-training."""
+
+    loss_on: Literal["answers", "all"] = "answers"
+    """Which tokens of a conversation are learned."""
+
+    on_too_long: Literal["truncate", "drop"] = "truncate"
+    """What becomes of a row longer than ``max_length``."""
+
+    seed: int = 0
+    """Seed of the held-out split and of the row order in packing."""
+
+    num_workers: Count = 1
+    """Processes that tokenise."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Renames columns before the format is told: ``{question: prompt}``."""
+
+    @model_validator(mode="after")
+    def _one_held_out_set(self) -> DataConfig:
+        if self.eval_fraction and (self.eval_path or self.eval_split):
+            other = "eval_path" if self.eval_path else "eval_split"
+            raise mistake(f"eval_fraction and {other} both say what is held out: keep one")
+        if self.packing and self.format not in ("auto", "text"):
+            raise mistake(f"packing joins plain text, but format is {self.format!r}")
+        return self
+
+
+class RunConfig(Section):
+    """One run. ``training`` goes to the Hugging Face training arguments, ``deepspeed`` to DeepSpeed."""
+
+    model: ModelConfig
+    """Which model is trained."""
+
+    data: DataConfig
+    """What it is trained on."""
+
+    method: Annotated[
+        Literal["lisa", "full"],
+        not_built(lora="the comparison of methods", galore="the comparison of methods"),
+    ] = "lisa"
+    """``lisa``, or ``full`` for the same run with every layer trained all the time."""
+
+    lisa: LisaConfig = Field(default_factory=LisaConfig)
+    """The method's own settings."""
+
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of ``transformers.TrainingArguments``: learning rate, batch size, precision, steps."""
+
+    deepspeed: Annotated[str | dict[str, Any] | None, BeforeValidator(_path_or_keys)] = None
+    """DeepSpeed's config, as a path or inline."""
+
+    @model_validator(mode="after")
+    def _data_fits_task(self) -> RunConfig:
+        classes = self.model.task == "sequence_classification"
+        if classes and (self.data.packing or self.data.format not in ("auto", "classification")):
+            raise mistake("model.task is 'sequence_classification': data.format must be classification, unpacked")
+        if not classes and self.data.format == "classification":
+            raise mistake(f"data.format is 'classification', but model.task is {self.model.task!r}")
+        if "deepspeed" in self.training:
+            raise mistake("training.deepspeed: DeepSpeed's config has a section of its own, deepspeed")
+        return self
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """DeepSpeed's keys and values, read from their file if a path is given; empty if there are none.
+
+        Raises:
+            ConfigError: The file is missing or malformed.
+        """
+        if isinstance(self.deepspeed, str):
+            return read_mapping(self.deepspeed)
+        return dict(self.deepspeed or {})
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run from a YAML or JSON file.
+
+    Args:
+        path: The file.
+        overrides: ``key=value`` with a dotted key, such as ``training.learning_rate=1e-4``; values are YAML.
+
+    Raises:
+        ConfigError: Every mistake in the file and the overrides, one a line.
+    """
+    problems: list[str] = []
+    fields = {key: value for key, value in read_mapping(path).items() if value is not None}  # `lisa:` alone is empty
+    if isinstance(fields.get("lisa"), Mapping):
+        fields["lisa"] = rename_aliases(fields["lisa"], Origin(str(path), "lisa"), problems)
+    overridden: set[str] = set()
+    added: set[str] = set()
+    for override in overrides:
+        dotted, _, text = override.partition("=")
+        parts = dotted.split(".")
+        if "=" not in override or not all(parts):
+            problems.append(f"command line: should be key=value with a dotted key, got {override!r}")
+            continue
+        if parts[0] == "lisa" and len(parts) == 2:
+            parts = ["lisa", *rename_aliases({parts[1]: None}, Origin("command line", "lisa"), problems)]
+        try:
+            value = parse_yaml(text)
+        except ValueError as error:
+            problems.append(f"command line: {dotted}: {error}, got {text!r}")
+            continue
+        try:
+            added |= _put(fields, parts, value)
+            overridden.add(".".join(parts))
+        except ValueError as error:
+            problems.append(f"command line: {dotted}: {error}")
+    return validate(RunConfig, fields, Origin(str(path), "", frozenset(overridden), frozenset(added)), problems)
+
+
+def _put(fields: dict[str, Any], parts: list[str], value: Any) -> set[str]:
+    """Set a dotted key and return the sections that had to be added for it.
+
+    Raises:
+        ValueError: A part of the key is no section.
+    """
+    *sections, key = parts
+    added = set()
+    for depth, part in enumerate(sections, start=1):
+        section = ".".join(sections[:depth])
+        if part not in fields:
+            fields[part] = {}
+            added.add(section)
+        inner = fields[part]
+        if not isinstance(inner, dict):
+            raise ValueError(f"{section} is {inner!r}, which has no keys to set; override it as a whole")
+        fields = inner
+    fields[key] = value
+    return added

@@ -1,0 +1,252 @@
+"""Config files as users write them: what is accepted, and that every mistake is told in one readable line."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lisa_ds.config import LisaConfig, RunConfig, check_contradictions, load_config
+from lisa_ds.config.lisa import ALIASES
+from lisa_ds.errors import ConfigError
+
+RUN = "model: {name_or_path: some/model}\ndata: {path: rows.jsonl}\n"
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty `run.yaml` in the working directory, so that messages can be compared as they are."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("run.yaml")
+    path.touch()
+    return path
+
+
+def mistakes(call: Any, *args: Any, **kwargs: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value).splitlines()
+
+
+def test_defaults() -> None:
+    config = LisaConfig()
+    assert (config.num_sampled_layers, config.interval_steps, config.sampler.name) == (2, 20, "uniform")
+    assert LisaConfig.load(None) == config == LisaConfig.load({}) == LisaConfig.load({"lisa": None})
+    assert LisaConfig.load(config) is config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"interval_step": 3}, "interval_step: unknown key, got 3; did you mean 'interval_steps'?"),
+        ({"zzz": 3}, "zzz: unknown key, got 3"),
+        ({"seed": True}, "seed: should be a valid integer, got True"),
+        ({"seed": "0"}, "seed: should be a valid integer, got '0'"),
+        ({"num_sampled_layers": 0}, "num_sampled_layers: should be greater than or equal to 1, got 0"),
+        ({"sampling_ratio": 1.5}, "sampling_ratio: should be less than or equal to 1, got 1.5"),
+        (
+            {"interval_steps": "1 month"},
+            "interval_steps: should be a number of optimizer steps, 1 or more, "
+            "or epochs as \"1epoch\", got '1 month'",
+        ),
+        ({"sampler": "fisher"}, "sampler.name: not built yet, arrives with importance sampling, got 'fisher'"),
+        ({"sampler": {"nam": "fixed"}}, "sampler.nam: unknown key, got 'fixed'; did you mean 'sampler.name'?"),
+        (
+            {"sampler": "cylic"},
+            "sampler.name: should be 'uniform', 'cyclic', 'bernoulli' or 'fixed', got 'cylic'; did you mean 'cyclic'?",
+        ),
+        ({"sampler": "fixed"}, "sampler: name 'fixed' needs layers: a list of the layers to train"),
+        ({"sampler": {"layers": [1]}}, "sampler: layers goes with name 'fixed' only, but name is 'uniform'"),
+        ({"sampler": {"name": "fixed", "layers": [1, 1]}}, "sampler: layers names a layer twice: [1, 1]"),
+        ({"embeddings": "sampled"}, "embeddings: not built yet, arrives with sampled embeddings and head, got 'sampled'"),
+        ({"rest": {"every": 5}}, "rest: not built yet, arrives with sampled embeddings and head, got {'every': 5}"),
+        ({"on_release": "host"}, "on_release: not built yet, arrives with parking of layer state, got 'host'"),
+        ({"nvme_path": "/disk"}, "nvme_path: not built yet, arrives with parking of layer state, got '/disk'"),
+        ({"prefetch_steps": 2}, "prefetch_steps: not built yet, arrives with parking of layer state, got 2"),
+        ({"optimizer": "masked_adamw"}, "optimizer.name: not built yet, arrives with the fused kernels, got 'masked_adamw'"),
+        ({"lm_head_lr_scale": 0}, "lm_head_lr_scale: should be greater than 0, got 0"),
+        ({"num_sampled_layers": 2, "sampling_ratio": 0.1}, "num_sampled_layers (2) and sampling_ratio (0.1) say the same thing: keep one"),
+        ({"embeddings": "never", "embeddings_lr_scale": 0.1}, "embeddings_lr_scale has no effect with embeddings: never; remove one of them"),
+        ({"lisa_n_layers": 1, "num_sampled_layers": 2}, "num_sampled_layers: given under several names, lisa_n_layers and num_sampled_layers: keep one"),
+    ],
+)  # fmt: skip
+def test_a_mistake_names_key_value_and_remedy(fields: dict[str, object], message: str) -> None:
+    assert mistakes(LisaConfig.load, fields) == [f"lisa_config: {message}"]
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    assert len(mistakes(LisaConfig.load, {"interval_steps": 0, "seed": 0.5, "gamma": 2, "sampler": "best"})) == 4
+
+
+@pytest.mark.parametrize(("alias", "key"), ALIASES.items())
+def test_names_of_other_tools_are_read_with_one_notice(
+    alias: str, key: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lisa_ds.config.lisa._noticed", set())
+    value: Any = "encoder.layer" if key == "layers_path" else 7
+    with caplog.at_level(logging.WARNING):
+        configs = [LisaConfig.load({alias: value}) for _ in range(2)]
+    assert getattr(configs[0], key) == getattr(configs[1], key) == value
+    assert caplog.messages == [f"lisa_config: {alias}: read as {key!r}, its name here"]
+
+
+@pytest.mark.parametrize(("written", "epochs"), [(20, None), ("1epoch", 1), ("3epochs", 3), ("2 epochs", 2)])
+def test_an_interval_is_steps_or_epochs(written: int | str, epochs: int | None) -> None:
+    assert LisaConfig.load({"interval_steps": written}).interval_epochs == epochs
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_layers", "expected"),
+    [
+        ({"num_sampled_layers": 4}, 4, 4),
+        ({"num_sampled_layers": 5}, 4, "num_sampled_layers: the model has 4 layers, got 5; choose 1 to 4"),
+        ({"sampling_ratio": 0.1}, 32, 3),
+        ({"sampling_ratio": 0.29}, 100, 29),  # 28.999999999999996 in binary
+        ({"sampling_ratio": 1.0}, 7, 7),
+        ({"sampling_ratio": 0.1}, 9, "sampling_ratio: leaves no layer of the model's 9, got 0.1"),
+        ({"sampler": {"name": "fixed", "layers": [0, 3, 5]}}, 6, 3),
+        ({"sampler": {"name": "fixed", "layers": [6]}}, 6, "sampler.layers: the model has layers 0 to 5, got [6]"),
+    ],
+)
+def test_how_many_layers_are_sampled(fields: dict[str, object], num_layers: int, expected: int | str) -> None:
+    config = LisaConfig.load(fields)
+    if isinstance(expected, int):
+        assert config.num_sampled(num_layers) == expected
+    else:
+        assert mistakes(config.num_sampled, num_layers)[0].startswith(f"lisa_config: {expected}")
+
+
+def test_the_lisa_section_is_read_alone_or_from_a_whole_run(file: Path) -> None:
+    file.write_text("seed: 3\n")
+    alone = LisaConfig.load(file)
+    file.write_text(RUN + "lisa: {seed: 3}\n")
+    assert LisaConfig.load("run.yaml") == alone == load_config(file).lisa
+    file.write_text("lisa: {seeed: 3}\n")
+    assert mistakes(LisaConfig.load, file) == ["run.yaml: lisa.seeed: unknown key, got 3; did you mean 'seed'?"]
+    sections = ", ".join(RunConfig.model_fields)
+    assert mistakes(LisaConfig.load, {"lisa": {}, "modle": {}}) == [
+        f"lisa_config: modle: unknown section; the sections are {sections}"
+    ]
+
+
+def test_overrides_are_yaml_and_know_scientific_notation(file: Path) -> None:
+    file.write_text(RUN + "training: {learning_rate: 2e-5, bf16: true}\nlisa:\n")
+    config = load_config(
+        file,
+        [
+            *("training.learning_rate=1e-4", "training.bf16=false", "lisa.lisa_n_layers=4", "method=full"),
+            *("lisa.sampler.name=cyclic", "data.columns={question: prompt}", "deepspeed.zero_optimization.stage=3"),
+        ],
+    )
+    assert load_config(file).training == {"learning_rate": 2e-5, "bf16": True}
+    assert config.training == {"learning_rate": 1e-4, "bf16": False}
+    assert (config.lisa.num_sampled_layers, config.lisa.sampler.name, config.method) == (4, "cyclic", "full")
+    assert config.data.columns == {"question": "prompt"}
+    assert config.deepspeed_config() == {"zero_optimization": {"stage": 3}}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("fast", "command line: should be key=value with a dotted key, got 'fast'"),
+        ("lisa.seed=x", "command line: lisa.seed: should be a valid integer, got 'x'"),
+        ("lisa.sede=1", "command line: lisa.sede: unknown key, got 1; did you mean 'lisa.seed'?"),
+        ("lissa.seed=1", "command line: lissa: unknown key, got {'seed': 1}; did you mean 'lisa'?"),
+        ("data.eval={rows: 1}", "command line: data.eval: unknown key, got {'rows': 1}; did you mean 'data.eval_path'?"),
+        ("learning_rate=1", "command line: learning_rate: unknown key, got 1; did you mean 'training.learning_rate'?"),
+        ("seed.x=1", "command line: seed: unknown key, got {'x': 1}; did you mean 'data.seed' or 'lisa.seed'?"),
+        ("method.name=full", "command line: method.name: method is 'lisa', which has no keys to set; override it as a whole"),
+        ("training.betas=[1", "command line: training.betas: line 1: not valid YAML: expected ',' or ']', but got '<stream end>' (column 3), got '[1'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_of_the_command_line_is_named_so(file: Path, override: str, message: str) -> None:
+    file.write_text(RUN + "method: lisa\n")
+    assert mistakes(load_config, file, [override]) == [message]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "run.yaml: model: required, got nothing\nrun.yaml: data: required, got nothing"),
+        ("- 1", "run.yaml: should hold keys and values, got list"),
+        ("a: 1\nb: [", "run.yaml: line 2: not valid YAML: "),
+        ("a: 1\nb: 2\na: 3", "run.yaml: line 1: not valid YAML: key 'a' is given twice"),
+        ("model: gpt2\ndata: {path: x}", "run.yaml: model: should be a section of keys, got 'gpt2'"),
+        (RUN + "training: 3", "run.yaml: training: should be a valid dictionary, got 3"),
+        (RUN + "method: lora", "run.yaml: method: not built yet, arrives with the comparison of methods, got 'lora'"),
+        (RUN + "deepspeed: 3", "run.yaml: deepspeed: should be the path of a DeepSpeed config or its keys, got 3"),
+        (RUN + "lisa: {packing: true}", "run.yaml: lisa.packing: unknown key, got True; did you mean 'data.packing'?"),
+        (RUN + "lisa: {lr: 1}", "run.yaml: lisa.lr: unknown key, got 1; did you mean 'training.learning_rate'?"),
+        (
+            "model: {name_or_path: x, num_labels: 2}\ndata: {path: x, eval_split: test, eval_fraction: 0.1}",
+            "run.yaml: model: num_labels goes with task 'sequence_classification', but task is 'causal_lm'\n"
+            "run.yaml: data: eval_fraction and eval_split both say what is held out: keep one",
+        ),
+        (
+            "model: {name_or_path: x}\ndata: {path: x, format: classification}",
+            "run.yaml: data.format is 'classification', but model.task is 'causal_lm'",
+        ),
+    ],
+)
+def test_a_bad_file_is_told_with_its_name(file: Path, text: str, message: str) -> None:
+    file.write_text(text)
+    assert "\n".join(mistakes(load_config, file)).startswith(message)
+
+
+def test_json_files_are_held_to_the_same(file: Path) -> None:
+    path = file.with_suffix(".json")
+    path.write_text('{"seed": 1,\n"seed": 2}')
+    assert mistakes(LisaConfig.load, path) == ["run.json: key 'seed' is given twice"]
+    path.write_text('{"seed": 1,\n}')
+    assert mistakes(LisaConfig.load, path)[0].startswith("run.json: line ")
+    path.write_text('{"seed": 5}')
+    assert LisaConfig.load(path).seed == 5
+
+
+@pytest.mark.parametrize(("make", "message"), [(None, "no such file"), ("mkdir", "cannot be read as text")])
+def test_a_missing_file_is_told_with_where_it_was_looked_for(file: Path, make: str | None, message: str) -> None:
+    path = Path("gone.yaml")
+    if make:
+        path.mkdir()
+    assert mistakes(load_config, path)[0].startswith(f"gone.yaml: {message}")
+
+
+def test_a_config_cannot_be_changed_and_knows_its_origin(file: Path) -> None:
+    file.write_text(RUN)
+    config = load_config(file, ["lisa.seed=1"])
+    with pytest.raises(ValueError, match="frozen"):
+        config.lisa.seed = 2  # type: ignore[misc]
+    assert config.source == config.lisa.source == "run.yaml"
+    assert config.lisa.where("seed") == "command line: lisa.seed"
+    assert config.lisa.sampler.where("name") == "run.yaml: lisa.sampler.name"
+
+
+TRAINING = {
+    **{"learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0, "bf16": False},
+    **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "key"),
+    [
+        ({}, None),
+        ({"train_batch_size": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}, None),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-4", "betas": [0.9, 0.95], "eps": 1e-6}}}, None),
+        ({"gradient_clipping": 1, "bf16": {"enabled": False}, "train_batch_size": 16}, None),
+        ({"optimizer": {"params": {"lr": 2e-4}}}, "optimizer.params.lr"),
+        ({"optimizer": {"params": {"betas": [0.9, 0.999]}}}, "optimizer.params.betas"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps"),
+        ({"train_batch_size": 8}, "train_batch_size"),
+    ],
+)
+def test_one_home_per_fact(deepspeed: dict[str, Any], key: str | None) -> None:
+    if key is None:
+        check_contradictions(TRAINING, deepspeed, world_size=2)
+        return
+    (line,) = mistakes(check_contradictions, TRAINING, deepspeed, deepspeed_source="zero3.json", world_size=2)
+    assert line.startswith(f"zero3.json: {key}: contradicts training, where ")
