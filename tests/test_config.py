@@ -217,7 +217,7 @@ def test_a_config_cannot_be_changed_and_knows_its_origin(file: Path) -> None:
     file.write_text(RUN)
     config = load_config(file, ["lisa.seed=1"])
     with pytest.raises(ValueError, match="frozen"):
-        config.lisa.seed = 2  # type: ignore[misc]
+        config.lisa.seed = 2
     assert config.source == config.lisa.source == "run.yaml"
     assert config.lisa.where("seed") == "command line: lisa.seed"
     assert config.lisa.sampler.where("name") == "run.yaml: lisa.sampler.name"

@@ -1,0 +1,124 @@
+"""Run a function on several real ranks, on CPU, from inside one pytest test."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+START_S = 60  # ranks import torch and DeepSpeed before the clock of the body starts, on a busy machine slowly
+
+
+def run_ranks(world_size: int, body: Callable[..., T], tmp_path: Path, *args: Any, timeout_s: float = 120) -> list[T]:
+    """Call ``body(*args)`` on ``world_size`` gloo ranks and return what each returned, by rank.
+
+    ``body`` must be a module-level function (ranks are spawned, so it is pickled), and what it returns is pickled
+    too. The process group exists when it is called: ``deepspeed.initialize`` finds it. Ranks meet through a file,
+    so there is no port to collide on. The first rank that fails fails the test with its traceback; a hang fails
+    it with the stack of every thread.
+    """
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    context = multiprocessing.get_context("spawn")
+    port = _free_port()
+    ranks: list[BaseProcess] = []
+    try:
+        for rank in range(world_size):
+            with _environment(rank, world_size, port):
+                process: BaseProcess = context.Process(
+                    target=_rank_main, args=(rank, world_size, folder, body, args, timeout_s)
+                )
+                process.start()
+                ranks.append(process)
+        _wait(ranks, deadline=time.monotonic() + START_S + timeout_s)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    failures = sorted(folder.glob("*.failed"), key=lambda path: path.stat().st_mtime_ns)
+    codes = [process.exitcode for process in ranks]
+    if failures or any(codes):
+        reports = failures or [path for path in sorted(folder.glob("*.stack")) if path.stat().st_size]
+        reason = "failed" if failures else f"hung or died (exit codes {codes})"
+        text = reports[0].read_text() if reports else "no traceback: killed from outside, or a crash in native code"
+        pytest.fail(f"rank {reports[0].stem if reports else '?'} of {world_size} {reason}\n{text}", pytrace=False)
+    return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world_size)]
+
+
+def _wait(ranks: list[BaseProcess], deadline: float) -> None:
+    """Until all are done, one has failed, or it is too late; a failing rank's peers would wait for it for ever."""
+    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        if any(process.exitcode for process in ranks):
+            time.sleep(1)  # the peers may be about to tell of the same mistake
+            return
+        time.sleep(0.02)
+
+
+def _rank_main(
+    rank: int, world_size: int, folder: Path, body: Callable[..., Any], args: tuple[Any, ...], timeout_s: float
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    with (folder / f"{rank}.stack").open("w") as stack:
+        faulthandler.dump_traceback_later(timeout_s, exit=True, file=stack)
+        try:
+            torch.set_num_threads(1)
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder / 'rendezvous'}",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout_s),
+            )
+            result = pickle.dumps(body(*args))
+            (folder / f"{rank}.result").write_bytes(result)
+            dist.barrier()  # no rank leaves while another still reads from it
+            dist.destroy_process_group()
+        except BaseException:
+            (folder / f"{rank}.failed").write_text(traceback.format_exc())
+            os._exit(1)  # the orderly way out waits for peers
+        faulthandler.cancel_dump_traceback_later()
+
+
+@contextlib.contextmanager
+def _environment(rank: int, world_size: int, port: int) -> Iterator[None]:
+    """The environment a launcher would give, inherited by a process that is started inside."""
+    before = dict(os.environ)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),  # for code that insists on one; the group itself meets through a file
+        DS_ACCELERATOR="cpu",
+        CUDA_VISIBLE_DEVICES="",  # the same test on a machine with one GPU: ranks are CPU ranks
+        OMP_NUM_THREADS="1",
+    )
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
