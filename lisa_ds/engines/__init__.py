@@ -1,0 +1,1 @@
+"""Engines: the only rooms that know the private names of a training framework."""

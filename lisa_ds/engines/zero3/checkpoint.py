@@ -1,0 +1,102 @@
+"""What a DeepSpeed checkpoint must say for a LISA run to resume, and the checks before anything is read from it."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lisa_ds.errors import CheckpointError
+
+KEY = "lisa"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. The draws to come follow from the step and the config alone."""
+
+    step: int
+    """Applied optimizer steps."""
+
+    sampled: tuple[int, ...]
+    """Blocks that were training."""
+
+    history: tuple[tuple[int, ...], ...]
+    """Every set of blocks so far."""
+
+    num_layers: int
+    world_size: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, so that a checkpoint can be read without this package."""
+        return asdict(self)
+
+
+def latest_tag(load_dir: Path) -> str:
+    """The tag in ``load_dir/latest``.
+
+    Raises:
+        CheckpointError: There is no such file.
+    """
+    path = load_dir / "latest"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give the directory that save_checkpoint wrote, or a tag")
+    return path.read_text().strip()
+
+
+def peek(files: Sequence[Path], *, num_layers: int, world_size: int) -> Progress:
+    """Check this rank's checkpoint files and read where the saved run stood.
+
+    All ranks agree on the outcome: if one finds a bad file, every rank raises.
+
+    Args:
+        files: The model-state file (which holds the progress) and the optimizer-state file of this rank.
+        num_layers: Blocks of the model to be resumed.
+        world_size: Ranks of the run to be resumed.
+
+    Raises:
+        CheckpointError: Names the file and what is wrong with it.
+    """
+    progress, problem = _read(files, num_layers, world_size)
+    problems: list[str | None] = [None] * world_size
+    dist.all_gather_object(problems, problem)
+    found = sorted({p for p in problems if p is not None})
+    if found or progress is None:
+        raise CheckpointError("\n".join(found))
+    return progress
+
+
+def _read(files: Sequence[Path], num_layers: int, world_size: int) -> tuple[Progress | None, str | None]:
+    tag = files[0].parent
+    if not tag.is_dir():
+        return None, f"{tag}: no such checkpoint directory"
+    ranks = len(list(tag.glob("*zero_pp_rank_*_optim_states.pt")))
+    if ranks not in (0, world_size):
+        return None, (
+            f"{tag}: was saved on {ranks} ranks and cannot be resumed on {world_size}; run on {ranks} ranks, or export "
+            "it with `lisa-ds export` and start from the exported weights"
+        )
+    for file in files:
+        if not file.is_file():
+            return None, f"{file}: no such file; the checkpoint is incomplete"
+        if not zipfile.is_zipfile(file):  # torch.save writes a zip, whose directory is at its end
+            return None, f"{file}: is truncated or not a checkpoint ({file.stat().st_size} bytes); use an earlier tag"
+    # weights_only=False: DeepSpeed's own files hold its loss scaler and shapes as objects, and it loads them so too.
+    saved = torch.load(files[0], map_location="cpu", weights_only=False, mmap=True).get(KEY)
+    if saved is None:
+        return None, f"{files[0]}: was not written by lisa_ds; export its weights and start from those"
+    progress = Progress(
+        step=saved["step"],
+        sampled=tuple(saved["sampled"]),
+        history=tuple(tuple(layers) for layers in saved["history"]),
+        num_layers=saved["num_layers"],
+        world_size=saved["world_size"],
+    )
+    if progress.num_layers != num_layers:
+        return None, f"{files[0]}: is of a model with {progress.num_layers} layers; this one has {num_layers}"
+    return progress, None

@@ -1,0 +1,160 @@
+"""What this engine needs of DeepSpeed, checked before anything is built on it.
+
+The window (:mod:`lisa_ds.engines.zero3.window`) lives inside Stage 3's own data structures. A DeepSpeed that renamed one
+of them must stop the run with its name, not train something else; an option that keeps state of its own beside those
+structures must be refused by name, not silently ignored.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import stage3
+from packaging.version import Version
+
+from lisa_ds.errors import EngineError
+from lisa_ds.layers import LayerStack
+
+OLDEST, NEWEST_BELOW = "0.19.8", "0.20"
+"""The DeepSpeed releases this engine was run with: ``OLDEST <= version < NEWEST_BELOW``."""
+
+# Stage 3's map from a parameter to its slice of the gradient buffer, under its mangled name.
+GRAD_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+
+# Lists with one entry for each sub-group. All but the fp32 partitions never change after partitioning.
+SUB_GROUP_LISTS = (
+    "fp16_groups",
+    "fp16_partitioned_groups",
+    "fp16_partitioned_groups_flat",
+    "fp16_partitioned_groups_flat_numel",
+    "fp16_partitioned_groups_flat_id",
+    "groups_padding",
+    "sub_group_process_groups",
+    "sub_group_partition_counts",
+)
+_STAGE3_METHODS = (
+    "_create_fp16_sub_groups",
+    "_create_fp32_partitions",
+    "_optimizer_step",
+    "_rigid_load_state_dict",
+    "_setup_for_real_optimizer",
+    "create_reduce_and_remove_grad_hooks",
+    "initialize_optimizer_states",
+    "set_grad_positions",
+    "state_dict",
+)
+_STAGE3_ATTRIBUTES = (
+    *SUB_GROUP_LISTS,
+    "fp32_partitioned_groups_flat",
+    "sub_group_to_group_id",
+    "ipg_buckets",
+    "parameter_offload",
+    "offload_optimizer",
+    "dp_process_group",
+)
+_ENGINE_METHODS = (
+    "_configure_zero_optimizer",
+    "_get_ckpt_name",
+    "_get_zero_ckpt_name",
+    "_take_model_step",
+    "get_data_types",
+    "zero_reduce_bucket_size",
+)
+
+
+def check_deepspeed() -> None:
+    """Refuse a DeepSpeed outside the range this engine was run with, or one that lacks a name it needs.
+
+    Raises:
+        EngineError: Names the version found, the range, and the missing attribute if any.
+    """
+    found = Version(deepspeed.__version__.split("+")[0])
+    if not Version(OLDEST) <= found < Version(NEWEST_BELOW):
+        raise EngineError(
+            f"deepspeed {deepspeed.__version__} is installed; this engine was run with >={OLDEST},<{NEWEST_BELOW}. "
+            f'Install one of those: pip install "deepspeed>={OLDEST},<{NEWEST_BELOW}"'
+        )
+    for owner, names in (
+        (stage3.DeepSpeedZeroOptimizer_Stage3, _STAGE3_METHODS),
+        (DeepSpeedEngine, _ENGINE_METHODS),
+    ):
+        for name in names:
+            if not hasattr(owner, name):
+                raise EngineError(
+                    f"deepspeed {deepspeed.__version__} has no {owner.__name__}.{name}, which this engine needs. "
+                    f'Install a release it was run with: pip install "deepspeed>={OLDEST},<{NEWEST_BELOW}"'
+                )
+    # Subclasses of Stage 3 must be defined on the real class: import them before it is rebound for a moment.
+    importlib.import_module("deepspeed.runtime.superoffload.superoffload_stage3")
+
+
+def check_attributes(optimizer: Any) -> None:
+    """Refuse a Stage 3 optimizer that does not keep the attributes the window is made of."""
+    for name in _STAGE3_ATTRIBUTES:
+        if not hasattr(optimizer, name):
+            raise EngineError(
+                f"deepspeed {deepspeed.__version__}: the ZeRO-3 optimizer has no attribute {name!r}, which this engine "
+                f'needs. Install a release it was run with: pip install "deepspeed>={OLDEST},<{NEWEST_BELOW}"'
+            )
+
+
+def check_options(config: Any) -> None:
+    """Refuse DeepSpeed options that keep state beside Stage 3's sub-groups, each by name and with its remedy.
+
+    Args:
+        config: The parsed ``DeepSpeedConfig``.
+
+    Raises:
+        EngineError: Lists every option that cannot be combined with LISA.
+    """
+    zero = config.zero_config
+    problems = []
+    if int(zero.stage) != 3:
+        problems.append(
+            f"zero_optimization.stage: LISA shards its state under ZeRO-3, got {int(zero.stage)}; set it to 3"
+        )
+    if getattr(zero, "zenflow", None) is not None:
+        problems.append("zero_optimization.zenflow: keeps its own copies of the optimizer state; remove it")
+    if getattr(getattr(config, "compile_config", None), "deepcompile", False):
+        problems.append("compile.deepcompile: caches gradient views that move at each switch; set it to false")
+    if zero.zero_quantized_nontrainable_weights:
+        problems.append(
+            "zero_optimization.zero_quantized_nontrainable_weights: would quantise layers that train later; set it to false"
+        )
+    offload = zero.offload_optimizer
+    if offload is not None and str(offload.device.value) != "none":
+        if str(offload.device.value) == "nvme":
+            problems.append("zero_optimization.offload_optimizer.device: 'nvme' is not supported; use 'cpu' or 'none'")
+        if getattr(offload, "super_offload", False):
+            problems.append("zero_optimization.offload_optimizer.super_offload: is not supported; set it to false")
+        if getattr(offload, "ratio", 1.0) != 1.0:
+            problems.append(
+                f"zero_optimization.offload_optimizer.ratio: must be 1.0, got {offload.ratio}: the sampled state moves "
+                "as a whole"
+            )
+    param_offload = zero.offload_param
+    if param_offload is not None and str(param_offload.device.value) == "nvme":
+        problems.append("zero_optimization.offload_param.device: 'nvme' is not supported; use 'cpu' or 'none'")
+    if getattr(config, "load_universal_checkpoint", False):
+        problems.append("checkpoint.load_universal: universal checkpoints drop frozen layers; resume a native one")
+    if getattr(zero, "elastic_checkpoint", False):
+        problems.append("zero_optimization.elastic_checkpoint: is deprecated by DeepSpeed; set it to false")
+    if problems:
+        raise EngineError("\n".join(f"deepspeed config: {problem}" for problem in problems))
+
+
+def check_leaf_modules(model: Any, stack: LayerStack) -> None:
+    """Refuse ZeRO-3 leaf modules that hold parameters of a block.
+
+    A leaf module reduces a zero gradient for every parameter that got none, frozen ones included.
+    """
+    in_blocks = {id(parameter) for block in stack.layers for parameter in block.parameters()}
+    for name, module in model.named_modules():
+        if getattr(module, "_z3_leaf", False) and any(id(p) in in_blocks for p in module.parameters()):
+            raise EngineError(
+                f"{name} ({type(module).__name__}) is a ZeRO-3 leaf module and holds parameters of a sampled block; "
+                "remove set_z3_leaf_modules (or zero_optimization.leaf_module) for it"
+            )

@@ -1,0 +1,65 @@
+"""Where backward may stop: with the embeddings frozen, nothing below the lowest sampled block needs a gradient.
+
+Autograd finds that out by itself, except under reentrant activation checkpointing: a checkpointed block whose inputs need
+no gradient yields an output that needs none, and the sampled block's weights would silently not train. The usual remedy
+(make the embeddings' output require grad) drags backward, and the recomputation, down to the first block. Here only the
+input of the lowest sampled block of each stack requires grad; the mark moves at each switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import wraps
+from typing import Any
+
+import torch
+
+from lisa_ds.layers import LayerStack
+
+_CHECKPOINT = "_gradient_checkpointing_func"  # transformers.GradientCheckpointingLayer calls it with the block's inputs
+
+
+class BackwardFrontier:
+    """Keeps the inputs of the lowest sampled block of each stack differentiable under reentrant checkpointing."""
+
+    def __init__(self, stack: LayerStack) -> None:
+        self._stack = stack
+        self._lowest: list[torch.nn.Module] = []
+        self._wrapped: dict[torch.nn.Module, Callable[..., Any]] = {}
+
+    def move(self, sampled: Collection[int]) -> None:
+        """Forget the old lowest blocks and mark those of ``sampled``."""
+        for block, original in self._wrapped.items():
+            setattr(block, _CHECKPOINT, original)
+        self._wrapped.clear()
+        lowest = (min((i for i in stack if i in sampled), default=None) for stack in self._stack.stacks)
+        self._lowest = [self._stack.layers[i] for i in lowest if i is not None]
+
+    def refresh(self) -> None:
+        """Wrap the checkpoint function of the marked blocks, also if checkpointing was turned on since."""
+        for block in self._lowest:
+            function = getattr(block, _CHECKPOINT, None)
+            if function is not None and not hasattr(function, "_lisa_original"):
+                self._wrapped[block] = function
+                setattr(block, _CHECKPOINT, _with_input_grad(function))
+
+
+def _with_input_grad(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(checkpoint)
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(function, *_require_grad(args), **kwargs)
+
+    call._lisa_original = checkpoint  # type: ignore[attr-defined]
+    return call
+
+
+def _require_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Make the first floating-point tensor of ``args`` (the hidden states) a leaf that requires grad."""
+    if not torch.is_grad_enabled():
+        return args
+    for position, value in enumerate(args):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            if not value.requires_grad:
+                args = (*args[:position], value.detach().requires_grad_(), *args[position + 1 :])
+            break
+    return args

@@ -1,0 +1,48 @@
+"""Bytes of the tensors that are alive on this rank, counted from their storages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def memory_report(optimizer: Any, parameters: Iterable[Any]) -> dict[str, int]:
+    """Model-state bytes on this rank, by kind.
+
+    Every storage counts once and whole, so that a view which keeps a larger buffer alive is seen.
+
+    Args:
+        optimizer: The :class:`~lisa_ds.engines.zero3.window.WindowedStage3`.
+        parameters: All parameters of the model, partitioned.
+
+    Returns:
+        ``weights`` (the partitions, sampled and frozen), ``gradients`` (partitions; with CPU offload also their fp32 copy),
+        ``master``, ``exp_avg``, ``exp_avg_sq``, ``parked_host``, ``parked_nvme`` (state of frozen layers) and ``buckets``
+        (the reduce buckets), in bytes.
+    """
+    states = [state for state in optimizer.optimizer.state.values() if state]
+    masters = optimizer.fp32_partitioned_groups_flat
+    host_gradients = [master.grad for master in masters]
+    return {
+        "weights": storage_bytes(parameter.ds_tensor for parameter in parameters),
+        "gradients": storage_bytes([optimizer.grad_partitions_flat_buffer, *host_gradients]),
+        "master": storage_bytes(masters),
+        "exp_avg": storage_bytes(state.get("exp_avg") for state in states),
+        "exp_avg_sq": storage_bytes(state.get("exp_avg_sq") for state in states),
+        "parked_host": 0,
+        "parked_nvme": 0,
+        "buckets": storage_bytes(bucket.buffer for bucket in optimizer.ipg_buckets.values()),
+    }
+
+
+def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the distinct storages behind ``tensors``."""
+    storages = {}
+    for tensor in tensors:
+        if torch.is_tensor(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr(), str(storage.device)] = storage.nbytes()
+    return sum(storages.values())

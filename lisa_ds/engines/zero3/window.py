@@ -1,0 +1,217 @@
+"""The ZeRO-3 optimizer as a window over the sampled units.
+
+Note on the window.
+    A *unit* is what is sampled or frozen as a whole: a block (its index) or one of the roles ``embeddings``, ``lm_head``,
+    ``rest``. Stage 3 keeps its work in lists with one entry for each *sub-group* of parameters, and its loops (norm, clip,
+    overflow, step, state_dict) run over those lists. Here a sub-group is the part of one unit that lies in one parameter
+    group. All sub-groups are laid out once in the 16-bit flat buffer; the lists then show only those of the sampled
+    units, so that fp32 partitions, moments and gradients exist for these alone, and Stage 3's own code sees nothing else.
+    A switch retires the sub-groups that leave, materialises those that come, and re-points the lists.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor
+
+from lisa_ds.engines.zero3 import compat
+from lisa_ds.errors import CheckpointError, EngineError
+
+Unit = int | str
+_STATE_KEY = "lisa"
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """What the window must know of the model and the run before Stage 3 lays out its buffers."""
+
+    unit_of: Mapping[int, Unit]
+    """``id(parameter)`` to its unit, for every parameter of the model."""
+
+    sampled: tuple[int, ...]
+    """Blocks of the first interval."""
+
+    lr_scales: Mapping[Unit, float]
+    """Learning-rate factor of a unit; units not named train at the optimizer's own rate."""
+
+
+class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
+    """ZeRO-3 whose optimizer state, gradients and fp32 partitions exist for the sampled units only.
+
+    Args:
+        plan: The units, and the blocks sampled first.
+        *args: As for ``DeepSpeedZeroOptimizer_Stage3``.
+        **kwargs: Likewise.
+    """
+
+    def __init__(self, *args: Any, plan: WindowPlan, **kwargs: Any) -> None:
+        self._plan = plan
+        self._sampled = plan.sampled
+        super().__init__(*args, **kwargs)
+        compat.check_attributes(self)
+
+    # ---- layout: what the base class asks while it is built ------------------------------------------------------
+
+    def _create_fp16_sub_groups(self, params_group: Sequence[Tensor]) -> list[list[Tensor]]:
+        """One sub-group for each unit of ``params_group``, in place of sub-groups of a given size."""
+        by_unit: dict[Unit, list[Tensor]] = {}
+        for parameter in params_group:
+            by_unit.setdefault(self._plan.unit_of[id(parameter)], []).append(parameter)
+        return list(by_unit.values())
+
+    def _setup_for_real_optimizer(self) -> None:
+        """Remember the whole layout, then let the base class allocate state for the first window only."""
+        self._all = {name: list(getattr(self, name)) for name in compat.SUB_GROUP_LISTS}
+        self._param_group_of = dict(self.sub_group_to_group_id)
+        self._unit_of_sub_group = [self._plan.unit_of[id(group[0])] for group in self._all["fp16_groups"]]
+        self._master: dict[int, Tensor] = {}  # sub-group -> its live fp32 partition
+        window = self._sub_groups(self._sampled)
+        if not window:
+            raise EngineError("nothing to train: no block is sampled and every other parameter is frozen")
+        self._show(window)
+        super()._setup_for_real_optimizer()
+        self._master = dict(zip(window, self.fp32_partitioned_groups_flat, strict=True))
+
+    def create_reduce_and_remove_grad_hooks(self) -> None:
+        """Register the gradient hooks of every unit, once: a frozen leaf gets no gradient, so its hook never fires."""
+        self._show(range(len(self._unit_of_sub_group)))
+        super().create_reduce_and_remove_grad_hooks()
+        self._show(self._sub_groups(self._sampled))
+        self._set_requires_grad()
+
+    def _sub_groups(self, sampled: Iterable[int]) -> list[int]:
+        sampled = set(sampled)
+        return [i for i, unit in enumerate(self._unit_of_sub_group) if isinstance(unit, str) or unit in sampled]
+
+    def _show(self, sub_groups: Iterable[int]) -> None:
+        """Point every list of the base class at ``sub_groups`` alone."""
+        sub_groups = list(sub_groups)
+        for name, entries in self._all.items():
+            setattr(self, name, [entries[i] for i in sub_groups])
+        self.sub_group_to_group_id = {position: self._param_group_of[i] for position, i in enumerate(sub_groups)}
+        self.fp32_partitioned_groups_flat = [self._master[i] for i in sub_groups if i in self._master]
+        self._lr_scale_of = [self._plan.lr_scales.get(self._unit_of_sub_group[i], 1.0) for i in sub_groups]
+
+    def _set_requires_grad(self) -> None:
+        window = set(self._sub_groups(self._sampled))
+        for i, group in enumerate(self._all["fp16_groups"]):
+            for parameter in group:
+                parameter.requires_grad_(i in window)
+                if i not in window:
+                    parameter.grad = None
+
+    # ---- switch ---------------------------------------------------------------------------------------------------
+
+    @property
+    def sampled(self) -> tuple[int, ...]:
+        """Blocks that train now, ascending."""
+        return self._sampled
+
+    @torch.no_grad()
+    def switch(self, sampled: Iterable[int]) -> None:
+        """Make ``sampled`` the blocks that train; release the state of those that leave.
+
+        A block in both the old and the new set keeps its state. Call it between optimizer steps only, on every rank alike.
+        """
+        sampled = tuple(sorted(sampled))
+        self._finish_reductions()
+        old, new = self._sub_groups(self._sampled), self._sub_groups(sampled)
+        self._retire(sorted(set(old) - set(new)))
+        self._materialise(sorted(set(new) - set(old)))
+        self._sampled = sampled
+        self._show(new)
+        self._rebuild_gradient_partitions()
+        self._set_requires_grad()
+
+    def _finish_reductions(self) -> None:
+        if any(bucket.elements for bucket in self.ipg_buckets.values()):
+            raise EngineError("a switch in the middle of backward would lose gradients; switch after step()")
+        if not get_accelerator().resolves_data_dependency():
+            self.reduce_and_partition_stream.synchronize()  # it may still write into the gradient buffer
+
+    def _retire(self, sub_groups: Iterable[int]) -> None:
+        for i in sub_groups:
+            master = self._master.pop(i)
+            self.optimizer.state.pop(master, None)
+            master.grad = None
+
+    def _materialise(self, sub_groups: Sequence[int]) -> None:
+        """Build the fp32 partitions of ``sub_groups`` from their 16-bit weights; moments start at zero at the next step."""
+        if not sub_groups:
+            return
+        self._show(sub_groups)
+        self.fp32_partitioned_groups_flat = []
+        self._create_fp32_partitions()
+        if self.offload_optimizer:
+            self.initialize_optimizer_states()  # allocates the host gradient of each fp32 partition
+        self._master.update(zip(sub_groups, self.fp32_partitioned_groups_flat, strict=True))
+
+    def _rebuild_gradient_partitions(self) -> None:
+        """Give each sampled parameter its slice of the gradient buffer, and forget the old slices."""
+        parameters = list(itertools.chain.from_iterable(self.fp16_groups))
+        numel = sum(parameter.partition_numel() for parameter in parameters)
+        if self.grad_partitions_flat_buffer.numel() != numel:
+            self.grad_partitions_flat_buffer = None  # free the old one before the new one is allocated
+            buffer = torch.zeros(numel, dtype=self.gradient_accumulation_dtype, device=self.device)
+            if self.offload_optimizer_pin_memory:
+                buffer = get_accelerator().pin_memory(buffer)
+            self.grad_partitions_flat_buffer = buffer
+        else:
+            # Padding after the last element of an odd-sized parameter is never written again, but enters the norm.
+            self.grad_partitions_flat_buffer.zero_()
+        partitions: dict[int, Tensor] = getattr(self, compat.GRAD_PARTITIONS)
+        partitions.clear()
+        offset = 0
+        for parameter in parameters:
+            partitions[parameter.ds_id] = self.grad_partitions_flat_buffer.narrow(
+                0, offset, parameter.partition_numel()
+            )
+            offset += parameter.partition_numel()
+        self.grad_position = {}
+        self.set_grad_positions()
+        self.averaged_gradients = {}
+        self._offload_boundary_param_ids.clear()
+        if self.offload_optimizer:
+            self.norm_for_param_grads = {}
+            self.subgroup_to_device = dict.fromkeys(range(len(self.fp16_groups)), "cpu")
+
+    # ---- step -----------------------------------------------------------------------------------------------------
+
+    def _optimizer_step(self, sub_group_id: int) -> None:
+        """One sub-group's update, at its unit's share of the learning rate."""
+        scale = self._lr_scale_of[sub_group_id]
+        if scale == 1.0:
+            super()._optimizer_step(sub_group_id)
+            return
+        group = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group_id]]
+        lr = group["lr"]
+        group["lr"] = lr * scale
+        try:
+            super()._optimizer_step(sub_group_id)
+        finally:
+            group["lr"] = lr
+
+    # ---- checkpoint -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Stage 3's state of the sampled sub-groups, and which blocks they belong to."""
+        state: dict[str, Any] = super().state_dict()
+        state[_STATE_KEY] = {"sampled": self._sampled}
+        return state
+
+    def _rigid_load_state_dict(self, state_dict: dict[str, Any], load_optimizer_states: bool = True) -> None:
+        if _STATE_KEY not in state_dict:
+            raise CheckpointError("the checkpoint's optimizer state was not written by lisa_ds; it cannot be resumed")
+        saved = tuple(state_dict[_STATE_KEY]["sampled"])
+        if saved != self._sampled:
+            self.switch(saved)
+        # torch's load_state_dict keeps what the file does not have: moments of before the load must not survive it.
+        self.optimizer.state.clear()
+        super()._rigid_load_state_dict(state_dict, load_optimizer_states)

@@ -1,0 +1,206 @@
+"""One training run told twice: by the ZeRO-3 engine on several ranks, and by plain torch in one process.
+
+The reference knows nothing of DeepSpeed or of lisa_ds but the schedule's layers: it toggles ``requires_grad``, drops the
+moments of layers that leave, and steps ``torch.optim.AdamW``. Both sides build the same model and data from a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EPS = 1e-4  # at 1e-8, near-zero gradients through Adam amplify rounding noise to the size of a step
+MICRO_BATCH, SEQUENCE = 2, 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of a run; the defaults are the plain one."""
+
+    name: str
+    dtype: str = "fp32"
+    steps: int = 12
+    interval_steps: int = 3
+    num_sampled: int = 2
+    accumulation: int = 1
+    clip: float = 0.5
+    checkpointing: str = ""  # "", "reentrant", "non_reentrant"
+    tied: bool = False
+    zero_init: bool = False
+    offload: bool = False
+    offload_param: bool = False
+    prefetch: bool = False
+    scheduler: bool = False
+    small_buckets: bool = False
+    overflow_at: int | None = None
+    drop_update_at: int | None = None
+    lisa: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def lisa_config(self) -> dict[str, Any]:
+        return {"num_sampled_layers": self.num_sampled, "interval_steps": self.interval_steps, "seed": 7, **self.lisa}
+
+
+@dataclass
+class Outcome:
+    """What a run left behind, comparable across the two sides."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    parameters: dict[str, Tensor]
+    layers: list[tuple[int, ...]]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def build_model(tied: bool = False, layers: int = 6) -> nn.Module:
+    """A Llama whose parameters divide by neither 2 nor 3: biases of 37, norms of 26."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=101,
+        hidden_size=26,
+        intermediate_size=37,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=tied,
+        use_cache=False,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():  # zeros and ones would hide mistakes in biases and norms
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.02)
+    return model
+
+
+def micro_batches(case: Case, world_size: int) -> Iterator[list[Tensor]]:
+    """For each step, its micro-batches of all ranks: ``(world_size * MICRO_BATCH, SEQUENCE)`` each."""
+    draw = torch.Generator().manual_seed(123)
+    pool = [
+        torch.randint(0, 101, (world_size * MICRO_BATCH, SEQUENCE), generator=draw) for _ in range(case.accumulation)
+    ]
+    for _ in range(case.steps):
+        yield pool
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    matrices = [p for p in model.parameters() if (p.ds_shape if hasattr(p, "ds_shape") else p.shape)[1:]]
+    vectors = [p for p in model.parameters() if not (p.ds_shape if hasattr(p, "ds_shape") else p.shape)[1:]]
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+
+
+def units(model: nn.Module) -> dict[str, int | str]:
+    """Parameter name to its block or role, told from names alone: independent of lisa_ds.layers."""
+    result: dict[str, int | str] = {}
+    for name, _ in model.named_parameters():
+        if ".layers." in name:
+            result[name] = int(name.split(".layers.")[1].split(".")[0])
+        else:
+            result[name] = "embeddings" if "embed" in name else "lm_head" if "lm_head" in name else "rest"
+    return result
+
+
+def reference(case: Case, world_size: int, layers: list[tuple[int, ...]]) -> Outcome:
+    """The run in one process: plain torch, AdamW, fp32 master weights of 16-bit models kept only while sampled.
+
+    Args:
+        case: What to run.
+        world_size: Ranks whose micro-batches make up one step.
+        layers: Blocks trained in each interval.
+    """
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
+    model = build_model(case.tied).to(dtype)
+    model.train()
+    unit_of = units(model)
+    named = dict(model.named_parameters())
+    never = {role for role in ("embeddings", "lm_head", "rest") if case.lisa.get(role) == "never"}
+    decay = {name: 0.1 if p.dim() > 1 else 0.0 for name, p in named.items()}
+    scale = {name: case.lisa.get(f"{unit}_lr_scale", 1.0) for name, unit in unit_of.items()}
+    master: dict[str, Tensor] = {}
+    optimizers: dict[str, torch.optim.AdamW] = {}
+    losses, norms, visited = [], [], []
+    applied = 0
+    for step, micro in enumerate(micro_batches(case, world_size)):
+        sampled = layers[applied // case.interval_steps]
+        visited.append(sampled)
+        trained = [n for n, unit in unit_of.items() if unit not in never and (isinstance(unit, str) or unit in sampled)]
+        for name, parameter in named.items():
+            parameter.requires_grad_(name in trained)
+        for name in [n for n in master if n not in trained]:
+            del master[name], optimizers[name]
+        for name in trained:
+            if name not in master:
+                master[name] = named[name].detach().float().clone()
+                optimizers[name] = torch.optim.AdamW(
+                    [master[name]], lr=1e-3, eps=EPS, weight_decay=decay[name], foreach=False
+                )
+        accumulated = {name: torch.zeros_like(master[name]) for name in trained}
+        total = 0.0
+        for batch in micro:
+            mean = {name: torch.zeros_like(named[name]) for name in trained}
+            for rank in range(world_size):
+                rows = batch[rank * MICRO_BATCH : (rank + 1) * MICRO_BATCH]
+                loss = model(input_ids=rows, labels=rows).loss
+                total += loss.item() / world_size / case.accumulation
+                (loss / case.accumulation).backward()
+                for name in trained:
+                    mean[name] += named[name].grad / world_size  # in the model's dtype, as it travels
+                    named[name].grad = None
+            for name in trained:
+                accumulated[name] += mean[name].float()
+        losses.append(total)
+        if case.overflow_at == step:
+            norms.append(float("inf"))
+            continue
+        norm = torch.stack([g.norm() for g in accumulated.values()]).norm()
+        norms.append(norm.item())
+        lr = 1e-3 * (1.0 / (1 + applied) if case.scheduler else 1.0)
+        shrink = 1.0 / max(1.0, (norm.item() + 1e-6) / case.clip) if case.clip else 1.0
+        for name in trained:
+            master[name].grad = accumulated[name] * shrink
+            optimizers[name].param_groups[0]["lr"] = lr * scale[name]
+            optimizers[name].step()
+            with torch.no_grad():
+                named[name].copy_(master[name])
+        applied += 1
+    return Outcome(losses, norms, {n: p.detach().float() for n, p in named.items()}, visited)
+
+
+def deepspeed_config(case: Case, world_size: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 20_000 if case.prefetch else 0,
+    }
+    if case.small_buckets:
+        zero["reduce_bucket_size"] = 2_000
+    if case.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if case.offload_param:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": MICRO_BATCH,
+        "gradient_accumulation_steps": case.accumulation,
+        "gradient_clipping": case.clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "steps_per_print": None,
+    }
+    if case.dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    if case.dtype == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1, "min_loss_scale": 1}
+    return config

@@ -1,0 +1,204 @@
+"""Bodies that run on real ranks: the engine's side of each test, returned as plain data for the parent to judge."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.comm import coalesced_collectives
+from torch import Tensor
+
+import lisa_ds
+from tests import trajectory
+from tests.trajectory import MICRO_BATCH, Case, Outcome
+
+
+def build_engine(case: Case, *, seed_offset: int = 0) -> Any:
+    """A fresh LISA engine for ``case``."""
+    world_size = dist.get_world_size()
+    config = trajectory.deepspeed_config(case, world_size)
+    with deepspeed.zero.Init(config_dict_or_path=config) if case.zero_init else contextlib.nullcontext():
+        model = trajectory.build_model(case.tied)
+    if case.zero_init:
+        _load_seeded_weights(model, case)
+    model.train()
+    if case.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
+    optimizer = torch.optim.AdamW(trajectory.parameter_groups(model), lr=1e-3, eps=trajectory.EPS)
+    engine, *_ = lisa_ds.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=trajectory.make_scheduler if case.scheduler else None,
+        config=config,
+        lisa_config=case.lisa_config,
+    )
+    return engine
+
+
+def _load_seeded_weights(model: Any, case: Case) -> None:
+    """zero.Init scatters random numbers in its own order: give it the weights the reference starts from."""
+    if not hasattr(_load_seeded_weights, "weights"):
+        raise AssertionError("call seed_weights() before any zero.Init")
+    weights = _load_seeded_weights.weights[case.tied]  # type: ignore[attr-defined]
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.data.copy_(weights[name])
+
+
+def seed_weights() -> None:
+    _load_seeded_weights.weights = {  # type: ignore[attr-defined]
+        tied: {n: p.detach().clone() for n, p in trajectory.build_model(tied).named_parameters()}
+        for tied in (False, True)
+    }
+
+
+def full_parameters(engine: Any) -> dict[str, Tensor]:
+    """Every parameter, gathered, fp32."""
+    result = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            result[name] = parameter.detach().float().clone()
+    return result
+
+
+@contextlib.contextmanager
+def counted_reduce_scatter() -> Iterator[list[int]]:
+    """Counts the bytes that enter reduce-scatter on this rank."""
+    stock, count = coalesced_collectives.dist.reduce_scatter_fn, [0]
+
+    def counting(output: Tensor, source: Tensor, *args: Any, **kwargs: Any) -> Any:
+        count[0] += source.numel() * source.element_size()
+        return stock(output, source, *args, **kwargs)
+
+    coalesced_collectives.dist.reduce_scatter_fn = counting
+    try:
+        yield count
+    finally:
+        coalesced_collectives.dist.reduce_scatter_fn = stock
+
+
+def train(engine: Any, case: Case, *, on_step: Callable[[int], None] = lambda step: None) -> Outcome:
+    """Run ``case`` on this rank; losses are means over ranks."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    losses, norms, layers = [], [], []
+    for step, micro in enumerate(trajectory.micro_batches(case, world_size)):
+        layers.append(engine.sampled_layers)
+        total = 0.0
+        for batch in micro:
+            rows = batch[rank * MICRO_BATCH : (rank + 1) * MICRO_BATCH]
+            loss = engine(input_ids=rows, labels=rows).loss
+            total += loss.item() / case.accumulation
+            engine.backward(loss * float("inf") if case.overflow_at == step else loss)
+            if batch is micro[-1]:
+                on_step(step)
+            engine.step()
+        mean = torch.tensor([total])
+        dist.all_reduce(mean)
+        losses.append(mean.item() / world_size)
+        norms.append(float(engine.get_global_grad_norm()))
+    return Outcome(losses, norms, full_parameters(engine), layers)
+
+
+def run_case(case: Case) -> Outcome:
+    """One trajectory, with the counters that its tests read in ``extra``."""
+    if case.dtype == "fp16":
+        accelerator = type(deepspeed.accelerator.get_accelerator())
+        accelerator.is_fp16_supported = lambda self: True
+    engine = build_engine(case)
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    invalidations, in_flight = [0], [0]
+    stock_invalidate, stock_fetch = coordinator._invalidate_trace, coordinator.fetch_sub_module
+
+    def invalidate() -> Any:
+        invalidations[0] += 1
+        return stock_invalidate()
+
+    def fetch(*args: Any, **kwargs: Any) -> Any:
+        result = stock_fetch(*args, **kwargs)
+        in_flight[0] = max(in_flight[0], len(engine.module.ds_inflight_param_registry))
+        return result
+
+    coordinator._invalidate_trace, coordinator.fetch_sub_module = invalidate, fetch
+    reports, frozen_moved, calls_below, calls_at_lowest = [], [], [], []
+    frozen: dict[str, Tensor] = {}
+    calls = [0] * len(engine._stack.layers)
+    handles = [
+        block.register_forward_hook(lambda module, args, output, i=i: calls.__setitem__(i, calls[i] + 1))
+        for i, block in enumerate(engine._stack.layers)
+    ]
+    if case.drop_update_at is not None:
+        stock_step = engine.optimizer._optimizer_step
+
+        def step_but_one(sub_group: int) -> None:
+            if not (engine._step_in_lisa == case.drop_update_at and sub_group == 0):
+                stock_step(sub_group)
+
+        engine.optimizer._optimizer_step = step_but_one
+
+    bytes_at_start = [0]
+
+    def on_step(step: int) -> None:
+        applied = engine._step_in_lisa
+        parameters = dict(engine.module.named_parameters())
+        if applied % case.interval_steps == 0:
+            frozen.clear()
+            frozen.update({n: p.ds_tensor.clone() for n, p in parameters.items() if not p.requires_grad})
+        for name, before in frozen.items():
+            if not torch.equal(parameters[name].ds_tensor, before):
+                frozen_moved.append((step, name))
+        lowest = min(engine.sampled_layers, default=0)
+        calls_below.append(calls[:lowest])
+        calls_at_lowest.append(calls[lowest])
+        calls[:] = [0] * len(calls)
+        reports.append(
+            {
+                "layers": engine.sampled_layers,
+                "report": engine.memory_report(),
+                "reduced": count[0] - bytes_at_start[0],
+                "gradients_none": all(p.grad is None for p in parameters.values()),
+            }
+        )
+        bytes_at_start[0] = count[0]
+
+    with counted_reduce_scatter() as count:
+        outcome = train(engine, case, on_step=on_step)
+    for handle in handles:
+        handle.remove()
+    outcome.extra = {
+        "history": engine.layer_history,
+        "interval": engine.interval,
+        "applied": engine._step_in_lisa,
+        "skipped": engine.skipped_steps,
+        "invalidations": invalidations[0],
+        "in_flight": in_flight[0],
+        "trace_complete": coordinator.is_complete_trace(),
+        "reports": reports,
+        "frozen_moved": frozen_moved,
+        "calls_below": calls_below,
+        "calls_at_lowest": calls_at_lowest,
+        "accumulation_dtype": str(engine.optimizer.gradient_accumulation_dtype),
+        "hooks": len(engine.optimizer._grad_acc_hooks),
+    }
+    engine.destroy()
+    del engine
+    gc.collect()
+    return outcome
+
+
+def run_cases(cases: list[Case]) -> dict[str, Outcome]:
+    """All ``cases``, one after another on the same ranks."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    seed_weights()
+    return {case.name: run_case(case) for case in cases}
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
