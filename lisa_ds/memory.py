@@ -1,0 +1,152 @@
+"""Bytes of model state on one rank, from the model's shape alone: exact, and without torch.
+
+ZeRO-3 cuts every parameter into ``world_size`` partitions of ``ceil(numel / world_size)`` elements, and LISA keeps
+gradients, master copy and moments for the sampled ones only. What is counted is what ``engine.memory_report()``
+counts on the live tensors once each sampled layer has taken a step. Activations are not model state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lisa_ds.config import LisaConfig
+
+KINDS = ("weights", "gradients", "master", "exp_avg", "exp_avg_sq", "parked_host", "parked_nvme", "buckets")
+"""The keys of every table of bytes, here and in ``engine.memory_report()``."""
+
+ROLES = ("embeddings", "lm_head", "rest")
+_FP32 = 4  # master copy and moments, whatever the weights are
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """How many elements each parameter of a model has, by what it belongs to."""
+
+    layers: tuple[tuple[int, ...], ...]
+    embeddings: tuple[int, ...] = ()
+    lm_head: tuple[int, ...] = ()  # empty if it is tied: the weight is counted once, with the embeddings
+    rest: tuple[int, ...] = ()
+    tied: bool = False
+    frozen: tuple[int, ...] = ()  # parameters that never train whatever the policies say; in no other field
+
+    @classmethod
+    def from_numels(cls, numels: Mapping[int | str, Sequence[int]], *, tied: bool = False) -> ModelShape:
+        """The shape of what :meth:`lisa_ds.LayerStack.numels` returns."""
+        layers = sorted(unit for unit in numels if isinstance(unit, int))
+        roles = {role: tuple(numels.get(role, ())) for role in ROLES}
+        return cls(layers=tuple(tuple(numels[layer]) for layer in layers), tied=tied, **roles)
+
+    def trained(self, sampled: Iterable[int], config: LisaConfig) -> list[int]:
+        """Elements of each parameter that trains while ``sampled`` is drawn."""
+        units = [self.layers[layer] for layer in sampled]
+        units += [getattr(self, role) for role in ROLES if getattr(config, role) == "always"]
+        return [numel for unit in units for numel in unit]
+
+    def all(self) -> list[int]:
+        """Elements of every parameter."""
+        units = (*self.layers, self.embeddings, self.lm_head, self.rest, self.frozen)
+        return [numel for unit in units for numel in unit]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What an element of each kind takes, and what the engine adds to it."""
+
+    weight_bytes: int = 2
+    """2 for bf16 and fp16 weights, 4 for fp32."""
+
+    gradient_bytes: int = 2
+    """2 or 4, by DeepSpeed's ``data_types.grad_accum_dtype``; lisa_ds takes fp32 when it accumulates."""
+
+    bucket_bytes: int = 0
+    """The reduce bucket: ``reduce_bucket_size`` times the bytes of the type that is communicated."""
+
+    offload_optimizer: bool = False
+    """Whether state is kept on the host, where every sampled partition has an fp32 gradient as well."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of model state on one rank before a run is started, each a table by :data:`KINDS`."""
+
+    typical: dict[str, int]
+    """The mean over draws."""
+
+    most: dict[str, int]
+    """With the largest layers drawn (``bernoulli``: all of them)."""
+
+    full: dict[str, int]
+    """The same model with every parameter trained all the time."""
+
+
+def state_bytes(
+    shape: ModelShape,
+    *,
+    sampled: Collection[int],
+    world_size: int,
+    config: LisaConfig | None = None,
+    precision: Precision | None = None,
+) -> dict[str, int]:
+    """Bytes on one rank while the layers ``sampled`` train.
+
+    Args:
+        shape: The model.
+        sampled: Indices of the layers that are drawn.
+        world_size: Ranks that share the state.
+        config: The policies of embeddings, head and rest; by default all of them always train.
+        precision: Bytes of an element; by default a 16-bit model that does not accumulate gradients.
+
+    Example:
+        >>> shape = ModelShape(layers=((10, 7), (10, 7)), embeddings=(9,))
+        >>> state_bytes(shape, sampled=[1], world_size=2)["exp_avg"]  # ceil(10/2) + ceil(7/2) + ceil(9/2) elements
+        56
+    """
+    trained = _partitioned(shape.trained(sampled, config or LisaConfig()), world_size)
+    return _table(trained, _partitioned(shape.all(), world_size), precision or Precision())
+
+
+def full_state_bytes(shape: ModelShape, *, world_size: int, precision: Precision | None = None) -> dict[str, int]:
+    """Bytes on one rank when every parameter trains all the time, as in full fine-tuning under ZeRO-3."""
+    return state_bytes(shape, sampled=range(len(shape.layers)), world_size=world_size, precision=precision)
+
+
+def plan(
+    shape: ModelShape, config: LisaConfig | None = None, *, world_size: int, precision: Precision | None = None
+) -> Plan:
+    """Bytes on one rank over a whole run, from its config alone.
+
+    Raises:
+        ConfigError: The config samples more layers than the model has, or none.
+    """
+    config, precision = config or LisaConfig(), precision or Precision()
+    count = config.num_sampled(len(shape.layers))
+    layers = [_partitioned(layer, world_size) for layer in shape.layers]
+    always = _partitioned(shape.trained([], config), world_size)
+    weights = _partitioned(shape.all(), world_size)
+    if config.sampler.layers:
+        typical = most = sum(layers[layer] for layer in config.sampler.layers)
+    else:
+        typical = round(sum(layers) * count / len(layers))  # every sampler draws each layer equally often
+        most = sum(layers if config.sampler.name == "bernoulli" else sorted(layers)[-count:])
+    return Plan(
+        typical=_table(always + typical, weights, precision),
+        most=_table(always + most, weights, precision),
+        full=full_state_bytes(shape, world_size=world_size, precision=precision),
+    )
+
+
+def _partitioned(numels: Iterable[int], world_size: int) -> int:
+    return sum(-(-numel // world_size) for numel in numels)
+
+
+def _table(trained: int, weights: int, precision: Precision) -> dict[str, int]:
+    host_gradients = _FP32 * trained if precision.offload_optimizer else 0
+    return dict.fromkeys(KINDS, 0) | {
+        "weights": precision.weight_bytes * weights,
+        "gradients": precision.gradient_bytes * trained + host_gradients,
+        "master": _FP32 * trained,
+        "exp_avg": _FP32 * trained,
+        "exp_avg_sq": _FP32 * trained,
+        "buckets": precision.bucket_bytes,
+    }

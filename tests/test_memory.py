@@ -1,0 +1,79 @@
+"""Bytes of model state, against the formula written out by hand; the engine's tests hold it to live tensors."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import pytest
+
+from lisa_ds.config import LisaConfig
+from lisa_ds.errors import ConfigError
+from lisa_ds.memory import KINDS, ModelShape, Precision, full_state_bytes, plan, state_bytes
+
+# Odd sizes on purpose: only parameter by parameter does rounding up come out right.
+NUMELS: dict[int | str, tuple[int, ...]] = {
+    0: (11, 7),
+    1: (13, 5),
+    2: (17, 3),
+    "embeddings": (101,),
+    "lm_head": (103,),
+    "rest": (9,),
+}
+SHAPE = ModelShape.from_numels(NUMELS)
+
+
+def shards(world_size: int, *units: int | str) -> int:
+    return sum(ceil(numel / world_size) for unit in units for numel in NUMELS[unit])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("sampled", [(), (1,), (0, 2)])
+@pytest.mark.parametrize("never", [(), ("embeddings",), ("embeddings", "lm_head", "rest")])
+def test_bytes_are_those_of_the_sampled_partitions(
+    world_size: int, sampled: tuple[int, ...], never: tuple[str, ...]
+) -> None:
+    config = LisaConfig.load(dict.fromkeys(never, "never"))
+    trained = shards(world_size, *sampled, *(role for role in ("embeddings", "lm_head", "rest") if role not in never))
+    report = state_bytes(SHAPE, sampled=sampled, world_size=world_size, config=config)
+    assert tuple(report) == KINDS
+    assert report == dict.fromkeys(KINDS, 0) | {
+        "weights": 2 * shards(world_size, *NUMELS),
+        "gradients": 2 * trained,
+        **dict.fromkeys(("master", "exp_avg", "exp_avg_sq"), 4 * trained),
+    }
+
+
+def test_precision_offload_and_bucket_are_counted() -> None:
+    precision = Precision(weight_bytes=4, gradient_bytes=4, bucket_bytes=1000, offload_optimizer=True)
+    report = state_bytes(SHAPE, sampled=[2], world_size=2, precision=precision)
+    trained = shards(2, 2, "embeddings", "lm_head", "rest")
+    assert report["weights"] == 4 * shards(2, *NUMELS)
+    assert (report["gradients"], report["master"], report["buckets"]) == (8 * trained, 4 * trained, 1000)
+
+
+def test_frozen_and_tied_weights_are_counted_once_as_weights() -> None:
+    shape = ModelShape(layers=((8,),), embeddings=(100,), tied=True, frozen=(50,))
+    report = full_state_bytes(shape, world_size=2)
+    assert (report["weights"], report["exp_avg"]) == (2 * (4 + 50 + 25), 4 * (4 + 50))
+
+
+@pytest.mark.parametrize(
+    ("fields", "typical", "most"),
+    [
+        ({"num_sampled_layers": 1}, 18 + 18 + 20, 20),
+        ({"num_sampled_layers": 3}, 3 * (18 + 18 + 20), 18 + 18 + 20),
+        ({"num_sampled_layers": 1, "sampler": "bernoulli"}, 18 + 18 + 20, 18 + 18 + 20),
+        ({"sampler": {"name": "fixed", "layers": [0]}}, 3 * 18, 18),
+    ],
+)
+def test_a_plan_tells_the_typical_and_the_worst_draw(fields: dict[str, object], typical: int, most: int) -> None:
+    planned = plan(SHAPE, LisaConfig.load(fields), world_size=1)
+    always = shards(1, "embeddings", "lm_head", "rest")
+    assert planned.typical["master"] == 4 * (always + round(typical / 3))
+    assert planned.most["master"] == 4 * (always + most)
+    assert planned.full == full_state_bytes(SHAPE, world_size=1)
+
+
+def test_a_plan_refuses_more_layers_than_there_are() -> None:
+    with pytest.raises(ConfigError, match="the model has 3 layers, got 4"):
+        plan(SHAPE, LisaConfig(num_sampled_layers=4), world_size=1)
