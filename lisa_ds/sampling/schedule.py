@@ -1,0 +1,100 @@
+"""Which blocks train in which interval: a pure function of the seed and the interval's index.
+
+Ranks therefore agree without talking, a resumed run needs nothing but its step, and the next draw is known early.
+Of :mod:`random`, Python promises only that ``random()`` repeats itself for a seed, so nothing else of it is used.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+
+def draw(
+    sampler: str,
+    *,
+    seed: int,
+    interval: int,
+    num_layers: int,
+    num_sampled: int,
+    layers: Sequence[int] | None = None,
+) -> tuple[int, ...]:
+    """Return the blocks that train in one interval, ascending.
+
+    Args:
+        sampler: ``uniform``, ``cyclic``, ``bernoulli`` or ``fixed``.
+        seed: Any integer; equal on every rank.
+        interval: Index of the interval, from 0.
+        num_layers: Number of blocks to choose from.
+        num_sampled: Blocks in a draw; for ``bernoulli`` their expected number. At most ``num_layers``.
+        layers: The blocks that ``fixed`` returns; without them ``fixed`` keeps one uniform draw for ever.
+
+    Raises:
+        ValueError: The sampler does not exist, or a number is out of range.
+
+    Example:
+        >>> draw("uniform", seed=0, interval=0, num_layers=32, num_sampled=2)
+        (14, 20)
+    """
+    if interval < 0 or not 0 < num_sampled <= num_layers:
+        raise ValueError(f"draw: interval={interval}, num_sampled={num_sampled} of num_layers={num_layers}")
+    if sampler == "uniform":
+        return _uniform(f"uniform/{seed}/{interval}", num_layers, num_sampled)
+    if sampler == "bernoulli":
+        return _bernoulli(f"bernoulli/{seed}/{interval}", num_layers, num_sampled)
+    if sampler == "cyclic":
+        return _cyclic(seed, interval, num_layers, num_sampled)
+    if sampler == "fixed":
+        return tuple(sorted(layers)) if layers is not None else _uniform(f"fixed/{seed}", num_layers, num_sampled)
+    raise ValueError(f"draw: no sampler named {sampler!r}")
+
+
+def _uniform(seed: str, num_layers: int, num_sampled: int) -> tuple[int, ...]:
+    """Draw a set of fixed size; every set of that size is equally likely."""
+    return tuple(sorted(_shuffled(random.Random(seed), range(num_layers), num_sampled)))
+
+
+def _bernoulli(seed: str, num_layers: int, num_sampled: int) -> tuple[int, ...]:
+    """Draw every block on its own with probability ``num_sampled / num_layers``; the set may be empty.
+
+    This is Algorithm 1 of the LISA paper to the letter: the *expected* size of the set is ``num_sampled``.
+    """
+    stream = random.Random(seed)
+    return tuple(layer for layer in range(num_layers) if stream.random() * num_layers < num_sampled)
+
+
+def _cyclic(seed: int, interval: int, num_layers: int, num_sampled: int) -> tuple[int, ...]:
+    """Deal the blocks like cards, reshuffling when the pack is used up: a cycle deals every block exactly once.
+
+    Where the pack runs out inside a draw, the draw is completed from the next one, which is shuffled such that
+    the completed draw has no block twice. Cycles thus depend on the one before, but only until a pack and a draw end
+    together: every ``lcm(num_layers, num_sampled)`` cards. From there the deal is replayed, so that its cost does
+    not grow with ``interval``.
+    """
+    common = math.gcd(num_layers, num_sampled)
+    round_, draw_in_round = divmod(interval, num_layers // common)
+    stream = random.Random(f"cyclic/{seed}/{round_}")
+    begin = draw_in_round * num_sampled
+    end = begin + num_sampled
+    dealt: list[int] = []  # the cards of the present round
+    while len(dealt) < end:
+        cut = len(dealt) // num_sampled * num_sampled
+        begun = set(dealt[cut:])  # the draw that the last pack could not complete
+        completion = _shuffled(
+            stream,
+            [layer for layer in range(num_layers) if layer not in begun],
+            num_sampled - len(begun) if begun else 0,
+        )
+        others = set(range(num_layers)).difference(completion)
+        dealt += completion + _shuffled(stream, sorted(others), len(others))
+    return tuple(sorted(dealt[begin:end]))
+
+
+def _shuffled(stream: random.Random, items: Sequence[int], count: int) -> list[int]:
+    """Return ``count`` different ``items`` in random order (Fisher-Yates)."""
+    pool = list(items)
+    for place in range(count):
+        other = place + int(stream.random() * (len(pool) - place))
+        pool[place], pool[other] = pool[other], pool[place]
+    return pool[:count]
