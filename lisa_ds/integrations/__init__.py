@@ -1,0 +1,1 @@
+"""Adapters for training libraries that build the DeepSpeed engine themselves."""

@@ -1,0 +1,196 @@
+"""LISA inside a Hugging Face ``Trainer``, and so inside TRL's trainers, which are subclasses of it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from lisa_ds.config import LisaConfig
+from lisa_ds.engines.zero3 import LisaEngine, armed
+from lisa_ds.engines.zero3.live import memory_report
+from lisa_ds.errors import EngineError
+from lisa_ds.memory import Precision
+
+STATE_KINDS = ("gradients", "master", "exp_avg", "exp_avg_sq")
+"""The kinds of ``engine.memory_report()`` that LISA keeps for the sampled layers only."""
+
+
+def attach(trainer: Any, lisa_config: LisaConfig | Mapping[str, Any] | str | Path | None = None) -> None:
+    """Make ``trainer.train()`` train by LISA.
+
+    Only the engine of ``trainer.model`` is affected: every other DeepSpeed engine of the process, such as the one of a
+    reference model, stays stock. Checkpoints and ``resume_from_checkpoint`` work as without LISA, exactly. Each log
+    entry of the trainer carries ``lisa/interval`` and ``lisa/state_mb`` (gradients and optimizer state alive on a rank),
+    and rank 0 prints a line for each new draw.
+
+    Args:
+        trainer: A ``transformers.Trainer`` or subclass that runs under DeepSpeed ZeRO-3 and has not trained yet.
+        lisa_config: The LISA section: a :class:`~lisa_ds.LisaConfig`, its keys, or a YAML or JSON file.
+
+    Raises:
+        ConfigError: The LISA section is wrong.
+        EngineError: The trainer does not run under ZeRO-3, or it is attached or trained already. Nothing has changed.
+
+    Example::
+
+        trainer = SFTTrainer(model, args=SFTConfig(..., deepspeed="configs/ds_zero3.json"), train_dataset=rows)
+        lisa_ds.attach(trainer, {"num_sampled_layers": 2, "interval_steps": 20})
+        trainer.train()
+    """
+    config = LisaConfig.load(lisa_config)
+    _check(trainer)
+    steps_per_epoch = _StepsPerEpoch(trainer)
+    train: Callable[..., Any] = trainer.train
+
+    @functools.wraps(train)
+    def train_by_lisa(*args: Any, **kwargs: Any) -> Any:
+        # Trainer builds its engine inside train(), before it calls on_train_begin: a callback alone would come too late.
+        with armed(lambda model: model is trainer.model, config, lambda engine: steps_per_epoch.count()):
+            return train(*args, **kwargs)
+
+    trainer.train = train_by_lisa
+    # First of all callbacks, so that the trackers behind it see what it adds to the logs.
+    trainer.callback_handler.callbacks.insert(0, LisaCallback(trainer, each_step=config.interval_steps == 1))
+
+
+def join_process_group() -> None:
+    """Tell DeepSpeed of the process group that ``TrainingArguments`` has started.
+
+    On a GPU transformers starts it through DeepSpeed. On CPU it does not, and a model that is then built partitioned would
+    believe itself alone.
+    """
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def live_state(trainer: Any) -> dict[str, int]:
+    """Bytes of model state alive on this rank by kind, as ``engine.memory_report()`` has them; for stock ZeRO-3 as well."""
+    return memory_report(trainer.deepspeed.optimizer, trainer.deepspeed.module.parameters())
+
+
+def precision(trainer: Any) -> Precision:
+    """Bytes of an element of each kind in ``trainer``'s engine, to plan with what it really uses."""
+    engine = trainer.deepspeed
+    weight, gradient = engine.get_data_types()
+    return Precision(
+        weight_bytes=weight.itemsize,
+        gradient_bytes=gradient.itemsize,
+        offload_optimizer=bool(engine.zero_offload_optimizer() and engine.zero_use_cpu_optimizer()),
+    )
+
+
+class LisaCallback(TrainerCallback):
+    """Checks that LISA is at work, and tells which layers it trains; :func:`attach` adds it.
+
+    Args:
+        trainer: The trainer it reports on.
+        each_step: Whether an interval is over after one step.
+    """
+
+    def __init__(self, trainer: Any, *, each_step: bool) -> None:
+        self._trainer = trainer
+        self._each_step = each_step
+        self._interval = -1
+        self._is_new = False
+        self._told = -1
+        self.memory: dict[str, int] = {}
+        """``engine.memory_report()`` of the interval told last, when its moments were alive."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse to train by something else than what was asked for."""
+        engine = self._trainer.deepspeed
+        if not isinstance(engine, LisaEngine):
+            raise EngineError(
+                f"attach: the trainer built a {type(engine).__name__} and would train without LISA; attach to the trainer "
+                "whose train() is called, and wrap or compile no model beforehand"
+            )
+        self._interval = engine.interval
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell of a new draw."""
+        engine = self._trainer.deepspeed
+        self._is_new, self._interval = engine.interval != self._interval, engine.interval
+        # One step after the switch, when the moments of the new layers are there to be counted.
+        if self._told != self._interval and (self._each_step or not self._is_new):
+            self._tell(engine, state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Add LISA's scalars to the entries of training steps."""
+        if "loss" not in logs or not self.memory:
+            return
+        scalars = {"lisa/interval": self._interval, "lisa/state_mb": round(self.state_bytes / 1e6, 3)}
+        logs.update(scalars)
+        state.log_history[-1].update(scalars)  # Trainer has copied the entry already
+
+    @property
+    def trained(self) -> list[tuple[int, ...]]:
+        """The sets of layers that have taken a step, in order: without a draw made after the last one."""
+        history: list[tuple[int, ...]] = self._trainer.deepspeed.layer_history
+        return history[:-1] if self._is_new else history
+
+    @property
+    def state_bytes(self) -> int:
+        """Gradients and optimizer state alive on this rank in the interval told last."""
+        return sum(self.memory[kind] for kind in STATE_KINDS)
+
+    def _tell(self, engine: LisaEngine, state: Any) -> None:
+        self._told = engine.interval
+        self.memory = engine.memory_report()
+        if state.is_world_process_zero:
+            tqdm.write(
+                f"step {state.global_step}: interval {engine.interval} trains layers {list(engine.sampled_layers)}; "
+                f"{self.state_bytes / 1e6:.1f} MB of gradients and optimizer state live on a rank"
+            )
+
+
+class _StepsPerEpoch:
+    """Optimizer steps in an epoch, from the data loader that the trainer itself builds just before its engine."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._loader: Any = None
+        build: Callable[..., Any] = trainer.get_train_dataloader
+
+        @functools.wraps(build)
+        def remembering(*args: Any, **kwargs: Any) -> Any:
+            self._loader = build(*args, **kwargs)
+            return self._loader
+
+        trainer.get_train_dataloader = remembering
+
+    def count(self) -> int | None:
+        try:
+            batches = len(self._loader)
+        except TypeError:  # a stream
+            return None
+        return math.ceil(batches / self._trainer.args.gradient_accumulation_steps)
+
+
+def _check(trainer: Any) -> None:
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is None:
+        raise EngineError(
+            "attach: the trainer does not run under DeepSpeed; give its arguments a ZeRO-3 config, as in "
+            'TrainingArguments(..., deepspeed="configs/ds_zero3.json")'
+        )
+    stage = plugin.hf_ds_config.get_value("zero_optimization.stage")
+    if stage != 3:
+        raise EngineError(
+            f"attach: LISA shards its state under ZeRO-3, but the trainer's DeepSpeed config has zero_optimization.stage "
+            f"{stage}; set it to 3"
+        )
+    if any(isinstance(callback, LisaCallback) for callback in trainer.callback_handler.callbacks):
+        raise EngineError(
+            "attach: this trainer is attached already; build a new one to train it by another LISA config"
+        )
+    if trainer.deepspeed is not None:
+        raise EngineError(
+            "attach: the trainer has built its engine already; attach before train() and evaluate() "
+            "(TrainingArguments(eval_on_start=True) evaluates before the first step)"
+        )

@@ -1,0 +1,118 @@
+"""The trainer of ``launch/train.py``: stock, but for logits that exist only where there are labels.
+
+The head's matrix product and the softmax over the vocabulary are a large part of a small model's step, and in instruction
+data most positions are prompt or padding, whose logits nobody reads. Here the head sees the hidden states of the labelled
+positions alone. Loss and gradients are those of the stock trainer, computed by transformers' own loss function.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+IGNORED = -100
+
+
+class LabelLogitsTrainer(Trainer):
+    """A ``Trainer`` for causal language models that computes logits of labelled positions only.
+
+    Models without a plain output head, and label smoothing, take the stock way. ``labelled_only`` tells which it is.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        head = _plain_head(self.model)
+        self.labelled_only = (
+            head is not None
+            and self.label_smoother is None
+            and kwargs.get("compute_loss_func") is None
+            and not self.args.use_liger_kernel  # it brings a fused head and loss
+        )
+        self.tokens: Tensor | int = 0
+        """Tokens this rank has trained on, padding not counted."""
+        self._kept: Tensor | None = None
+        if head is not None and self.labelled_only:
+            head.register_forward_pre_hook(self._keep_labelled)
+            # With a loss function of its own, Trainer withholds the labels from the model and keeps its own scaling.
+            self.compute_loss_func = _labelled_loss
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """See ``Trainer.training_step``; counts tokens."""
+        mask = inputs.get("attention_mask")
+        self.tokens = self.tokens + (inputs["input_ids"].numel() if mask is None else mask.sum())
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """See ``Trainer.compute_loss``."""
+        if self.labelled_only and "labels" in inputs:
+            self._kept = labelled_positions(inputs["labels"])
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self._kept = None
+
+    def _keep_labelled(self, head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._kept is None:  # generation, or a caller of the bare model
+            return None
+        hidden, *others = inputs
+        return (hidden[self._kept], *others)
+
+
+class Clock(TrainerCallback):
+    """Adds up the time of the training steps; evaluations and checkpoints are not in it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._start = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop; the trainer has read the loss by now, so a GPU has caught up."""
+        self.seconds += time.perf_counter() - self._start
+
+
+def labelled_positions(labels: Tensor) -> Tensor:
+    """Where a logit is needed: ``(B, T)`` labels to a ``(B, T)`` mask, true at the position before each label.
+
+    A batch without any label keeps one position, so that every rank runs head and backward alike.
+    """
+    kept = _shifted(labels) != IGNORED
+    kept[0, 0] |= ~kept.any()
+    return kept
+
+
+def _labelled_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    kept = labelled_positions(labels)
+    loss: Tensor = ForCausalLMLoss(
+        logits=logits,
+        labels=None,
+        vocab_size=logits.shape[-1],
+        num_items_in_batch=num_items_in_batch,
+        shift_labels=_shifted(labels)[kept],
+    )
+    return loss
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def _plain_head(model: Any) -> nn.Module | None:
+    """The module whose output is the logits, if nothing but element-wise functions comes between it and the loss."""
+    config = getattr(model, "config", None)
+    if getattr(model, "loss_function", None) is not ForCausalLMLoss or getattr(config, "is_encoder_decoder", False):
+        return None
+    if getattr(config, "output_router_logits", False):  # the model adds a loss of its own where it is given labels
+        return None
+    head = model.get_output_embeddings()
+    return head if isinstance(head, nn.Linear) else None

@@ -1,0 +1,250 @@
+"""From the ``training`` and ``deepspeed`` sections to transformers' own arguments, with every mistake told beforehand."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, create_model
+from pydantic_core import PydanticCustomError
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from lisa_ds.config import RunConfig, check_contradictions
+from lisa_ds.config.base import Origin, Section, mistake, validate
+from lisa_ds.errors import ConfigError
+
+EARLY_STOPPING = {
+    "early_stopping_patience": (int, "Evaluations without a better eval_loss after which training stops."),
+    "early_stopping_threshold": (float, "How much better it has to be."),
+}
+"""Keys of ``training`` that are ours: transformers has them in a callback only."""
+
+# Whatever these would do, something else here does it.
+_ELSEWHERE = {
+    "deepspeed": "DeepSpeed's config has a section of its own, deepspeed",
+    "resume_from_checkpoint": "resuming is asked for on the command line, --resume auto or --resume PATH",
+    "fsdp": "LISA shards its state under DeepSpeed ZeRO-3",
+    "fsdp_config": "LISA shards its state under DeepSpeed ZeRO-3",
+    "auto_find_batch_size": "it does not go with ZeRO-3",
+    "local_rank": "the launcher sets it",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "it has no effect: a run evaluates, trains, and evaluates"),
+}
+_AT_LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("save_total_limit", "early_stopping_patience"), 1),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps"), 0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "early_stopping_threshold"), 0),
+}
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys and values"}
+
+
+def check(config: RunConfig) -> dict[str, Any]:
+    """The ``training`` section, held against transformers' own class; nothing has been loaded or written yet.
+
+    Raises:
+        ConfigError: Every mistake in ``training``, and every contradiction with ``deepspeed``, one a line.
+    """
+    origin = dataclasses.replace(config._origin, prefix="training")
+    given = validate(_section(), config.training, origin).model_dump(exclude_unset=True)
+    given = _under_present_names(given, origin)
+    for key in EARLY_STOPPING:
+        if key in given and not holds_out(config):
+            raise ConfigError(
+                f"{origin.where(key)}: needs held-out data; set data.eval_fraction, eval_split or eval_path"
+            )
+        if key in given and given.get("eval_strategy") == "no":
+            raise ConfigError(f"{origin.where(key)}: needs evaluations on the way, but training.eval_strategy is 'no'")
+    source = config.where("deepspeed")
+    if isinstance(config.deepspeed, str):
+        source = config.deepspeed
+    # Defaults count, too: a DeepSpeed config that clips at 0.5 contradicts transformers' default of 1.
+    defaults = {
+        f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.default is not dataclasses.MISSING
+    }
+    check_contradictions(
+        {**defaults, **given},
+        config.deepspeed_config(),
+        training_source=config.where("training"),
+        deepspeed_source=source,
+    )
+    return given
+
+
+def holds_out(config: RunConfig) -> bool:
+    """Whether a run has held-out data."""
+    return bool(config.data.eval_fraction or config.data.eval_split or config.data.eval_path)
+
+
+def build(config: RunConfig, given: Mapping[str, Any], *, resumed: bool) -> TrainingArguments:
+    """Transformers' arguments for a run. Building them starts the process group, and has models load partitioned.
+
+    Args:
+        config: The run.
+        given: Its ``training`` section, from :func:`check`.
+        resumed: Whether it continues a checkpoint.
+
+    Raises:
+        ConfigError: Transformers refuses a combination of values.
+    """
+    on_cpu = not torch.cuda.is_available()
+    arguments: dict[str, Any] = {
+        "output_dir": str(output_dir(config)),
+        "report_to": "none",
+        "logging_steps": 10,
+        "log_level_replica": "error",
+        "eval_on_start": holds_out(config),
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+        **_early_stopping(given),
+        **{key: value for key, value in given.items() if key not in EARLY_STOPPING},
+    }
+    if resumed:
+        arguments["eval_on_start"] = False  # the loss before training was measured by the run that began it
+    try:
+        return TrainingArguments(**arguments, deepspeed=deepspeed_config(config))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"{config.where('training')}: {' '.join(str(error).split())}") from error
+
+
+def output_dir(config: RunConfig) -> Path:
+    """Where a run writes: ``training.output_dir``, or ``runs/`` and the name of its config file."""
+    given = config.training.get("output_dir")
+    return Path(given).expanduser() if given else Path("runs") / (Path(config.source).stem or "run")
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """The run's DeepSpeed config, or a plain ZeRO-3 one that takes every value it can from ``training``.
+
+    Raises:
+        ConfigError: It asks for something that a run cannot do.
+    """
+    if config.deepspeed is None:
+        auto = "auto"
+        zero: dict[str, Any] = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+        if config.method == "full":
+            zero["reduce_bucket_size"] = auto  # DeepSpeed's 5e8 elements; LISA's engine has a default of its own
+        return {
+            "train_micro_batch_size_per_gpu": auto,
+            "gradient_accumulation_steps": auto,
+            "train_batch_size": auto,
+            "gradient_clipping": auto,
+            "bf16": {"enabled": auto},
+            "fp16": {"enabled": auto},
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": zero,
+        }
+    fields = copy.deepcopy(config.deepspeed_config())
+    source = config.deepspeed if isinstance(config.deepspeed, str) else config.where("deepspeed")
+    zero = fields.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage") != 3:
+        stage = zero.get("stage") if isinstance(zero, dict) else zero
+        raise ConfigError(
+            f"{source}: zero_optimization.stage: a run shards its state under ZeRO-3, got {stage!r}; set it to 3"
+        )
+    if zero.setdefault("stage3_gather_16bit_weights_on_model_save", True) is not True:
+        raise ConfigError(
+            f"{source}: zero_optimization.stage3_gather_16bit_weights_on_model_save: the trained model is exported at the "
+            f"end, got {zero['stage3_gather_16bit_weights_on_model_save']!r}; set it to true or leave it out"
+        )
+    return fields
+
+
+def _early_stopping(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' early stopping asks of the other arguments, as defaults."""
+    if "early_stopping_patience" not in given:
+        return {}
+    every = given.get("eval_strategy", given.get("save_strategy", "epoch"))
+    return {
+        "eval_strategy": every,
+        "save_strategy": every,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
+
+
+@functools.cache
+def _section() -> type[Section]:
+    """Transformers' class as a section of ours, so that its mistakes read like all others."""
+    hints = typing.get_type_hints(TrainingArguments)
+    fields: dict[str, Any] = {
+        field.name: (Annotated[Any, BeforeValidator(functools.partial(_check, field.name, hints[field.name]))], None)
+        for field in dataclasses.fields(TrainingArguments)
+        if field.init
+    }
+    for name, (kind, _) in EARLY_STOPPING.items():
+        fields[name] = (Annotated[Any, BeforeValidator(functools.partial(_check, name, kind))], None)
+    return create_model("Training", __base__=Section, **fields)
+
+
+def _check(name: str, hint: Any, value: Any) -> Any:
+    if name in _ELSEWHERE:
+        raise mistake(f"does not belong here: {_ELSEWHERE[name]}")
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    choices = [choice.value for option in options if _is_enum(option) for choice in option]
+    if choices:
+        if value is False and "no" in choices:  # what YAML makes of a bare `no`
+            value = "no"
+        if value not in choices:
+            expected = ", ".join(f"'{choice}'" for choice in choices)
+            raise PydanticCustomError("literal_error", "should be one of {expected}", {"expected": expected})
+    elif not any(_fits(option, value) for option in options):
+        raise mistake(f"should be {' or '.join(dict.fromkeys(map(_name, options)))}")
+    elif name in _AT_LEAST and value is not None and value < _AT_LEAST[name]:
+        raise mistake(f"should be {_AT_LEAST[name]} or more")
+    return value
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Enum)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    kind = typing.get_origin(hint) or hint
+    if kind is typing.Literal:
+        return value in typing.get_args(hint)
+    if isinstance(value, bool):  # Python takes it for a number
+        return kind in (bool, Any)
+    if kind is float:
+        return isinstance(value, (int, float))
+    return kind is Any or (isinstance(kind, type) and isinstance(value, kind))
+
+
+def _name(hint: Any) -> str:
+    kind = typing.get_origin(hint) or hint
+    if kind is list:
+        return "a list"
+    return "nothing" if kind is type(None) else _NAMES.get(kind, str(kind))
+
+
+def _under_present_names(given: dict[str, Any], origin: Origin) -> dict[str, Any]:
+    """Transformers renamed two arguments on the way; both names are accepted with every release."""
+    known = _section().model_fields
+    if "activation_checkpointing" not in known:
+        return given
+    for suffix in ("", "_kwargs"):
+        old, new = f"gradient_checkpointing{suffix}", f"activation_checkpointing{suffix}"
+        if old in given and new in given:
+            raise ConfigError(f"{origin.where(old)}: is transformers' former name of {new}; keep one of them")
+        if old in given:
+            given[new] = given.pop(old)
+    return given
+
+
+def check_trackers(config: RunConfig, arguments: TrainingArguments) -> None:
+    """Refuse a tracker that is not installed: the trainer would, but only after the model has been loaded."""
+    missing = sorted(set(arguments.report_to) - set(get_available_reporting_integrations()))
+    if missing:
+        raise ConfigError(
+            f"{config.where('training.report_to')}: {', '.join(missing)} is not installed or not known to transformers; "
+            "there is " + (", ".join(get_available_reporting_integrations()) or "none")
+        )

@@ -1,0 +1,93 @@
+"""``launch/train.py``'s command line. Nothing heavy is loaded before the config has been read."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lisa_ds.config import load_config
+from lisa_ds.errors import ConfigError, LisaError
+
+RANK_0_SPEAKS_S = 10.0
+"""How long another rank waits, after an error, for the launcher to end it because rank 0 has told of the same."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as a config says.
+
+    Returns:
+        The exit code: 0, or 2 after an error that is the user's to put right. Anything else is raised.
+    """
+    _prepare_environment()
+    try:
+        arguments = _parse(argv)
+        overrides = list(arguments.overrides)
+        if arguments.deepspeed_config:
+            overrides.append(f"deepspeed={arguments.deepspeed_config}")
+        config = load_config(arguments.lisa_config, overrides)
+
+        from lisa_ds.train.run import run  # torch, transformers and DeepSpeed: seconds
+
+        run(config, resume=arguments.resume)
+    except LisaError as error:
+        return tell(error)
+    return 0
+
+
+def tell(error: LisaError) -> int:
+    """Print ``error`` once, however many ranks found it, and return its exit code."""
+    rank = int(os.environ["RANK"])
+    if rank != 0:
+        # Mostly rank 0 has found the same, and its exit makes the launcher end this one here. If it has not, speak.
+        time.sleep(RANK_0_SPEAKS_S)
+    print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}\n{self.format_usage().strip()}")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="deepspeed launch/train.py",
+        description="Fine-tune a language model by LISA under DeepSpeed ZeRO-3, as one file describes it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--lisa_config", required=True, metavar="FILE", help="the run: a YAML or JSON file")
+    parser.add_argument(
+        "--resume", metavar="auto|PATH", help="continue from the last complete checkpoint of output_dir, or from PATH"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.learning_rate=1e-4")
+    parser.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; always on")
+    parser.add_argument("--deepspeed_config", metavar="FILE", help="instead of the run's deepspeed section")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the launcher")
+    return parser.parse_intermixed_args(argv)
+
+
+def _prepare_environment() -> None:
+    """Fill in what no launcher has set, before torch reads it."""
+    if "RANK" not in os.environ:  # plain `python launch/train.py`: one rank
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    # Ranks that each take every core only get in each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // on_this_node)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it forks after threads have started
+    # Every rank's copy of the same warnings is noise, and so are DeepSpeed's calls of names that torch has deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if os.environ["RANK"] != "0":
+        warnings.simplefilter("ignore")
+        logging.getLogger("lisa_ds").setLevel(logging.ERROR)

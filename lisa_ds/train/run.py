@@ -1,0 +1,217 @@
+"""One run, from its config to an exported model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+
+from lisa_ds import data, methods
+from lisa_ds.config import RunConfig
+from lisa_ds.errors import CheckpointError, ConfigError
+from lisa_ds.integrations import hf
+from lisa_ds.integrations.trainer import Clock, LabelLogitsTrainer
+from lisa_ds.layers import LayerStack
+from lisa_ds.memory import ModelShape, full_state_bytes
+from lisa_ds.models import load_model, load_tokenizer
+from lisa_ds.train import arguments
+from lisa_ds.train.summary import Summary
+
+_log = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, *, resume: str | None = None) -> Summary:
+    """Train as ``config`` says, evaluate before and after, and export the model to ``output_dir/model``.
+
+    Every rank calls it; the summary goes to ``output_dir/records.jsonl`` and, by rank 0, to the console.
+
+    Args:
+        config: The run.
+        resume: ``auto`` for the last complete checkpoint in ``output_dir`` if there is one, or the path of a checkpoint.
+
+    Raises:
+        LisaError: Something is wrong with config, data, model or checkpoint. Nothing has been written.
+    """
+    given = arguments.check(config)
+    checkpoint = _find_checkpoint(arguments.output_dir(config), resume)
+    args = arguments.build(config, given, resumed=checkpoint is not None)
+    arguments.check_trackers(config, args)
+    hf.join_process_group()
+    with _removed_if_left_empty(Path(args.output_dir)):
+        trainer, clock = _build_trainer(config, given, args)
+        methods.prepare(trainer, config)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    loss_before, loss_after = _held_out_losses(trainer)
+    model = Path(args.output_dir) / "model"
+    _export(trainer, model)
+    summary = _summarise(config, trainer, clock, loss_before, loss_after, model)
+    if trainer.is_world_process_zero():
+        summary.write(model.parent / "records.jsonl", {"config": config.model_dump(mode="json"), "seed": args.seed})
+        print(*summary.lines(), sep="\n", flush=True)
+    return summary
+
+
+def _build_trainer(
+    config: RunConfig, given: dict[str, Any], args: TrainingArguments
+) -> tuple[LabelLogitsTrainer, Clock]:
+    tokenizer, task = load_tokenizer(config.model), config.model.task
+    train_rows, eval_rows = data.load_dataset(config.data, tokenizer, task=task)
+    if args.process_index == 0:
+        print(f"training data: {data.describe(train_rows)}")
+        if eval_rows is not None:
+            print(f"held-out data: {data.describe(eval_rows)}", flush=True)
+    model_config = config.model
+    if task == "sequence_classification" and model_config.num_labels is None:
+        model_config = model_config.model_copy(update={"num_labels": data.num_labels(train_rows)})
+    set_seed(args.seed)  # a new head is drawn at random
+    # `args` keeps transformers' HfDeepSpeedConfig alive, under which a model is built partitioned.
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    model = load_model(model_config, dtype)
+    if task == "sequence_classification" and (names := data.label_names(train_rows)):
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: i for i, name in enumerate(names)}
+    clock = Clock()
+    callbacks: list[TrainerCallback] = [clock]
+    if "early_stopping_patience" in given:
+        threshold = given.get("early_stopping_threshold", 0.0)
+        callbacks.append(EarlyStoppingCallback(given["early_stopping_patience"], threshold))
+    try:
+        trainer = LabelLogitsTrainer(
+            model,
+            args,
+            data_collator=data.collator(tokenizer, task=task),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+    except ValueError as error:  # arguments that do not go together
+        raise ConfigError(f"{config.where('training')}: {' '.join(str(error).split())}") from error
+    return trainer, clock
+
+
+def _find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
+    """The checkpoint to continue from.
+
+    Raises:
+        CheckpointError: The one asked for is missing or incomplete.
+        ConfigError: None is asked for, and ``output_dir`` holds another run's.
+    """
+    if resume not in (None, "auto"):
+        path = Path(str(resume)).expanduser()
+        if not path.is_dir():
+            raise CheckpointError(f"--resume: no such directory: {path} (looked from {Path.cwd()})")
+        if missing := _missing(path):
+            raise CheckpointError(f"--resume: {path} is not a complete checkpoint of a run: it has no {missing}")
+        return path
+    found = sorted(output_dir.glob("checkpoint-*"), key=_step, reverse=True)
+    if resume == "auto":
+        for path in found:
+            if not (missing := _missing(path)):
+                return path
+            _log.warning("--resume auto: passing over %s, which has no %s", path, missing)
+        found = []
+    if found or (output_dir / "model").exists():
+        raise ConfigError(
+            f"training.output_dir: {output_dir} holds another run's {found[0].name if found else 'model'}; continue it "
+            "with --resume auto, or choose another directory"
+        )
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
+
+
+def _missing(checkpoint: Path) -> str | None:
+    """The first thing that a killed process did not come to write; the trainer writes them in this order."""
+    ranks = int(os.environ["WORLD_SIZE"])
+    generators = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    return next(
+        (name for name in ("latest", *generators, "trainer_state.json") if not (checkpoint / name).is_file()), None
+    )
+
+
+@contextmanager
+def _removed_if_left_empty(directory: Path) -> Iterator[None]:
+    """The trainer makes its directory before its engine is built: after an error there, leave nothing behind."""
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise
+
+
+def _held_out_losses(trainer: LabelLogitsTrainer) -> tuple[float | None, float | None]:
+    if trainer.eval_dataset is None:
+        return None, None
+    state = trainer.state
+    measured = [(entry["step"], entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry]
+    before = next((loss for step, loss in measured if step == 0), None)
+    if not trainer.args.load_best_model_at_end and measured and measured[-1][0] == state.global_step:
+        return before, measured[-1][1]
+    return before, trainer.evaluate()["eval_loss"]
+
+
+def _export(trainer: LabelLogitsTrainer, target: Path) -> None:
+    """Write weights, config and tokenizer; the directory appears whole or not at all."""
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(unfinished, ignore_errors=True)
+    trainer.save_model(str(unfinished))  # every rank takes part, rank 0 writes
+    if trainer.is_world_process_zero():
+        (unfinished / "training_args.bin").unlink(
+            missing_ok=True
+        )  # a pickle of the run's arguments, no part of a model
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _summarise(
+    config: RunConfig,
+    trainer: LabelLogitsTrainer,
+    clock: Clock,
+    loss_before: float | None,
+    loss_after: float | None,
+    model: Path,
+) -> Summary:
+    world_size = trainer.args.world_size
+    stack = LayerStack.from_model(trainer.model, config.lisa.layers_path)
+    shape = ModelShape.from_numels(stack.numels(), tied=stack.tied)
+    tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens, device=trainer.args.device), "sum")
+    if config.method == "lisa":
+        callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, hf.LisaCallback))
+        live, trained = callback.memory, callback.trained
+    else:
+        live, trained = hf.live_state(trainer), [tuple(range(len(stack.layers)))]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return Summary(
+        method=config.method,
+        steps=trainer.state.global_step,
+        loss_before=loss_before,
+        loss_after=loss_after,
+        live=live or hf.live_state(trainer),
+        full=full_state_bytes(shape, world_size=world_size, precision=hf.precision(trainer)),
+        num_layers=len(stack.layers),
+        layers_visited=tuple(sorted(set().union(*trained))),
+        num_intervals=len(trained),
+        tokens=int(tokens),
+        seconds=clock.seconds,
+        world_size=world_size,
+        device=f"{world_size} x {device}",
+        model=model,
+    )

@@ -1,0 +1,94 @@
+"""What a run says at its end, on the console and as records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lisa_ds import records
+from lisa_ds.integrations.hf import STATE_KINDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The numbers of a finished run. Bytes are those of one rank."""
+
+    method: str
+    steps: int
+    """Optimizer steps, those before a resume included."""
+
+    loss_before: float | None
+    """Held-out loss before the first step; None without held-out data."""
+
+    loss_after: float | None
+    live: Mapping[str, int]
+    """Model state that was alive in the last interval, by kind."""
+
+    full: Mapping[str, int]
+    """What full fine-tuning would keep alive, by the planner."""
+
+    num_layers: int
+    layers_visited: tuple[int, ...]
+    """Blocks that have trained."""
+
+    num_intervals: int
+    tokens: int
+    """Tokens trained on by all ranks since the start or resume, padding not counted."""
+
+    seconds: float
+    """Time of the training steps they took."""
+
+    world_size: int
+    device: str
+    model: Path
+    """Where the exported model is."""
+
+    def lines(self) -> list[str]:
+        """The summary to be read."""
+        live, full = (sum(table[kind] for kind in STATE_KINDS) for table in (self.live, self.full))
+        kinds = ", ".join(f"{kind} {self.live[kind] / 1e6:.1f}" for kind in STATE_KINDS)
+        lines = [] if self.loss_before is None else [f"held-out loss {self.loss_before:.4f} -> {self.loss_after:.4f}"]
+        lines.append(f"live state {live / 1e6:.1f} MB on each of {self.world_size} ranks ({kinds})")
+        if self.method == "lisa":
+            lines.append(f"full fine-tuning would hold {full / 1e6:.1f} MB, {full / live:.1f} times as much")
+            lines.append(
+                f"layers visited: {len(self.layers_visited)} of {self.num_layers} in {self.num_intervals} intervals, "
+                f"{list(self.layers_visited)}"
+            )
+        if self.seconds:
+            lines.append(
+                f"tokens/s: {self.tokens / self.seconds:.0f} ({self.tokens:,} tokens in {self.seconds:.0f} s of training steps)"
+            )
+        return [*lines, f"model: {self.model}"]
+
+    def write(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Append the summary to a file of records."""
+        values: list[tuple[str, str, float | None, str, float | None]] = [
+            ("held_out_loss", self.method, self.loss_before, "nats per token", 0),
+            ("held_out_loss", self.method, self.loss_after, "nats per token", self.steps),
+            *((f"live_bytes/{kind}", self.method, size, "B", None) for kind, size in self.live.items()),
+            *((f"live_bytes/{kind}", "full, planned", size, "B", None) for kind, size in self.full.items()),
+            ("tokens_per_second", self.method, self.tokens / self.seconds if self.seconds else None, "1/s", None),
+            ("layers_visited", self.method, len(self.layers_visited), "layers", None),
+        ]
+        commit, versions = records.commit(), records.versions()
+        for name, variant, value, unit, step in values:
+            if value is None:
+                continue
+            records.append(
+                path,
+                records.Record(
+                    name=name,
+                    variant=variant,
+                    value=value,
+                    unit=unit,
+                    device=self.device,
+                    commit=commit,
+                    versions=versions,
+                    x=step,
+                    x_label="" if step is None else "step",
+                    settings=dict(settings),
+                ),
+            )
