@@ -1,0 +1,10 @@
+"""Models and tokenizers by name: built in, in a directory, or on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from lisa_ds.models.generate import answer as answer
+from lisa_ds.models.load import load_model as load_model
+from lisa_ds.models.load import load_tokenizer as load_tokenizer
+from lisa_ds.models.load import resolve as resolve
+
+__all__ = ["answer", "load_model", "load_tokenizer", "resolve"]
