@@ -1,0 +1,12 @@
+"""Data sets: rows of any common form into tokens, with loss on the answers only."""
+
+from __future__ import annotations
+
+from lisa_ds.data.collate import collator as collator
+from lisa_ds.data.prepare import describe as describe
+from lisa_ds.data.prepare import label_names as label_names
+from lisa_ds.data.prepare import load_dataset as load_dataset
+from lisa_ds.data.prepare import num_labels as num_labels
+from lisa_ds.data.prepare import preview as preview
+
+__all__ = ["collator", "describe", "label_names", "load_dataset", "num_labels", "preview"]

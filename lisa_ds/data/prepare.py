@@ -1,0 +1,164 @@
+"""From the ``data`` section of a config to rows of tokens, built once on a machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc
+import tokenizers
+import transformers
+
+from lisa_ds.cache import build_once
+from lisa_ds.config import DataConfig
+from lisa_ds.data import formats
+from lisa_ds.data.build import Part, build
+from lisa_ds.data.sources import Source, open_source
+from lisa_ds.data.tokenise import IGNORED, Status, Tokeniser, fingerprint, prepare_tokenizer
+from lisa_ds.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+
+def load_dataset(
+    config: DataConfig, tokenizer: Any, *, task: str = "causal_lm"
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Rows of tokens to train on, and to evaluate on if the config holds some out.
+
+    Rows have ``input_ids`` and ``labels``: a list with -100 where there is no loss, or the class. The first process
+    on a machine builds them; the others wait, and read what it built.
+
+    Args:
+        config: The ``data`` section.
+        tokenizer: Of the model. If it has no chat template and needs one, it is given one and keeps it.
+        task: ``causal_lm`` or ``sequence_classification``.
+
+    Raises:
+        DataError: Data is missing, malformed or empty, or does not go with the other settings.
+    """
+    source = open_source(config.path, config.split, config.where("path"))
+    train = _load(source, Part(low=config.eval_fraction, max_rows=config.max_rows), config, tokenizer, task)
+    held_out = Part(high=config.eval_fraction or 1.0, max_rows=config.eval_max_rows)
+    if config.eval_path or config.eval_split:
+        key = config.where("eval_path" if config.eval_path else "eval_split")
+        source = open_source(config.eval_path or config.path, config.eval_split or "train", key)
+    elif not config.eval_fraction:
+        return train, None
+    return train, _load(source, held_out, config, tokenizer, task, labels=tuple(label_names(train) or ()))
+
+
+def label_names(rows: datasets.Dataset) -> list[str] | None:
+    """Names of the classes, or None if they are numbers or the rows are not for classification."""
+    feature = rows.features["labels"]
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def num_labels(rows: datasets.Dataset) -> int | None:
+    """How many classes there are, or None if the rows are not for classification."""
+    if names := label_names(rows):
+        return len(names)
+    return int(max(rows["labels"])) + 1 if isinstance(rows.features["labels"], datasets.Value) else None
+
+
+def describe(rows: datasets.Dataset) -> str:
+    """Rows and tokens in one line, such as ``412 rows, 51,402 tokens (17,620 with loss), longest 276``."""
+    table = rows.with_format("arrow")[:]
+    lengths = pc.list_value_length(table["input_ids"])
+    tokens = f"{pc.sum(lengths).as_py():,} tokens"
+    if isinstance(rows.features["labels"], type(rows.features["input_ids"])):
+        learned = pc.not_equal(pc.list_flatten(table["labels"]), IGNORED)
+        tokens += f" ({pc.sum(learned).as_py():,} with loss)"
+    return f"{len(rows):,} rows, {tokens}, longest {pc.max(lengths).as_py():,}"
+
+
+def preview(row: dict[str, Any], tokenizer: Any) -> str:
+    """The text of a row with what carries loss in ``⟦ ⟧``, to be looked at."""
+    runs: list[tuple[bool, list[int]]] = []
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        learned = label != IGNORED
+        if not runs or runs[-1][0] != learned:
+            runs.append((learned, []))
+        runs[-1][1].append(token)
+    return "".join(f"⟦{text}⟧" if learned else text for learned, ids in runs for text in [tokenizer.decode(ids)])
+
+
+def _load(
+    source: Source, part: Part, config: DataConfig, tokenizer: Any, task: str, labels: tuple[str, ...] | None = None
+) -> datasets.Dataset:
+    first = next(source.rows(), None)
+    if first is None:
+        raise DataError(f"{source.name}: holds no rows")
+    form = formats.tell(formats.rename(first, config.columns), config.format)
+    _check(form, config, task, source.name)
+    prepare_tokenizer(tokenizer, form.kind)
+    tokeniser = Tokeniser(
+        tokenizer,
+        form.kind,
+        config.max_length,
+        loss_on_all=config.loss_on == "all",
+        drop_too_long=config.on_too_long == "drop",
+        cut_later=config.packing,
+        labels=labels,
+    )
+    settings = {"format", "columns", "max_length", "packing", "loss_on", "on_too_long", "seed"}
+    recipe = [
+        (source.name, source.fingerprint, asdict(part), labels),
+        (config.model_dump(include=settings), fingerprint(tokenizer), _code()),
+    ]
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]
+
+    def fill(target: Path) -> None:
+        build(
+            target,
+            source,
+            part,
+            form,
+            tokeniser,
+            columns=config.columns,
+            seed=config.seed,
+            packed=config.packing,
+            num_workers=config.num_workers,
+        )
+
+    place = build_once(f"data/{key}", fill)
+    _report(source.name, json.loads((place / "counts.json").read_text()), config)
+    return datasets.Dataset.from_file(str(place / "rows.arrow"))
+
+
+def _check(form: formats.Form, config: DataConfig, task: str, name: str) -> None:
+    if (form.kind == "classification") != (task == "sequence_classification"):
+        fitting = "causal_lm" if task == "sequence_classification" else "sequence_classification"
+        other = ", or data.format: text to learn the texts alone" if form.kind == "classification" else ""
+        raise DataError(f"{name}: rows are {form.name}, but model.task is {task!r}; set model.task: {fitting}{other}")
+    if config.packing and form.kind != "text":
+        raise DataError(
+            f"{name}: rows are {form.name}, but data.packing joins plain texts, so that tokens of one row attend to "
+            f"those of another; set data.packing: false"
+        )
+
+
+def _report(name: str, counts: dict[str, int], config: DataConfig) -> None:
+    """Say what was lost, each time: a cached data set is as much shorter as a fresh one."""
+    what = {
+        Status.CUT: f"cut at data.max_length {config.max_length}",
+        Status.TOO_LONG: f"dropped, longer than data.max_length {config.max_length}",
+        Status.NO_ANSWER: f"dropped, nothing to learn within data.max_length {config.max_length}",
+    }
+    lost = [f"{counts[status.name]:,} {text}" for status, text in what.items() if counts.get(status.name)]
+    if lost and not config.packing:
+        _log.warning("%s: of %s rows, %s", name, f"{sum(counts.values()):,}", "; ".join(lost))
+
+
+@cache
+def _code() -> str:
+    """What turns rows into tokens besides the settings: this room, and the libraries below it."""
+    digest = hashlib.sha256(repr([m.__version__ for m in (datasets, tokenizers, transformers)]).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,270 @@
+"""Rows into tokens, and which of them carry loss.
+
+A conversation goes through the tokenizer's chat template. Loss is on what the assistant says and on the token that
+ends its turn, and on nothing else. Where the template does not mark those itself, they are found by rendering the
+conversation up to each answer.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import jinja2
+
+from lisa_ds.data.formats import Kind, Message
+from lisa_ds.errors import DataError
+
+IGNORED = -100  # the label of a token without loss, as torch.nn.CrossEntropyLoss has it
+
+# For a tokenizer without a chat template: the layout that alpaca made common.
+INSTRUCTION_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ '### Response:\\n' + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'system' %}{{ message['content'] }}"
+    "{% else %}{{ '### Instruction:\\n' + message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
+)
+
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Span = tuple[int, int]  # of characters
+
+
+class Status(enum.IntEnum):
+    """What became of a row."""
+
+    KEPT = 0
+    CUT = 1
+    NO_ANSWER = 2
+    TOO_LONG = 3
+
+
+@dataclass(frozen=True)
+class Tokeniser:
+    """Rows of one kind into ``input_ids`` and ``labels``."""
+
+    tokenizer: Any
+    kind: Kind
+    max_length: int
+    loss_on_all: bool = False
+    drop_too_long: bool = False
+    cut_later: bool = False  # by packing
+    labels: tuple[str, ...] | None = None  # names of the classes; none if they are numbers
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """A batch of rows, as ``Dataset.map`` hands it over."""
+        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "status": []}
+        for values in zip(*rows.values(), strict=True):
+            ids, labels, status = self.row(dict(zip(rows, values, strict=True)))
+            columns["input_ids"].append(ids)
+            columns["labels"].append(labels)
+            columns["status"].append(status)
+        return columns
+
+    def row(self, row: dict[str, Any]) -> tuple[list[int], Any, Status]:
+        """Tokens of one row, its labels (the class, for classification), and what became of it."""
+        if self.kind == "classification":
+            return self._classified(row)
+        if self.kind == "text":
+            ids = self._document(row) if row["text"].strip() else []
+            loss = [True] * len(ids)
+        else:
+            ids, loss = self._conversation(row["messages"], row["place"])
+        status = Status.KEPT
+        if len(ids) > self.max_length and not self.cut_later:
+            status = Status.TOO_LONG if self.drop_too_long else Status.CUT
+            ids, loss = ids[: self.max_length], loss[: self.max_length]
+        if status is not Status.TOO_LONG and not any(loss[1:]):  # nothing predicts the first token
+            status = Status.NO_ANSWER
+        return ids, [token if learned else IGNORED for token, learned in zip(ids, loss, strict=True)], status
+
+    def _classified(self, row: dict[str, Any]) -> tuple[list[int], int, Status]:
+        label = json.loads(row["label"])
+        if self.labels:
+            if label not in self.labels:
+                raise DataError(f"{row['place']}: label should be one of {', '.join(self.labels)}, got {label!r}")
+            label = self.labels.index(label)
+        elif isinstance(label, str):
+            raise DataError(f"{row['place']}: label should be a number, as in training, got {label!r}")
+        ids = self.tokenizer(row["text"])["input_ids"]
+        if len(ids) <= self.max_length:
+            return ids, label, Status.KEPT
+        # Cut by the tokenizer itself, which keeps the special tokens that it puts at the end.
+        ids = self.tokenizer(row["text"], truncation=True, max_length=self.max_length)["input_ids"]
+        return ids, label, Status.TOO_LONG if self.drop_too_long else Status.CUT
+
+    def _document(self, row: dict[str, Any]) -> list[int]:
+        before = [self.tokenizer.bos_token_id] if row["starts"] and self._bos else []
+        after = [self.tokenizer.eos_token_id] if row["ends"] else []
+        return [*before, *self._ids(row["text"]), *after]
+
+    def _conversation(self, messages: list[Message], place: str) -> tuple[list[int], list[bool]]:
+        if self.kind == "pair" and not self.tokenizer.chat_template:
+            question, completion = (message["content"] for message in messages)
+            before = self._bos + question
+            text = before + completion + self.tokenizer.eos_token
+            spans = [(len(before), len(text))] if completion.strip() else []
+        elif _MARKED.search(str(self.tokenizer.chat_template)) and not self.loss_on_all:
+            return self._marked_by_template(messages, place)
+        else:
+            text = self._render(messages, place)
+            spans = [] if self.loss_on_all else self._answers(messages, text, place)
+        ids, loss = self._located(text, spans, place)
+        return ids, [True] * len(ids) if self.loss_on_all else loss
+
+    def _marked_by_template(self, messages: list[Message], place: str) -> tuple[list[int], list[bool]]:
+        try:
+            encoded = self.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        except (jinja2.TemplateError, ValueError) as error:
+            raise self._refused(place, error) from error
+        return encoded["input_ids"], [bool(learned) for learned in encoded["assistant_masks"]]
+
+    def _render(self, messages: list[Message], place: str, *, ask: bool = False) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        except (jinja2.TemplateError, ValueError) as error:
+            raise self._refused(place, error) from error
+        return text
+
+    def _refused(self, place: str, error: Exception) -> DataError:
+        return DataError(f"{place}: the tokenizer's chat template refuses this conversation: {error}")
+
+    def _answers(self, messages: list[Message], text: str, place: str) -> list[Span]:
+        """Where in ``text`` the assistant speaks, its end of turn included."""
+        spans = []
+        for turn, message in enumerate(messages):
+            asked = any(earlier["role"] == "user" for earlier in messages[:turn])
+            if message["role"] != "assistant" or not asked or not message["content"].strip():
+                continue
+            before = self._render(messages[:turn], place, ask=True)
+            upto = self._render(messages[: turn + 1], place)
+            end = len(upto) if text.startswith(upto) else self._end_of_answer(text, len(before), message["content"])
+            if end is None or not text.startswith(before):
+                raise DataError(
+                    f"{place}: the tokenizer's chat template writes a conversation differently once it goes on, so "
+                    f"the answer in turn {turn + 1} cannot be told from the rest; use a template with "
+                    f"{{% generation %}} marks, or set data.loss_on: all"
+                )
+            spans.append((len(before), end))
+        return spans
+
+    def _end_of_answer(self, text: str, start: int, content: str) -> int | None:
+        """The end of a turn that the template writes otherwise while it is the last: without its thoughts, say."""
+        said = content.rpartition("</think>")[2].strip()
+        start += len(text[start:]) - len(text[start:].lstrip())
+        if not text.startswith(said, start):
+            return None
+        end = start + len(said)
+        return end + max((len(token) for token in self._special if text.startswith(token, end)), default=0)
+
+    def _located(self, text: str, spans: list[Span], place: str) -> tuple[list[int], list[bool]]:
+        """Tokens of ``text``, and which of them lie in ``spans``.
+
+        The text is cut where an answer begins and ends and the parts are tokenised apart: no token then holds the
+        end of a question and the start of an answer, which are never one token when the model is asked. Where that
+        would write another text (a tokenizer that begins every text with a space), tokens are located by offsets.
+        """
+        edges = [0, *(edge for span in spans for edge in span), len(text)]
+        parts = [self._ids(text[start:end]) for start, end in pairwise(edges)]
+        ids = [token for part in parts for token in part]
+        if len(parts) == 1 or self._text(ids) == text:
+            ranges, start = [], 0
+            for number, part in enumerate(parts):
+                if number % 2:
+                    ranges.append((start, start + len(part)))
+                start += len(part)
+        elif self.tokenizer.is_fast:
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+            # By order, not by overlap: the offsets of blanks may be empty.
+            ranges = [
+                (
+                    next((i for i, (_, end) in enumerate(offsets) if end > first), len(ids)),
+                    next((i for i, (start, _) in enumerate(offsets) if start >= last), len(ids)),
+                )
+                for first, last in spans
+            ]
+        else:
+            raise DataError(f"{place}: this tokenizer does not say where its tokens lie; it has no fast version")
+        loss = [False] * len(ids)
+        for start, end in ranges:
+            end = self._end_of_turn(ids, start, end)
+            loss[start:end] = [True] * (end - start)
+        return ids, loss
+
+    def _end_of_turn(self, ids: list[int], start: int, end: int) -> int:
+        """Leave out the blanks that a template writes after the token that ends a turn: nobody generates them."""
+        for last in reversed(range(start, end)):
+            if ids[last] in self._special_ids:
+                return last + 1
+            if self._text([ids[last]]).strip():
+                break
+        return end
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {token.content: number for number, token in added if token.special}
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        return {*self._special.values(), *self.tokenizer.all_special_ids}
+
+    @cached_property
+    def _bos(self) -> str:
+        return first_token(self.tokenizer)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _text(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+
+def first_token(tokenizer: Any) -> str:
+    """What the tokenizer puts before every text: its beginning-of-text token, or nothing."""
+    return tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("")["input_ids"] else ""
+
+
+def prepare_tokenizer(tokenizer: Any, kind: Kind) -> None:
+    """Give a tokenizer what rows of this kind need.
+
+    One without a chat template gets :data:`INSTRUCTION_TEMPLATE` for conversations and keeps it: saved with the
+    trained model, it asks the way the model was trained. Pairs of texts need none, they are simply joined.
+
+    Raises:
+        DataError: It has no token that ends a text.
+    """
+    if kind == "classification":
+        return
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no eos_token, so a model could not learn where an answer ends")
+    if kind == "conversation" and not tokenizer.chat_template:
+        tokenizer.chat_template = "{{ bos_token }}" * bool(first_token(tokenizer)) + INSTRUCTION_TEMPLATE
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """The same for tokenizers that make the same tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        rules = json.loads(backend.to_str())
+        rules.pop("padding"), rules.pop("truncation")  # of the last call
+    known = [
+        rules,
+        str(tokenizer.chat_template),
+        {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+    ]
+    return hashlib.sha256(json.dumps([type(tokenizer).__name__, *known], sort_keys=True).encode()).hexdigest()
