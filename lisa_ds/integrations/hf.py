@@ -111,6 +111,9 @@ class LisaCallback(TrainerCallback):
                 "whose train() is called, and wrap or compile no model beforehand"
             )
         self._interval = engine.interval
+        report = engine.memory_report()
+        if report["exp_avg"] == report["master"]:  # resumed amid an interval, moments and all
+            self._tell(engine, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell of a new draw."""
@@ -173,13 +176,13 @@ class _StepsPerEpoch:
 
 
 def _check(trainer: Any) -> None:
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is None:
+    # Asked of the trainer and its arguments: accelerate's state is shared by every trainer of the process.
+    if not trainer.is_deepspeed_enabled:
         raise EngineError(
             "attach: the trainer does not run under DeepSpeed; give its arguments a ZeRO-3 config, as in "
             'TrainingArguments(..., deepspeed="configs/ds_zero3.json")'
         )
-    stage = plugin.hf_ds_config.get_value("zero_optimization.stage")
+    stage = trainer.args.deepspeed_plugin.hf_ds_config.get_value("zero_optimization.stage")
     if stage != 3:
         raise EngineError(
             f"attach: LISA shards its state under ZeRO-3, but the trainer's DeepSpeed config has zero_optimization.stage "

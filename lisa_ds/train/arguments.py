@@ -135,7 +135,6 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         return {
             "train_micro_batch_size_per_gpu": auto,
             "gradient_accumulation_steps": auto,
-            "train_batch_size": auto,
             "gradient_clipping": auto,
             "bf16": {"enabled": auto},
             "fp16": {"enabled": auto},

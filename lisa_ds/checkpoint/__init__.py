@@ -1,0 +1,7 @@
+"""Checkpoints as files: what leaves a run for other programs."""
+
+from __future__ import annotations
+
+from lisa_ds.checkpoint.export import export as export
+
+__all__ = ["export"]

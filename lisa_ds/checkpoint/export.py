@@ -1,0 +1,85 @@
+"""From a training checkpoint to a directory that ``from_pretrained`` reads."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from lisa_ds.errors import CheckpointError, ModelError
+from lisa_ds.models import resolve
+
+ReadWeights = Callable[[Path, torch.dtype], dict[str, Tensor]]
+"""An engine's reader: the checkpoint and a dtype to whole parameters by name."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export(
+    checkpoint: Path, out: Path, read_weights: ReadWeights, *, model: str | None = None, dtype: str | None = None
+) -> None:
+    """Write weights as safetensors, with config and tokenizer.
+
+    Args:
+        checkpoint: The directory of a checkpoint.
+        out: Where to. It appears whole or not at all, and must not exist or be empty.
+        read_weights: How the engine that wrote the checkpoint reads it.
+        model: Where config and tokenizer are taken from if the checkpoint does not hold them: a name or a directory.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; by default the one in the config.
+
+    Raises:
+        CheckpointError: The checkpoint is missing or incomplete, or ``out`` is taken. Nothing has been written.
+        ModelError: Config and weights are not of the same model.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists already; choose a new directory")
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint}: no such directory (looked from {Path.cwd()})")
+    source = resolve(model) if model else str(_beside_weights(checkpoint))
+    config = transformers.AutoConfig.from_pretrained(source)
+    chosen = DTYPES[dtype] if dtype else (getattr(config, "dtype", None) or torch.float32)
+    architecture = (config.architectures or ["none"])[0]
+    if not hasattr(transformers, architecture):
+        raise ModelError(
+            f"{source}: its config names the architecture {architecture!r}, which transformers does not have"
+        )
+    with torch.device("meta"):  # the shape of the model alone
+        skeleton = getattr(transformers, architecture)._from_config(config, dtype=chosen)
+    weights = read_weights(checkpoint, chosen)
+    try:
+        skeleton.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"{checkpoint}: its weights are not those of the model in {source}: {error}") from None
+    skeleton.tie_weights()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        skeleton.save_pretrained(unfinished)
+        _copy_tokenizer(source, unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(out)  # over an empty directory, too
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _beside_weights(checkpoint: Path) -> Path:
+    for place in (checkpoint, checkpoint.parent):
+        if (place / "config.json").is_file():
+            return place
+    raise CheckpointError(
+        f"{checkpoint}: holds no config.json; say which model was trained, --model NAME_OR_DIRECTORY, whose config and "
+        "tokenizer are then used"
+    )
+
+
+def _copy_tokenizer(source: str, target: Path) -> None:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):  # a model may have none
+        return
+    tokenizer.save_pretrained(target)
