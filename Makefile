@@ -11,6 +11,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Programs that DeepSpeed looks for by name: ninja, to compile its operators at first use.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
+# What DeepSpeed compiles fits one DeepSpeed and one torch: a cache shared with others would break either.
+export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
+
 # The first Python that really runs, is 3.10 to 3.12 and can make a virtual environment. Finding its name is not
 # enough: a version manager leaves names behind that only say which version is missing. PYTHON=... chooses another.
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
@@ -66,9 +69,11 @@ format: $(VENV)/installed  ## rewrite what can be rewritten
 RANGED := deepspeed|transformers
 PINNED := torch|triton|numpy|pytest
 
+in-venv = PATH="$(abspath $(1))/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(abspath $(1))/torch_extensions"
+
 test-versions: .venv-oldest/installed .venv-newest/installed  ## trajectories on the oldest and newest DeepSpeed and transformers
-	PATH="$(abspath .venv-oldest)/bin:$$PATH" .venv-oldest/bin/python -m pytest -m versions
-	PATH="$(abspath .venv-newest)/bin:$$PATH" .venv-newest/bin/python -m pytest -m versions
+	$(call in-venv,.venv-oldest) .venv-oldest/bin/python -m pytest -m versions
+	$(call in-venv,.venv-newest) .venv-newest/bin/python -m pytest -m versions
 
 .venv-%/installed: pyproject.toml setup.py constraints.txt
 	$(call make-venv,.venv-$*,--clear)

@@ -57,7 +57,7 @@ def test_defaults() -> None:
             {"sampler": "cylic"},
             "sampler.name: should be 'uniform', 'cyclic', 'bernoulli' or 'fixed', got 'cylic'; did you mean 'cyclic'?",
         ),
-        ({"sampler": "fixed"}, "sampler: name 'fixed' needs layers: a list of the layers to train"),
+        ({"sampler": {"name": "fixed", "layers": []}}, "sampler: layers is empty: name at least one, or leave it out to draw them once"),
         ({"sampler": {"layers": [1]}}, "sampler: layers goes with name 'fixed' only, but name is 'uniform'"),
         ({"sampler": {"name": "fixed", "layers": [1, 1]}}, "sampler: layers names a layer twice: [1, 1]"),
         ({"embeddings": "sampled"}, "embeddings: not built yet, arrives with sampled embeddings and head, got 'sampled'"),

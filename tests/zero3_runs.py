@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from tests import trajectory
 from tests.trajectory import MICRO_BATCH, Case, Outcome
 
 
-def build_engine(case: Case, *, seed_offset: int = 0) -> Any:
-    """A fresh LISA engine for ``case``."""
+def build_engine(case: Case, *, shift: float = 0.0) -> Any:
+    """A fresh LISA engine for ``case``; ``shift`` moves every initial weight, so that a resume has something to restore."""
     world_size = dist.get_world_size()
     config = trajectory.deepspeed_config(case, world_size)
     with deepspeed.zero.Init(config_dict_or_path=config) if case.zero_init else contextlib.nullcontext():
         model = trajectory.build_model(case.tied)
     if case.zero_init:
         _load_seeded_weights(model, case)
+    with torch.no_grad():
+        for parameter in model.parameters() if shift else ():
+            parameter += shift
     model.train()
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
@@ -85,11 +89,20 @@ def counted_reduce_scatter() -> Iterator[list[int]]:
         coalesced_collectives.dist.reduce_scatter_fn = stock
 
 
-def train(engine: Any, case: Case, *, on_step: Callable[[int], None] = lambda step: None) -> Outcome:
-    """Run ``case`` on this rank; losses are means over ranks."""
+def train(
+    engine: Any,
+    case: Case,
+    *,
+    first: int = 0,
+    on_step: Callable[[int], None] = lambda step: None,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> Outcome:
+    """Run ``case`` on this rank from step ``first``; losses are means over ranks."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     losses, norms, layers = [], [], []
     for step, micro in enumerate(trajectory.micro_batches(case, world_size)):
+        if step < first:
+            continue
         layers.append(engine.sampled_layers)
         total = 0.0
         for batch in micro:
@@ -104,6 +117,7 @@ def train(engine: Any, case: Case, *, on_step: Callable[[int], None] = lambda st
         dist.all_reduce(mean)
         losses.append(mean.item() / world_size)
         norms.append(float(engine.get_global_grad_norm()))
+        after_step(step)
     return Outcome(losses, norms, full_parameters(engine), layers)
 
 
@@ -131,7 +145,8 @@ def run_case(case: Case) -> Outcome:
     frozen: dict[str, Tensor] = {}
     calls = [0] * len(engine._stack.layers)
     handles = [
-        block.register_forward_hook(lambda module, args, output, i=i: calls.__setitem__(i, calls[i] + 1))
+        # A module inside the block: transformers keeps the block's own hooks outside what it recomputes.
+        block.input_layernorm.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
         for i, block in enumerate(engine._stack.layers)
     ]
     if case.drop_update_at is not None:
@@ -188,8 +203,6 @@ def run_case(case: Case) -> Outcome:
         "hooks": len(engine.optimizer._grad_acc_hooks),
     }
     engine.destroy()
-    del engine
-    gc.collect()
     return outcome
 
 
@@ -202,3 +215,265 @@ def run_cases(cases: list[Case]) -> dict[str, Outcome]:
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def run_many_switches(case: Case, switches: int) -> list[dict[str, Any]]:
+    """Train one step, switch, and so on; what is alive after each fifth switch."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    engine = build_engine(case)
+    rank = dist.get_rank()
+    rows = next(trajectory.micro_batches(case, dist.get_world_size()))[0][rank * MICRO_BATCH : (rank + 1) * MICRO_BATCH]
+    seen = []
+    for step in range(switches + 1):
+        engine.backward(engine(input_ids=rows, labels=rows).loss)
+        engine.step()  # interval_steps is 1: this also switches
+        if step % 5:  # looking at every object of the process takes longer than the step
+            continue
+        gc.collect()
+        seen.append(
+            {
+                "report": engine.memory_report(),
+                "resident": resident_bytes(),
+                "hooks": len(engine.optimizer._grad_acc_hooks),
+                "tensors": sum(1 for thing in gc.get_objects() if isinstance(thing, Tensor)),
+                "states": len(engine.optimizer.optimizer.state),
+                "layers": engine.sampled_layers,
+                "switches": len(engine.layer_history) - 1,
+            }
+        )
+    return seen
+
+
+def run_activations(case: Case) -> dict[str, Any]:
+    """Bytes saved for backward, and the loss: stock engine, ours with all blocks, ours with 2 of 8."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=512,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+        return LlamaForCausalLM(config)
+
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    rows = torch.randint(0, 512, (4, 64), generator=draw)
+    config = trajectory.deepspeed_config(case, dist.get_world_size())
+
+    def measure(engine: Any) -> tuple[int, list[float]]:
+        losses, saved = [], 0
+        own = {parameter.data_ptr() for parameter in engine.module.parameters()}
+        for _ in range(2):
+            storages: dict[int, int] = {}
+
+            def keep(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+                if not isinstance(tensor, torch.nn.Parameter) and tensor.data_ptr() not in own:
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = engine(input_ids=rows, labels=rows).loss
+            saved = sum(storages.values())
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        return saved, losses
+
+    def optimizer(model: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    result = {}
+    full = model()
+    stock, *_ = deepspeed.initialize(model=full, optimizer=optimizer(full), config=config)
+    result["stock, 8 of 8"] = measure(stock)
+    stock.destroy()
+    part = model()
+    for block in part.model.layers[2:]:
+        block.requires_grad_(False)
+    stock, *_ = deepspeed.initialize(model=part, optimizer=optimizer(part), config=config)
+    result["stock, 2 of 8"] = measure(stock)
+    stock.destroy()
+    for name, layers in (("ours, 8 of 8", range(8)), ("ours, 2 of 8", range(2))):
+        ours = model()
+        engine, *_ = lisa_ds.initialize(
+            model=ours,
+            optimizer=optimizer(ours),
+            config=config,
+            lisa_config={"interval_steps": 1000, "sampler": {"name": "fixed", "layers": list(layers)}},
+        )
+        result[name] = measure(engine)
+        engine.destroy()
+    return result
+
+
+def run_resume(case: Case, folder: Path, save_after: list[int]) -> dict[int | str, Outcome]:
+    """An uninterrupted run that saves after some steps, and one resumed from each of them in a fresh engine."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    engine = build_engine(case)
+
+    def save(step: int) -> None:
+        if step + 1 in save_after:
+            engine.save_checkpoint(str(folder), tag=f"after{step + 1}", client_state={"mine": step})
+
+    outcomes: dict[int | str, Outcome] = {"uninterrupted": train(engine, case, after_step=save)}
+    outcomes["uninterrupted"].extra = {"history": engine.layer_history, "state": moments(engine)}
+    engine.destroy()
+    for steps in save_after:
+        engine = build_engine(case, shift=0.5)
+        path, client_state = engine.load_checkpoint(str(folder), tag=f"after{steps}")
+        outcomes[steps] = train(engine, case, first=steps)
+        outcomes[steps].extra = {
+            "path": path,
+            "mine": client_state["mine"],
+            "history": engine.layer_history,
+            "state": moments(engine),
+        }
+        engine.destroy()
+    return outcomes
+
+
+def moments(engine: Any) -> list[Tensor]:
+    """Master weights and moments of this rank, in the order of the window."""
+    optimizer = engine.optimizer
+    masters = optimizer.fp32_partitioned_groups_flat
+    states = [optimizer.optimizer.state.get(master, {}) for master in masters]
+    tensors = [master.detach() for master in masters]
+    tensors += [state[key] for state in states for key in ("exp_avg", "exp_avg_sq", "step") if key in state]
+    return [tensor.clone() for tensor in tensors]
+
+
+def run_bad_checkpoints(case: Case, folder: Path) -> dict[str, str]:
+    """The message of each way a checkpoint can be bad; the engine must be unharmed by all of them."""
+    from lisa_ds.errors import CheckpointError
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    engine = build_engine(case)
+    engine.save_checkpoint(str(folder), tag="good")
+    before = full_parameters(engine)
+    rank = dist.get_rank()
+    if rank == 0:
+        for tag in ("truncated", "incomplete", "foreign", "of_three_ranks", "deeper"):
+            shutil.copytree(folder / "good", folder / tag)
+        model_file = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+        optimizer_file = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+        whole = (folder / "truncated" / optimizer_file.format(1)).read_bytes()
+        (folder / "truncated" / optimizer_file.format(1)).write_bytes(whole[: len(whole) // 2])
+        (folder / "incomplete" / model_file.format(1)).unlink()
+        shutil.copy(
+            folder / "of_three_ranks" / optimizer_file.format(0), folder / "of_three_ranks" / optimizer_file.format(2)
+        )
+        for tag, change in (("foreign", lambda saved: saved.pop("lisa")), ("deeper", _pretend_deeper)):
+            for each in range(2):
+                file = folder / tag / model_file.format(each)
+                saved = torch.load(file, weights_only=False)
+                change(saved)
+                torch.save(saved, file)
+    dist.barrier()
+    messages = {}
+    for tag in ("missing", "truncated", "incomplete", "foreign", "of_three_ranks", "deeper", None):
+        try:
+            engine.load_checkpoint(str(folder if tag else folder / "nowhere"), tag=tag)
+            messages[str(tag)] = ""
+        except CheckpointError as error:
+            messages[str(tag)] = str(error)
+    after = full_parameters(engine)
+    messages["unharmed"] = str(all(torch.equal(after[name], value) for name, value in before.items()))
+    return messages
+
+
+def _pretend_deeper(saved: dict[str, Any]) -> None:
+    saved["lisa"]["num_layers"] = 9
+
+
+def run_stock_toggling() -> dict[str, Any]:
+    """What stock ZeRO-3 does when ``requires_grad`` is toggled after initialisation."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    case = Case("stock", clip=1.0)
+    rank = dist.get_rank()
+    rows = next(trajectory.micro_batches(case, dist.get_world_size()))[0][rank * MICRO_BATCH : (rank + 1) * MICRO_BATCH]
+    result: dict[str, Any] = {}
+
+    def steps(engine: Any) -> None:
+        for _ in range(3):
+            engine.backward(engine(input_ids=rows, labels=rows).loss)
+            engine.step()
+
+    for kind in ("freeze", "unfreeze"):
+        model = trajectory.build_model()
+        block = model.model.layers[3]
+        if kind == "unfreeze":
+            block.requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=trajectory.deepspeed_config(case, dist.get_world_size())
+        )
+        steps(engine)
+        block.requires_grad_(kind == "unfreeze")
+        before = [parameter.ds_tensor.clone() for parameter in block.parameters()]
+        steps(engine)
+        after = [parameter.ds_tensor for parameter in block.parameters()]
+        result[kind] = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
+        result[f"{kind}, gradients left"] = sum(p.grad is not None for p in block.parameters())
+        engine.destroy()
+    return result
+
+
+def run_beside_a_reference_model() -> dict[str, Any]:
+    """A policy under LISA and a reference model under a stock engine in one process, as DPO has them."""
+    from lisa_ds.engines.zero3 import LisaEngine, armed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    stock_engine, stock_linear = deepspeed.DeepSpeedEngine, torch.nn.functional.linear
+    case = Case("dpo")
+    config = trajectory.deepspeed_config(case, dist.get_world_size())
+    rank = dist.get_rank()
+    rows = next(trajectory.micro_batches(case, dist.get_world_size()))[0][rank * MICRO_BATCH : (rank + 1) * MICRO_BATCH]
+    policy, reference = trajectory.build_model(), trajectory.build_model()
+
+    def build(model: Any) -> Any:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+    with armed(lambda model: model is policy, lisa_ds.LisaConfig(num_sampled_layers=1, interval_steps=2)):
+        # While armed, isinstance checks against the rebound name must see both kinds.
+        other, engine = build(reference), build(policy)
+        seen_as_engines = all(isinstance(each, deepspeed.DeepSpeedEngine) for each in (other, engine))
+        late = build(trajectory.build_model())
+    restored = deepspeed.DeepSpeedEngine is stock_engine
+    try:
+        with armed(lambda model: True, lisa_ds.LisaConfig()):
+            raise KeyError("anything")
+    except KeyError:
+        restored_after_error = deepspeed.DeepSpeedEngine is stock_engine
+    before = full_parameters(other)
+    linear_seen = []
+    hook = reference.model.layers[0].register_forward_hook(
+        lambda *_: linear_seen.append(torch.nn.functional.linear.__module__)
+    )
+    for _ in range(4):
+        with torch.no_grad():
+            expected = other(input_ids=rows, labels=rows).loss
+        engine.backward(engine(input_ids=rows, labels=rows).loss - expected)
+        engine.step()
+    hook.remove()
+    after = full_parameters(other)
+    moved = full_parameters(engine)
+    return {
+        "kinds": [type(each).__name__ for each in (engine, other, late)],
+        "optimizers": [type(each.optimizer).__name__ for each in (engine, other, late)],
+        "lisa": isinstance(engine, LisaEngine),
+        "seen_as_engines": seen_as_engines,
+        "restored": restored and restored_after_error,
+        "reference_unmoved": all(torch.equal(after[n], p) for n, p in before.items()),
+        "reference_trainable": all(p.requires_grad for p in reference.parameters()),
+        "policy_moved": sum(not torch.equal(moved[n], p) for n, p in before.items()),
+        "linear_in_reference": sorted(set(linear_seen)),
+        "linear_was": stock_linear.__module__,
+    }

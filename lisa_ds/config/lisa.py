@@ -58,19 +58,18 @@ class SamplerConfig(Section):
         not_built(**dict.fromkeys(("weight_norm", "grad_norm", "fisher"), "importance sampling")),
     ] = "uniform"
     """``uniform``: without replacement in a draw. ``cyclic``: every layer once a cycle, reshuffled each cycle.
-    ``bernoulli``: each layer with probability num_sampled_layers / layers, the paper's Algorithm 1. ``fixed``."""
+    ``bernoulli``: each layer with probability num_sampled_layers / layers, the paper's Algorithm 1. ``fixed``: the
+    same layers for the whole run, those of ``layers`` or drawn once."""
 
     layers: Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(strict=False)] | None = None
-    """``fixed`` only: the layers to train, counted from 0."""
+    """``fixed`` only: the layers to train, counted from 0; left out, they are drawn once."""
 
     @model_validator(mode="after")
     def _layers_belong_to_fixed(self) -> SamplerConfig:
-        if (self.name == "fixed") != bool(self.layers):
-            raise mistake(
-                "name 'fixed' needs layers: a list of the layers to train"
-                if self.name == "fixed"
-                else f"layers goes with name 'fixed' only, but name is {self.name!r}"
-            )
+        if self.layers is not None and self.name != "fixed":
+            raise mistake(f"layers goes with name 'fixed' only, but name is {self.name!r}")
+        if self.layers == ():
+            raise mistake("layers is empty: name at least one, or leave it out to draw them once")
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
             raise mistake(f"layers names a layer twice: {list(self.layers)}")
         return self

@@ -18,7 +18,7 @@ from packaging.version import Version
 from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
 
-OLDEST, NEWEST_BELOW = "0.19.8", "0.20"
+OLDEST, NEWEST_BELOW = "0.19.5", "0.20"
 """The DeepSpeed releases this engine was run with: ``OLDEST <= version < NEWEST_BELOW``."""
 
 # Stage 3's map from a parameter to its slice of the gradient buffer, under its mangled name.
@@ -48,12 +48,13 @@ _STAGE3_METHODS = (
 )
 _STAGE3_ATTRIBUTES = (
     *SUB_GROUP_LISTS,
-    "fp32_partitioned_groups_flat",
-    "sub_group_to_group_id",
-    "ipg_buckets",
-    "parameter_offload",
-    "offload_optimizer",
+    "_offload_boundary_param_ids",
     "dp_process_group",
+    "fp32_partitioned_groups_flat",
+    "ipg_buckets",
+    "offload_optimizer",
+    "parameter_offload",
+    "sub_group_to_group_id",
 )
 _ENGINE_METHODS = (
     "_configure_zero_optimizer",
@@ -92,7 +93,7 @@ def check_deepspeed() -> None:
 
 
 def check_attributes(optimizer: Any) -> None:
-    """Refuse a Stage 3 optimizer that does not keep the attributes the window is made of."""
+    """Refuse a Stage 3 optimizer, laid out but without state yet, that lacks an attribute the window is made of."""
     for name in _STAGE3_ATTRIBUTES:
         if not hasattr(optimizer, name):
             raise EngineError(
@@ -125,8 +126,8 @@ def check_options(config: Any) -> None:
             "zero_optimization.zero_quantized_nontrainable_weights: would quantise layers that train later; set it to false"
         )
     offload = zero.offload_optimizer
-    if offload is not None and str(offload.device.value) != "none":
-        if str(offload.device.value) == "nvme":
+    if _device(offload) != "none":
+        if _device(offload) == "nvme":
             problems.append("zero_optimization.offload_optimizer.device: 'nvme' is not supported; use 'cpu' or 'none'")
         if getattr(offload, "super_offload", False):
             problems.append("zero_optimization.offload_optimizer.super_offload: is not supported; set it to false")
@@ -135,8 +136,7 @@ def check_options(config: Any) -> None:
                 f"zero_optimization.offload_optimizer.ratio: must be 1.0, got {offload.ratio}: the sampled state moves "
                 "as a whole"
             )
-    param_offload = zero.offload_param
-    if param_offload is not None and str(param_offload.device.value) == "nvme":
+    if _device(zero.offload_param) == "nvme":
         problems.append("zero_optimization.offload_param.device: 'nvme' is not supported; use 'cpu' or 'none'")
     if getattr(config, "load_universal_checkpoint", False):
         problems.append("checkpoint.load_universal: universal checkpoints drop frozen layers; resume a native one")
@@ -144,6 +144,11 @@ def check_options(config: Any) -> None:
         problems.append("zero_optimization.elastic_checkpoint: is deprecated by DeepSpeed; set it to false")
     if problems:
         raise EngineError("\n".join(f"deepspeed config: {problem}" for problem in problems))
+
+
+def _device(offload: Any) -> str:
+    device = getattr(offload, "device", "none")
+    return str(getattr(device, "value", device))  # an enum member, or after validation its bare value
 
 
 def check_leaf_modules(model: Any, stack: LayerStack) -> None:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from lisa_ds.engines.zero3 import compat
 from lisa_ds.errors import CheckpointError, EngineError
+from lisa_ds.layers import Unit
 
-Unit = int | str
 _STATE_KEY = "lisa"
 
 
@@ -51,11 +51,18 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
         **kwargs: Likewise.
     """
 
+    # The base class is untyped; these are the attributes of it that are set here.
+    averaged_gradients: dict[int, Any]
+    fp32_partitioned_groups_flat: list[Tensor]
+    grad_partitions_flat_buffer: Any
+    grad_position: dict[int, list[int]]
+    norm_for_param_grads: dict[int, Tensor]
+    sub_group_to_group_id: dict[int, int]
+
     def __init__(self, *args: Any, plan: WindowPlan, **kwargs: Any) -> None:
         self._plan = plan
         self._sampled = plan.sampled
         super().__init__(*args, **kwargs)
-        compat.check_attributes(self)
 
     # ---- layout: what the base class asks while it is built ------------------------------------------------------
 
@@ -68,6 +75,7 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
 
     def _setup_for_real_optimizer(self) -> None:
         """Remember the whole layout, then let the base class allocate state for the first window only."""
+        compat.check_attributes(self)
         self._all = {name: list(getattr(self, name)) for name in compat.SUB_GROUP_LISTS}
         self._param_group_of = dict(self.sub_group_to_group_id)
         self._unit_of_sub_group = [self._plan.unit_of[id(group[0])] for group in self._all["fp16_groups"]]

@@ -1,0 +1,155 @@
+"""Everything the ZeRO-3 engine refuses, by name and before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.multirank
+
+
+def _refusals() -> dict[str, str]:
+    """Message of each refusal, tried one after another on one rank."""
+    import copy
+
+    import deepspeed
+    import torch
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.utils import set_z3_leaf_modules
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    import lisa_ds
+    from lisa_ds.errors import LisaError
+    from tests import trajectory
+    from tests.trajectory import Case
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    base = trajectory.deepspeed_config(Case("refusals"), 1)
+    messages = {}
+
+    def attempt(
+        name: str,
+        change: Callable[[dict[str, Any]], Any] = lambda config: None,
+        model: Any = None,
+        lisa: dict[str, Any] | None = None,
+        optimizer: bool = True,
+        then: Callable[[Any], Any] = lambda engine: None,
+    ) -> None:
+        config = copy.deepcopy(base)
+        change(config)
+        model = model or trajectory.build_model(layers=3)
+        kwargs = {"optimizer": torch.optim.AdamW(model.parameters())} if optimizer else {}
+        try:
+            engine, *_ = lisa_ds.initialize(model=model, config=config, lisa_config=lisa, **kwargs)
+            then(engine)
+            messages[name] = "nothing was refused"
+        except LisaError as error:
+            messages[name] = f"{type(error).__name__}: {error}"
+        assert deepspeed.DeepSpeedEngine.__module__ == "deepspeed.runtime.engine"
+
+    zero = "zero_optimization"
+    attempt("stage 2", lambda c: c[zero].update(stage=2))
+    attempt("zenflow", lambda c: c[zero].update(zenflow={"topk_ratio": 0.1}))
+    attempt("deepcompile", lambda c: c.update(compile={"deepcompile": True}))
+    attempt("quantised", lambda c: c[zero].update(zero_quantized_nontrainable_weights=True))
+    attempt("nvme", lambda c: c[zero].update(offload_optimizer={"device": "nvme", "nvme_path": "x"}))
+    attempt("partial", lambda c: c[zero].update(offload_optimizer={"device": "cpu", "ratio": 0.5}))
+    attempt("universal", lambda c: c.update(checkpoint={"load_universal": True}))
+    leaf = trajectory.build_model(layers=3)
+    set_z3_leaf_modules(leaf, [LlamaMLP])
+    attempt("leaf", model=leaf)
+    attempt("no blocks", model=torch.nn.Linear(3, 3))
+    attempt("too many", lisa={"num_sampled_layers": 4})
+    attempt("tied", model=trajectory.build_model(tied=True), lisa={"embeddings": "never", "lm_head": "always"})
+    attempt(
+        "bernoulli",
+        lisa={"sampler": "bernoulli", "embeddings": "never", "lm_head": "never", "rest": "never"},
+    )
+    attempt("epochs", lisa={"interval_steps": "1epoch"})
+    attempt("no optimizer", optimizer=False)
+    attempt("no such layer", then=lambda engine: engine.switch_to([1, 3]))
+
+    def switch_while_accumulating(engine: Any) -> None:
+        rows = torch.zeros(2, 8, dtype=torch.long)
+        engine.backward(engine(input_ids=rows, labels=rows).loss)
+        engine.step()
+        engine.switch_to([1])
+
+    attempt("accumulating", lambda c: c.update(gradient_accumulation_steps=2), then=switch_while_accumulating)
+    attempt(
+        "cut graph",
+        lisa={"embeddings": "never"},
+        then=lambda engine: engine.backward(torch.zeros(())),
+    )
+    version = deepspeed.__version__
+    for found in ("0.15.4", "0.20.0"):
+        deepspeed.__version__ = found
+        attempt(f"version {found}")
+    deepspeed.__version__ = version
+    method = DeepSpeedZeroOptimizer_Stage3.set_grad_positions
+    del DeepSpeedZeroOptimizer_Stage3.set_grad_positions
+    attempt("method")
+    DeepSpeedZeroOptimizer_Stage3.set_grad_positions = method
+    return messages
+
+
+@pytest.fixture(scope="module")
+def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_ranks(1, _refusals, tmp_path_factory.mktemp("refusals"))[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("stage 2", ["EngineError", "zero_optimization.stage", "got 2", "set it to 3"]),
+        ("zenflow", ["EngineError", "zero_optimization.zenflow", "remove it"]),
+        ("deepcompile", ["EngineError", "compile.deepcompile", "set it to false"]),
+        ("quantised", ["EngineError", "zero_quantized_nontrainable_weights", "set it to false"]),
+        ("nvme", ["EngineError", "offload_optimizer.device", "'nvme'", "use 'cpu'"]),
+        ("partial", ["EngineError", "offload_optimizer.ratio", "got 0.5"]),
+        ("universal", ["EngineError", "checkpoint.load_universal"]),
+        ("leaf", ["EngineError", "model.layers.0.mlp (LlamaMLP)", "leaf module"]),
+        ("no blocks", ["ModelError", "no stack of blocks", "wrap the blocks"]),
+        ("too many", ["ConfigError", "num_sampled_layers", "the model has 3 layers, got 4"]),
+        ("tied", ["ConfigError", "lisa.lm_head", "'always'", "tied", "'never'"]),
+        ("bernoulli", ["ConfigError", "lisa.sampler", "'uniform'"]),
+        ("epochs", ["ConfigError", "interval_steps"]),
+        ("no optimizer", ["EngineError", "optimizer"]),
+        ("no such layer", ["EngineError", "switch_to", "[1, 3]", "layers 0 to 2"]),
+        ("accumulating", ["EngineError", "switch_to", "after step()"]),
+        ("cut graph", ["EngineError", "use_reentrant=False"]),
+        ("version 0.15.4", ["EngineError", "deepspeed 0.15.4", "pip install"]),
+        ("version 0.20.0", ["EngineError", "deepspeed 0.20.0", "pip install"]),
+        ("method", ["EngineError", "set_grad_positions", "pip install"]),
+    ],
+)
+def test_refusal_names_the_key_the_value_and_the_remedy(messages: dict[str, str], name: str, parts: list[str]) -> None:
+    assert all(part in messages[name] for part in parts), messages[name]
+
+
+def test_every_option_is_reported_at_once(tmp_path: Path) -> None:
+    (message,) = run_ranks(1, _two_mistakes, tmp_path)
+    assert len(message.splitlines()) == 2
+
+
+def _two_mistakes() -> str:
+    from lisa_ds.engines.zero3 import compat
+    from lisa_ds.errors import EngineError
+
+    class Zero:
+        stage, zero_quantized_nontrainable_weights = 1, True
+        zenflow = offload_optimizer = offload_param = None
+
+    class Config:
+        zero_config = Zero()
+
+    try:
+        compat.check_options(Config())
+    except EngineError as error:
+        return str(error)
+    return ""
