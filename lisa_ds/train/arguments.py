@@ -63,6 +63,7 @@ def check(config: RunConfig) -> dict[str, Any]:
             )
         if key in given and given.get("eval_strategy") == "no":
             raise ConfigError(f"{origin.where(key)}: needs evaluations on the way, but training.eval_strategy is 'no'")
+    _check_trackers(given.get("report_to"), origin)
     source = config.where("deepspeed")
     if isinstance(config.deepspeed, str):
         source = config.deepspeed
@@ -157,6 +158,17 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     return fields
 
 
+def _check_trackers(report_to: str | list[str] | None, origin: Origin) -> None:
+    """Refuse a tracker that is not installed: the trainer would, but only after the model has been loaded."""
+    asked = {report_to} if isinstance(report_to, str) else set(report_to or ())
+    present = get_available_reporting_integrations()
+    if missing := sorted(asked - {"all", "none", *present}):
+        raise ConfigError(
+            f"{origin.where('report_to')}: {', '.join(missing)} is not installed or not known to transformers; "
+            f"there is {', '.join(present) or 'none'}"
+        )
+
+
 def _early_stopping(given: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers' early stopping asks of the other arguments, as defaults."""
     if "early_stopping_patience" not in given:
@@ -237,13 +249,3 @@ def _under_present_names(given: dict[str, Any], origin: Origin) -> dict[str, Any
         if old in given:
             given[new] = given.pop(old)
     return given
-
-
-def check_trackers(config: RunConfig, arguments: TrainingArguments) -> None:
-    """Refuse a tracker that is not installed: the trainer would, but only after the model has been loaded."""
-    missing = sorted(set(arguments.report_to) - set(get_available_reporting_integrations()))
-    if missing:
-        raise ConfigError(
-            f"{config.where('training.report_to')}: {', '.join(missing)} is not installed or not known to transformers; "
-            "there is " + (", ".join(get_available_reporting_integrations()) or "none")
-        )

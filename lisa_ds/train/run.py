@@ -41,12 +41,13 @@ def run(config: RunConfig, *, resume: str | None = None) -> Summary:
         LisaError: Something is wrong with config, data, model or checkpoint. Nothing has been written.
     """
     given = arguments.check(config)
-    checkpoint = _find_checkpoint(arguments.output_dir(config), resume)
+    checkpoint = _find_checkpoint(config, resume)
+    tokenizer = load_tokenizer(config.model)
+    rows = data.load_dataset(config.data, tokenizer, task=config.model.task)
     args = arguments.build(config, given, resumed=checkpoint is not None)
-    arguments.check_trackers(config, args)
     hf.join_process_group()
     with _removed_if_left_empty(Path(args.output_dir)):
-        trainer, clock = _build_trainer(config, given, args)
+        trainer, clock = _build_trainer(config, given, args, tokenizer, *rows)
         methods.prepare(trainer, config)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     loss_before, loss_after = _held_out_losses(trainer)
@@ -60,10 +61,9 @@ def run(config: RunConfig, *, resume: str | None = None) -> Summary:
 
 
 def _build_trainer(
-    config: RunConfig, given: dict[str, Any], args: TrainingArguments
+    config: RunConfig, given: dict[str, Any], args: TrainingArguments, tokenizer: Any, train_rows: Any, eval_rows: Any
 ) -> tuple[LabelLogitsTrainer, Clock]:
-    tokenizer, task = load_tokenizer(config.model), config.model.task
-    train_rows, eval_rows = data.load_dataset(config.data, tokenizer, task=task)
+    task = config.model.task
     if args.process_index == 0:
         print(f"training data: {data.describe(train_rows)}")
         if eval_rows is not None:
@@ -98,7 +98,7 @@ def _build_trainer(
     return trainer, clock
 
 
-def _find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
+def _find_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
     """The checkpoint to continue from.
 
     Raises:
@@ -112,6 +112,7 @@ def _find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
         if missing := _missing(path):
             raise CheckpointError(f"--resume: {path} is not a complete checkpoint of a run: it has no {missing}")
         return path
+    output_dir = arguments.output_dir(config)
     found = sorted(output_dir.glob("checkpoint-*"), key=_step, reverse=True)
     if resume == "auto":
         for path in found:
@@ -121,7 +122,7 @@ def _find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
         found = []
     if found or (output_dir / "model").exists():
         raise ConfigError(
-            f"training.output_dir: {output_dir} holds another run's {found[0].name if found else 'model'}; continue it "
+            f"{config.where('training.output_dir')}: {output_dir} holds another run's {found[0].name if found else 'model'}; continue it "
             "with --resume auto, or choose another directory"
         )
     return None

@@ -1,0 +1,279 @@
+"""launch/train.py from end to end, by the stock launcher on two CPU ranks; and every way to get its input wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from lisa_ds import records
+from lisa_ds.config import load_config
+from lisa_ds.train import arguments, command
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(folder: Path, *more: str, config: str = "run.yaml") -> subprocess.CompletedProcess[str]:
+    """`deepspeed --num_gpus 2 launch/train.py`: two CPU ranks where there is no GPU."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "LISA_DS_CACHE": str(folder / "cache"),
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [*launcher, str(ROOT / "launch/train.py"), "--lisa_config", config, *more]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def write_run(folder: Path, **changes: Any) -> Path:
+    tiny.write_model(folder / "model")
+    tiny.write_rows(folder / "rows.jsonl", tiny.alpaca)
+    run = {
+        "model": {"name_or_path": "model"},
+        "data": {"path": "rows.jsonl", "eval_fraction": 0.25, "max_length": 64},
+        "lisa": {"num_sampled_layers": 1, "interval_steps": 2},
+        "training": {
+            **{"output_dir": "out", "max_steps": 6, "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-2},
+            **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "report_to": "tensorboard"},
+            **{"bf16": True, "gradient_checkpointing": True, "lr_scheduler_type": "constant"},
+        },
+        **changes,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that has trained, and what it printed."""
+    folder = write_run(tmp_path_factory.mktemp("train"))
+    done = launch(folder, "lisa.seed=3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+@pytest.mark.multirank
+def test_a_run_says_what_it_did_once(finished: tuple[Path, str]) -> None:
+    _, output = finished
+    before, after = output.split("held-out loss ")[1].split("\n")[0].split(" -> ")
+    assert float(after) < float(before)
+    for text in (
+        "training data: ",
+        "held-out data: ",
+        "step 1: interval 0 trains layers [",
+        "MB of gradients and optimizer state live on a rank",
+        "live state ",
+        "full fine-tuning would hold ",
+        " in 3 intervals",
+        "tokens/s: ",
+        "model: out/model",
+    ):
+        found = [line for line in output.splitlines() if text in line]
+        assert len(found) == (3 if "live on a rank" in text else 1), (text, output)
+
+
+@pytest.mark.multirank
+def test_records_hold_what_was_printed_and_what_full_fine_tuning_would_take(finished: tuple[Path, str]) -> None:
+    folder, output = finished
+    read = {(record.name, record.variant, record.x): record for record in records.read(folder / "out/records.jsonl")}
+    losses = [read["held_out_loss", "lisa", step].value for step in (0, 6)]
+    assert "held-out loss {:.4f} -> {:.4f}".format(*losses) in output
+    assert read["live_bytes/weights", "lisa", None].value == read["live_bytes/weights", "full, planned", None].value
+    live, full = (read["live_bytes/exp_avg", variant, None].value for variant in ("lisa", "full, planned"))
+    block = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) // 2  # fp32, on one of two ranks
+    assert full - live == 3 * block
+    assert read["tokens_per_second", "lisa", None].settings["config"]["lisa"]["seed"] == 3
+
+
+@pytest.mark.multirank
+def test_trackers_see_lisa(finished: tuple[Path, str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = next((finished[0] / "out").rglob("events.*"))
+    read = EventAccumulator(str(events.parent)).Reload()
+    intervals = [scalar.value for scalar in read.Scalars("train/lisa/interval")]
+    assert intervals == [0, 1, 1, 2, 2, 3]
+
+
+@pytest.mark.multirank
+def test_the_exported_model_reloads_equal(finished: tuple[Path, str]) -> None:
+    model = finished[0] / "out/model"
+    assert {path.name for path in model.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    written = load_file(model / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    assert written.keys() == loaded.keys()
+    assert all(weight.equal(loaded[name]) for name, weight in written.items())
+    saved = load_file(finished[0] / "out/checkpoint-6/model.safetensors")
+    assert all(weight.equal(saved[name]) for name, weight in written.items())
+    start = load_file(finished[0] / "model/model.safetensors")
+    assert not any(weight.float().equal(start[name]) for name, weight in written.items() if "layers" not in name)
+    assert AutoTokenizer.from_pretrained(model).chat_template == tiny.CHAT
+
+
+@pytest.mark.multirank
+def test_resume_is_exact_and_passes_over_what_is_incomplete(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder, output = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "out/checkpoint-6/trainer_state.json").unlink()  # as if killed while it saved
+    done = launch(copy, "lisa.seed=3", "--resume", "auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passing over out/checkpoint-6, which has no trainer_state.json" in done.stderr
+    first, again = (load_file(at / "out/model/model.safetensors") for at in (folder, copy))
+    assert all(weight.equal(again[name]) for name, weight in first.items())
+    (summary,) = [line for line in output.splitlines() if line.startswith("held-out loss")]
+    assert summary in done.stdout.splitlines()
+
+
+@pytest.mark.multirank
+def test_an_error_found_on_every_rank_is_told_once_and_leaves_nothing(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    before = sorted(path for path in folder.rglob("*") if "cache" not in path.parts)
+    done = launch(folder, "lisa.num_sampled_layers=9", "training.output_dir=new/deep")
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+    assert (
+        "[rank 0] error: command line: lisa.num_sampled_layers: the model has 4 layers, got 9; choose 1 to 4, "
+        "or check that layers_path leads to the block stack\n" in done.stderr
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    assert sorted(path for path in folder.rglob("*") if "cache" not in path.parts) == before
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run to spoil, in the working directory, on one rank of this process."""
+    monkeypatch.chdir(write_run(tmp_path))
+    monkeypatch.setenv("LISA_DS_CACHE", str(tmp_path / "cache"))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (["training.learning_rat=1"], "command line: training.learning_rat: unknown key, got 1; did you mean 'learning_rate'?"),
+        (["training.lr=1"], "command line: training.lr: unknown key, got 1; did you mean 'training.learning_rate'?"),
+        (["training.max_steps=x"], "command line: training.max_steps: should be a whole number, got 'x'"),
+        (["training.bf16=1"], "command line: training.bf16: should be true or false, got 1"),
+        (
+            ["training.save_strategy=epochs"],
+            "command line: training.save_strategy: should be one of 'no', 'steps', 'epoch', 'best', got 'epochs'; "
+            "did you mean 'epoch'?",
+        ),
+        (["training.learning_rate=-1"], "command line: training.learning_rate: should be 0 or more, got -1"),
+        (
+            ["training.resume_from_checkpoint=x"],
+            "command line: training.resume_from_checkpoint: does not belong here: resuming is asked for on the command "
+            "line, --resume auto or --resume PATH, got 'x'",
+        ),
+        (
+            ["training.report_to=comet"],
+            "command line: training.report_to: comet is not installed or not known to transformers; there is *",
+        ),
+        (
+            ["data.eval_fraction=0", "training.early_stopping_patience=2"],
+            "command line: training.early_stopping_patience: needs held-out data; set data.eval_fraction, eval_split "
+            "or eval_path",
+        ),
+        (
+            ["deepspeed={zero_optimization: {stage: 2}}"],
+            "command line: deepspeed: zero_optimization.stage: a run shards its state under ZeRO-3, got 2; set it to 3",
+        ),
+        (
+            ["deepspeed={gradient_clipping: 0.5}"],
+            "command line: deepspeed: gradient_clipping: contradicts run.yaml: training, where max_grad_norm is 1.0, "
+            'got 0.5; write "auto" here, the value lives there',
+        ),
+        (["--deepspeed_config", "no.json"], "no.json: no such file (looked from *"),
+        (["--lisa_confg", "x"], "command line: unrecognized arguments: --lisa_confg\nusage: *"),
+        (["data.path=no.jsonl"], "command line: data.path: no such file or directory: no.jsonl (looked from *"),
+        (["model.name_or_path=model/../modl"], "*no such directory*; did you mean 'model/../model'?*"),
+        (["--resume", "nowhere"], "--resume: no such directory: nowhere (looked from *"),
+        (["--resume", "model"], "--resume: model is not a complete checkpoint of a run: it has no latest"),
+        (
+            ["training.output_dir=used"],
+            "command line: training.output_dir: used holds another run's checkpoint-3; continue it with --resume auto, or choose "
+            "another directory",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_message_and_exit_code_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], spoil: list[str], message: str
+) -> None:
+    (folder / "used/checkpoint-3").mkdir(parents=True)
+    before = sorted(folder.rglob("*"))
+    assert command.main(["--lisa_config", "run.yaml", *spoil]) == 2
+    out, err = capsys.readouterr()
+    beginning, *rest = message.split("*")
+    assert err.startswith(f"[rank 0] error: {beginning}"), err
+    assert all(part in err for part in rest)
+    assert rest or err == f"[rank 0] error: {message}\n"
+    assert out == ""
+    assert [path for path in sorted(folder.rglob("*")) if "cache" not in path.parts] == before
+
+
+def test_every_mistake_of_the_training_section_is_told_at_once(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    run["training"] |= {"optim": "adamwtorch", "seed": 1.5, "warmup": 3}
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    assert command.main(["--lisa_config", "run.yaml"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("[rank 0] error: run.yaml: training.optim: should be one of 'adamw_torch'")
+    assert [line.split(":")[1] for line in lines[1:]] == [" training.seed", " training.warmup"]
+
+
+def test_a_data_line_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write('{"instruction": 3}\n')
+    assert command.main(["--lisa_config", "run.yaml"]) == 2
+    assert "rows.jsonl:25: " in capsys.readouterr().err
+
+
+def test_another_rank_speaks_only_if_rank_0_does_not(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(command.time, "sleep", slept.append)
+    assert command.main(["--lisa_config", "no.yaml"]) == 2
+    assert slept == [command.RANK_0_SPEAKS_S]
+    assert capsys.readouterr().err.startswith("[rank 1] error: no.yaml: no such file")
+
+
+def test_early_stopping_brings_what_it_needs(folder: Path) -> None:
+    config = load_config("run.yaml", ["training.early_stopping_patience=2", "training.save_strategy=steps"])
+    needed = arguments._early_stopping(arguments.check(config))
+    assert needed["load_best_model_at_end"]
+    assert (needed["eval_strategy"], needed["metric_for_best_model"]) == ("steps", "eval_loss")
+
+
+def test_a_bare_no_is_not_false(folder: Path) -> None:
+    assert arguments.check(load_config("run.yaml", ["training.save_strategy=no"]))["save_strategy"] == "no"
+
+
+def test_the_former_name_of_checkpointing_is_understood(folder: Path) -> None:
+    given = arguments.check(load_config("run.yaml"))
+    known = {field for field in TrainingArguments.__dataclass_fields__}
+    assert (
+        given["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] is True
+    )
