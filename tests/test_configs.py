@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
-from lisa_ds.config import LisaConfig, RunConfig, load_config
+from lisa_ds.config import DataConfig, LisaConfig, ModelConfig, OptimizerConfig, RunConfig, SamplerConfig, load_config
 from lisa_ds.config.files import read_mapping
 from lisa_ds.train import arguments
 
@@ -40,3 +45,27 @@ def test_lisa_yaml_has_every_key_at_its_default() -> None:
                 assert getattr(section, key) == field.get_default(call_default_factory=True), f"{name}.{key}"
     assert list(written["lisa"]["sampler"]) == list(type(config.lisa.sampler).model_fields)
     assert list(written["lisa"]["optimizer"]) == list(type(config.lisa.optimizer).model_fields)
+    ours = {"output_dir", "logging_steps"}
+    defaults = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
+    for key, value in config.training.items():
+        assert key in ours or value == (defaults[key] or value), f"training.{key}"
+
+
+@pytest.mark.parametrize("section", [ModelConfig, DataConfig, LisaConfig, SamplerConfig, OptimizerConfig, RunConfig])
+def test_the_reference_in_the_docs_is_that_of_the_code(section: Any) -> None:
+    written = (CONFIGS.parent / "docs/config.md").read_text()
+    for row in rows(section):
+        assert row in written, f"docs/config.md lacks the line\n{row}"
+
+
+def rows(section: Any) -> list[str]:
+    """Lines of the table of a section: key, default, meaning."""
+    lines = []
+    for key, field in section.model_fields.items():
+        nested = isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields")
+        default = (
+            "" if field.is_required() or nested else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
+        )
+        meaning = re.sub(r"``([^`]*)``", r"`\1`", " ".join(str(field.description).split()))
+        lines.append(f"| `{key}` | {default or ('required' if field.is_required() else 'keys below')} | {meaning} |")
+    return lines
