@@ -1,5 +1,6 @@
 """Fine-tune a small language model by LISA on all GPUs, or on two CPU ranks, and ask it something."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -23,6 +24,8 @@ def main() -> int:
         command.append("training.bf16=false")
     shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
     print("$", " ".join(command), flush=True)
+    if not num_gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find out by itself, with many warnings
     start = time.perf_counter()
     if code := subprocess.run(command, cwd=ROOT).returncode:
         return code

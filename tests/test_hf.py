@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -52,7 +54,7 @@ def test_trainers(tmp_path: Path) -> None:
             assert len(seen["history"]) == STEPS // 2 + 1
             assert seen["differing"] == [], title
             assert seen["logs"] == seen["resumed_logs"], title
-            assert [entry["lisa/interval"] for entry in seen["logs"]] == [0, 1, 1, 2, 2, 3], title
+            assert [entry["lisa/interval"] for entry in seen["logs"]] == [0, 0, 1, 1, 2, 2], title
             assert all(entry["lisa/state_mb"] > 0 for entry in seen["logs"]), title
         assert rank["refused"] == {
             "without DeepSpeed": "attach: the trainer does not run under DeepSpeed",
@@ -67,8 +69,8 @@ def test_trainers(tmp_path: Path) -> None:
 
 
 def on_ranks(directory: str, scripts: dict[str, tuple[str, str]]) -> dict[str, Any]:
-    import os
-
+    # Threads of pyarrow and gloo now and then abort a process that has done all its work and takes Python apart.
+    atexit.register(os._exit, 0)
     os.chdir(directory)
     return {
         "refused": refused(),  # first: accelerate keeps what the trainers of a process have asked for
@@ -217,5 +219,4 @@ def by_epochs() -> list[int]:
     trainer = make_trainer(zero(3))
     lisa_ds.attach(trainer, {"interval_steps": "1epoch", "num_sampled_layers": 1})
     trainer.train()
-    # An entry names the interval that trains next: the step that ends one is followed by a switch at once.
-    return [0, *(entry["lisa/interval"] for entry in training_logs(trainer))][:4]
+    return [entry["lisa/interval"] for entry in training_logs(trainer)]

@@ -97,6 +97,7 @@ class LisaCallback(TrainerCallback):
         self._trainer = trainer
         self._each_step = each_step
         self._interval = -1
+        self._step_interval = -1  # that of the last step, after which a switch may have come
         self._is_new = False
         self._told = -1
         self.memory: dict[str, int] = {}
@@ -118,6 +119,7 @@ class LisaCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell of a new draw."""
         engine = self._trainer.deepspeed
+        self._step_interval = self._interval
         self._is_new, self._interval = engine.interval != self._interval, engine.interval
         # One step after the switch, when the moments of the new layers are there to be counted.
         if self._told != self._interval and (self._each_step or not self._is_new):
@@ -127,7 +129,7 @@ class LisaCallback(TrainerCallback):
         """Add LISA's scalars to the entries of training steps."""
         if "loss" not in logs or not self.memory:
             return
-        scalars = {"lisa/interval": self._interval, "lisa/state_mb": round(self.state_bytes / 1e6, 3)}
+        scalars = {"lisa/interval": self._step_interval, "lisa/state_mb": round(self.state_bytes / 1e6, 3)}
         logs.update(scalars)
         state.log_history[-1].update(scalars)  # Trainer has copied the entry already
 

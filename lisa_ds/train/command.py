@@ -33,11 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             overrides.append(f"deepspeed={arguments.deepspeed_config}")
         config = load_config(arguments.lisa_config, overrides)
 
-        from lisa_ds.train.run import run  # torch, transformers and DeepSpeed: seconds
+        import torch.distributed  # with transformers and DeepSpeed: seconds
+
+        from lisa_ds.train.run import run
 
         run(config, resume=arguments.resume)
     except LisaError as error:
         return tell(error)
+    torch.distributed.destroy_process_group()
     return 0
 
 
