@@ -139,16 +139,13 @@ def compare_on_ranks(folder: str) -> dict[str, Any]:
     zero = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     zero |= {"zero_optimization": {"stage": 3, "reduce_bucket_size": 100000}, "zero_allow_untested_optimizer": True}
     results = {}
-    for name in ("tied", "softcapping"):
-        for accumulation in (1, 3):
-            changes = {"deepspeed": zero, "max_steps": 2}
-            trainers = [
-                trained(kind, MODELS[name], folder, accumulation, **changes) for kind in (Trainer, LabelLogitsTrainer)
-            ]
-            stock, ours = trainers
-            difference = 0.0
-            for one, other in zip(stock.model.parameters(), ours.model.parameters(), strict=True):
-                with deepspeed.zero.GatheredParameters([one, other]):
-                    difference = max(difference, float((one - other).abs().max()))
-            results[f"{name}, {accumulation}"] = losses(stock), losses(ours), difference
+    shape = MODELS["softcapping"]  # and tied, as Gemma is
+    for accumulation in (1, 3):
+        changes = {"deepspeed": zero, "max_steps": 2}
+        stock, ours = (trained(kind, shape, folder, accumulation, **changes) for kind in (Trainer, LabelLogitsTrainer))
+        difference = 0.0
+        for one, other in zip(stock.model.parameters(), ours.model.parameters(), strict=True):
+            with deepspeed.zero.GatheredParameters([one, other]):
+                difference = max(difference, float((one - other).abs().max()))
+        results[f"accumulation {accumulation}"] = losses(stock), losses(ours), difference
     return results

@@ -42,6 +42,8 @@ def export(
         raise CheckpointError(f"{checkpoint}: no such directory (looked from {Path.cwd()})")
     source = resolve(model) if model else str(_beside_weights(checkpoint))
     config = transformers.AutoConfig.from_pretrained(source)
+    if getattr(config, "use_cache", None) is False:
+        config.use_cache = True  # trainers switch it off and save it so, but nobody wants to generate without
     chosen = DTYPES[dtype] if dtype else (getattr(config, "dtype", None) or torch.float32)
     architecture = (config.architectures or ["none"])[0]
     if not hasattr(transformers, architecture):

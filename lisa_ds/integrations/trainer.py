@@ -24,8 +24,9 @@ class LabelLogitsTrainer(Trainer):
     Models without a plain output head, and label smoothing, take the stock way. ``labelled_only`` tells which it is.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        self._uses_cache = getattr(model.config, "use_cache", None)
+        super().__init__(model, *args, **kwargs)
         head = _plain_head(self.model)
         self.labelled_only = (
             head is not None
@@ -56,6 +57,18 @@ class LabelLogitsTrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             self._kept = None
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """See ``Trainer.save_model``; a model that is saved generates with a cache again, which training has no use for."""
+        config = self.model.config
+        while_training = getattr(config, "use_cache", None)
+        if self._uses_cache is not None:
+            config.use_cache = self._uses_cache
+        try:
+            super().save_model(*args, **kwargs)
+        finally:
+            if self._uses_cache is not None:
+                config.use_cache = while_training
 
     def _keep_labelled(self, head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._kept is None:  # generation, or a caller of the bare model

@@ -66,8 +66,8 @@ class Summary:
     def write(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Append the summary to a file of records."""
         values: list[tuple[str, str, float | None, str, float | None]] = [
-            ("held_out_loss", self.method, self.loss_before, "nats per token", 0),
-            ("held_out_loss", self.method, self.loss_after, "nats per token", self.steps),
+            ("held_out_loss", self.method, self.loss_before, "nats", 0),
+            ("held_out_loss", self.method, self.loss_after, "nats", self.steps),
             *((f"live_bytes/{kind}", self.method, size, "B", None) for kind, size in self.live.items()),
             *((f"live_bytes/{kind}", "full, planned", size, "B", None) for kind, size in self.full.items()),
             ("tokens_per_second", self.method, self.tokens / self.seconds if self.seconds else None, "1/s", None),
