@@ -262,6 +262,21 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert [path for path in sorted(folder.rglob("*")) if "cache" not in path.parts] == before
 
 
+@pytest.mark.parametrize("resume", ["auto", "out/checkpoint-3"])
+def test_a_checkpoint_of_more_ranks_is_refused_and_not_passed_over(
+    folder: Path, capsys: pytest.CaptureFixture[str], resume: str
+) -> None:
+    checkpoint = folder / "out/checkpoint-3"
+    (checkpoint / "global_step3").mkdir(parents=True)
+    (checkpoint / "latest").write_text("global_step3")
+    (checkpoint / "trainer_state.json").touch()
+    for rank in (0, 1):
+        (checkpoint / f"global_step3/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+        (checkpoint / f"rng_state_{rank}.pth").touch()
+    assert command.main(["--lisa_config", "run.yaml", "--resume", resume]) == 2
+    assert "out/checkpoint-3 was saved on 2 ranks and cannot be resumed on 1; run on 2 ranks" in capsys.readouterr().err
+
+
 def test_every_mistake_of_the_training_section_is_told_at_once(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

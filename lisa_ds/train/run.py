@@ -111,21 +111,31 @@ def _find_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
             raise CheckpointError(f"--resume: no such directory: {path} (looked from {Path.cwd()})")
         if missing := _missing(path):
             raise CheckpointError(f"--resume: {path} is not a complete checkpoint of a run: it has no {missing}")
-        return path
+        return _of_this_world(path)
     output_dir = arguments.output_dir(config)
     found = sorted(output_dir.glob("checkpoint-*"), key=_step, reverse=True)
     if resume == "auto":
         for path in found:
             if not (missing := _missing(path)):
-                return path
+                return _of_this_world(path)
             _log.warning("--resume auto: passing over %s, which has no %s", path, missing)
         found = []
     if found or (output_dir / "model").exists():
         raise ConfigError(
-            f"{config.where('training.output_dir')}: {output_dir} holds another run's {found[0].name if found else 'model'}; continue it "
-            "with --resume auto, or choose another directory"
+            f"{config.where('training.output_dir')}: {output_dir} holds another run's "
+            f"{found[0].name if found else 'model'}; continue it with --resume auto, or choose another directory"
         )
     return None
+
+
+def _of_this_world(checkpoint: Path) -> Path:
+    saved, now = _ranks(checkpoint), int(os.environ["WORLD_SIZE"])
+    if saved != now:
+        raise CheckpointError(
+            f"--resume: {checkpoint} was saved on {saved} ranks and cannot be resumed on {now}; run on {saved} ranks, or "
+            "export it with `lisa-ds export` and start from the exported weights"
+        )
+    return checkpoint
 
 
 def _step(checkpoint: Path) -> int:
@@ -133,13 +143,19 @@ def _step(checkpoint: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
+def _ranks(checkpoint: Path) -> int:
+    return len(list(checkpoint.glob(f"{(checkpoint / 'latest').read_text().strip()}/*_optim_states.pt")))
+
+
 def _missing(checkpoint: Path) -> str | None:
     """The first thing that a killed process did not come to write; the trainer writes them in this order."""
-    ranks = int(os.environ["WORLD_SIZE"])
+    if not (checkpoint / "latest").is_file():
+        return "latest"
+    ranks = _ranks(checkpoint)
     generators = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
-    return next(
-        (name for name in ("latest", *generators, "trainer_state.json") if not (checkpoint / name).is_file()), None
-    )
+    if ranks == 0:
+        return "*_optim_states.pt"
+    return next((name for name in (*generators, "trainer_state.json") if not (checkpoint / name).is_file()), None)
 
 
 @contextmanager
