@@ -104,10 +104,17 @@ class LayerStack:
             return list(self.layers[unit].parameters())
         return {"embeddings": self.embeddings, "lm_head": self.lm_head, "rest": self.rest}[unit]
 
-    def numels(self) -> dict[Unit, tuple[int, ...]]:
-        """Return the elements of each parameter of each unit, whole also where ZeRO-3 has partitioned it."""
+    def numels(self, *, trainable: bool | None = None) -> dict[Unit, tuple[int, ...]]:
+        """Return the elements of each parameter of each unit, whole also where ZeRO-3 has partitioned it.
+
+        Args:
+            trainable: Only parameters that require grad now (True) or do not (False); None for all.
+        """
         units: list[Unit] = [*range(len(self.layers)), *ROLES]
-        return {unit: tuple(_numel(parameter) for parameter in self.parameters(unit)) for unit in units}
+        return {
+            unit: tuple(_numel(p) for p in self.parameters(unit) if trainable in (None, p.requires_grad))
+            for unit in units
+        }
 
     def __repr__(self) -> str:
         """Say what was found in one line; the blocks themselves would fill pages."""

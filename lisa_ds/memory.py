@@ -31,11 +31,13 @@ class ModelShape:
     frozen: tuple[int, ...] = ()  # parameters that never train whatever the policies say; in no other field
 
     @classmethod
-    def from_numels(cls, numels: Mapping[int | str, Sequence[int]], *, tied: bool = False) -> ModelShape:
-        """The shape of what :meth:`lisa_ds.LayerStack.numels` returns."""
+    def from_numels(
+        cls, numels: Mapping[int | str, Sequence[int]], *, tied: bool = False, frozen: Sequence[int] = ()
+    ) -> ModelShape:
+        """The shape of what :meth:`lisa_ds.LayerStack.numels` returns; ``frozen`` are parameters that it left out."""
         layers = sorted(unit for unit in numels if isinstance(unit, int))
         roles = {role: tuple(numels.get(role, ())) for role in ROLES}
-        return cls(layers=tuple(tuple(numels[layer]) for layer in layers), tied=tied, **roles)
+        return cls(layers=tuple(tuple(numels[layer]) for layer in layers), tied=tied, frozen=tuple(frozen), **roles)
 
     def trained(self, sampled: Iterable[int], config: LisaConfig) -> list[int]:
         """Elements of each parameter that trains while ``sampled`` is drawn."""

@@ -93,6 +93,7 @@ def _rank_main(
             (folder / f"{rank}.failed").write_text(traceback.format_exc())
             os._exit(1)  # the orderly way out waits for peers
         faulthandler.cancel_dump_traceback_later()
+        os._exit(0)  # threads of libraries may abort an orderly exit, with all work done
 
 
 @contextlib.contextmanager

@@ -27,7 +27,9 @@ def tiny(tmp_path: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         pad_token_id=None,
+        eos_token_id=0,
     )
+    torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
     words = {word: i for i, word in enumerate(["<eos>", "<unk>", "what", "is", "it"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

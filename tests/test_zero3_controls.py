@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_ranks
-from tests.zero3_runs import run_beside_a_reference_model, run_stock_toggling
+from tests.trajectory import LAYERS
+from tests.zero3_runs import run_beside_a_reference_model, run_stock_toggling, run_two_stacks
 
 pytestmark = pytest.mark.multirank
 
@@ -33,4 +34,15 @@ def test_a_reference_model_stays_stock(tmp_path: Path) -> None:
         assert seen["reference_unmoved"]
         assert seen["reference_trainable"]
         assert seen["policy_moved"] > 10
-        assert seen["linear_in_reference"] == ["deepspeed.runtime.zero.linear"]
+        assert seen["forgetful_in_reference"] == 0
+        assert seen["forgetful_in_policy"] == LAYERS * 7 + 1
+        assert seen["linear_restored"]
+
+
+def test_frozen_embeddings_and_reentrant_checkpointing_in_encoders_and_decoders(tmp_path: Path) -> None:
+    for seen in run_ranks(2, run_two_stacks, tmp_path):
+        assert seen["t5"]["moved"] == [0, 1, 2, 3, 4, 5]  # three of the encoder, three of the decoder
+        assert seen["bert"]["moved"] == [0, 1, 2, 3]
+        for model in ("t5", "bert"):
+            assert seen[model]["loss"] <= 1e-5
+            assert seen[model]["parameter"] <= 1e-5

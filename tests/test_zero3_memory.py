@@ -9,7 +9,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.trajectory import Case
-from tests.zero3_runs import run_activations, run_many_switches
+from tests.zero3_runs import run_activations, run_many_switches, run_with_frozen_parameters
 
 pytestmark = pytest.mark.multirank
 
@@ -17,7 +17,7 @@ SWITCHES = 100
 
 
 def test_memory_is_flat_over_a_hundred_switches(tmp_path: Path) -> None:
-    case = Case("flat", interval_steps=1, accumulation=1)
+    case = Case("flat", interval_steps=1, width=4)  # wide, so that a leaked state would be seen in the resident bytes
     for seen in run_ranks(2, run_many_switches, tmp_path, case, SWITCHES, timeout_s=240):
         assert seen[-1]["switches"] == SWITCHES + 1
         assert len({step["layers"] for step in seen}) > 5
@@ -47,3 +47,11 @@ def test_losses_do_not_change_by_it(activations: dict[str, Any]) -> None:
     losses = {name: measured[1] for name, measured in activations.items()}
     assert losses["ours, 8 of 8"] == losses["stock, 8 of 8"]
     assert losses["ours, 2 of 8"] == losses["stock, 2 of 8"]
+
+
+def test_parameters_frozen_by_the_user_stay_frozen_and_out_of_the_count(tmp_path: Path) -> None:
+    for seen in run_ranks(2, run_with_frozen_parameters, tmp_path):
+        assert seen["bytes_as_planned"]
+        assert seen["frozen_moved"] == []
+        assert seen["frozen_requires_grad"] == []
+        assert seen["moved"] > 0

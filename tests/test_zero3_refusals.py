@@ -37,13 +37,15 @@ def _refusals() -> dict[str, str]:
         change: Callable[[dict[str, Any]], Any] = lambda config: None,
         model: Any = None,
         lisa: dict[str, Any] | None = None,
-        optimizer: bool = True,
+        optimizer: Any = True,
         then: Callable[[Any], Any] = lambda engine: None,
     ) -> None:
         config = copy.deepcopy(base)
         change(config)
         model = model or trajectory.build_model(layers=3)
-        kwargs = {"optimizer": torch.optim.AdamW(model.parameters())} if optimizer else {}
+        if optimizer is True:
+            optimizer = torch.optim.AdamW(model.parameters())
+        kwargs = {"optimizer": optimizer} if optimizer else {}
         try:
             engine, *_ = lisa_ds.initialize(model=model, config=config, lisa_config=lisa, **kwargs)
             then(engine)
@@ -59,6 +61,7 @@ def _refusals() -> dict[str, str]:
     attempt("quantised", lambda c: c[zero].update(zero_quantized_nontrainable_weights=True))
     attempt("nvme", lambda c: c[zero].update(offload_optimizer={"device": "nvme", "nvme_path": "x"}))
     attempt("partial", lambda c: c[zero].update(offload_optimizer={"device": "cpu", "ratio": 0.5}))
+    attempt("hpz", lambda c: c[zero].update(zero_hpz_partition_size=2))
     attempt("universal", lambda c: c.update(checkpoint={"load_universal": True}))
     leaf = trajectory.build_model(layers=3)
     set_z3_leaf_modules(leaf, [LlamaMLP])
@@ -74,18 +77,53 @@ def _refusals() -> dict[str, str]:
     attempt("no optimizer", optimizer=False)
     attempt("no such layer", then=lambda engine: engine.switch_to([1, 3]))
 
-    def switch_while_accumulating(engine: Any) -> None:
-        rows = torch.zeros(2, 8, dtype=torch.long)
+    rows = torch.zeros(2, 8, dtype=torch.long)
+
+    def switch_before_step(engine: Any) -> None:
         engine.backward(engine(input_ids=rows, labels=rows).loss)
-        engine.step()
         engine.switch_to([1])
 
-    attempt("accumulating", lambda c: c.update(gradient_accumulation_steps=2), then=switch_while_accumulating)
+    attempt("unused gradients", then=switch_before_step)
+    attempt("accumulating", lambda c: c.update(gradient_accumulation_steps=2), then=switch_before_step)
+    nothing_else = {"embeddings": "never", "lm_head": "never", "rest": "never"}
+    attempt("empty", lisa=nothing_else, then=lambda engine: engine.switch_to([]))
+    attempt("offload_states", then=lambda engine: engine.offload_states())
+
+    class Hand(torch.nn.Module):
+        """Checkpoints its blocks by hand, reentrantly: with frozen embeddings that cuts them out of backward."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(11, 8)
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+            self.head = torch.nn.Linear(8, 11)
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            hidden = self.embed(rows)
+            for block in self.blocks:
+                hidden = torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=True)
+            return self.head(hidden).float().logsumexp(-1).mean()
+
+    def one_step(engine: Any) -> None:
+        engine.backward(engine(rows))
+        engine.step()
+
+    attempt("cut graph", model=Hand(), lisa={"embeddings": "never"}, then=one_step)
+    attempt("cut graph control", model=Hand(), then=one_step)
+    part = trajectory.build_model(layers=3)
+    part.model.layers[1].requires_grad_(False)
+    attempt("idle layer", model=part)
     attempt(
-        "cut graph",
-        lisa={"embeddings": "never"},
-        then=lambda engine: engine.backward(torch.zeros(())),
+        "idle layer control",
+        model=part,
+        lisa={"sampler": {"name": "fixed", "layers": [0, 2]}},
+        then=lambda engine: None,
     )
+    whole = trajectory.build_model(layers=3)
+    attempt("partial optimizer", model=whole, optimizer=torch.optim.AdamW(whole.model.layers[0].parameters()))
+    attempt("adagrad", model=whole, optimizer=torch.optim.Adagrad(whole.parameters()))
+    foreign = torch.optim.AdamW([*whole.parameters(), torch.nn.Parameter(torch.zeros(3))])
+    attempt("foreign parameter", model=whole, optimizer=foreign)
     version = deepspeed.__version__
     for found in ("0.15.4", "0.20.0"):
         deepspeed.__version__ = found
@@ -112,6 +150,7 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("quantised", ["EngineError", "zero_quantized_nontrainable_weights", "set it to false"]),
         ("nvme", ["EngineError", "offload_optimizer.device", "'nvme'", "use 'cpu'"]),
         ("partial", ["EngineError", "offload_optimizer.ratio", "got 0.5"]),
+        ("hpz", ["EngineError", "zero_hpz_partition_size", "got 2"]),
         ("universal", ["EngineError", "checkpoint.load_universal"]),
         ("leaf", ["EngineError", "model.layers.0.mlp (LlamaMLP)", "leaf module"]),
         ("no blocks", ["ModelError", "no stack of blocks", "wrap the blocks"]),
@@ -119,10 +158,19 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("tied", ["ConfigError", "lisa.lm_head", "'always'", "tied", "'never'"]),
         ("bernoulli", ["ConfigError", "lisa.sampler", "'uniform'"]),
         ("epochs", ["ConfigError", "interval_steps"]),
-        ("no optimizer", ["EngineError", "optimizer"]),
+        ("no optimizer", ["EngineError", "there is no optimizer"]),
         ("no such layer", ["EngineError", "switch_to", "[1, 3]", "layers 0 to 2"]),
-        ("accumulating", ["EngineError", "switch_to", "after step()"]),
-        ("cut graph", ["EngineError", "use_reentrant=False"]),
+        ("unused gradients", ["EngineError", "switch after step()"]),
+        ("accumulating", ["EngineError", "switch after step()"]),
+        ("empty", ["EngineError", "nothing to train", "[]"]),
+        ("offload_states", ["EngineError", "offload_states"]),
+        ("cut graph", ["EngineError", "no gradient", "use_reentrant=False"]),
+        ("cut graph control", ["nothing was refused"]),
+        ("idle layer", ["ModelError", "layers [1]", "unfreeze them"]),
+        ("idle layer control", ["nothing was refused"]),
+        ("partial optimizer", ["ModelError", "layers [1, 2]", "give the optimizer every parameter"]),
+        ("adagrad", ["EngineError", "Adagrad", "AdamW"]),
+        ("foreign parameter", ["EngineError", "shape (3,)"]),
         ("version 0.15.4", ["EngineError", "deepspeed 0.15.4", "pip install"]),
         ("version 0.20.0", ["EngineError", "deepspeed 0.20.0", "pip install"]),
         ("method", ["EngineError", "set_grad_positions", "pip install"]),
@@ -144,6 +192,7 @@ def _two_mistakes() -> str:
     class Zero:
         stage, zero_quantized_nontrainable_weights = 1, True
         zenflow = offload_optimizer = offload_param = None
+        zero_hpz_partition_size = 1
 
     class Config:
         zero_config = Zero()

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from lisa_ds.config import LisaConfig
 from lisa_ds.memory import ModelShape, Precision, state_bytes
@@ -40,7 +39,8 @@ EXACT = [
     Case("prefetch", prefetch=True),
     Case("small_buckets", small_buckets=True),
     Case("lr_scales", lisa={"embeddings_lr_scale": 0.1, "lm_head_lr_scale": 0.5, "rest_lr_scale": 2.0}),
-    Case("bernoulli", lisa={"sampler": "bernoulli"}),
+    Case("direct_backward", checkpointing="non_reentrant", direct_backward=True),
+    Case("bernoulli", num_sampled=1, lisa={"sampler": "bernoulli", "seed": 8}),
     Case("cyclic", lisa={"sampler": "cyclic"}),
 ]
 ODD = ["plain", "accumulation", "tied", "frozen_embeddings_reentrant", "cpu_offload_accumulation"]  # also on 3 ranks
@@ -84,13 +84,14 @@ def reference(case: Case, world_size: int) -> Outcome:
         prefetch=False,
         small_buckets=False,
         drop_update_at=None,
+        direct_backward=False,
     )
     _KEYED[repr(plain)] = plain
     return _reference(world_size, repr(plain))
 
 
 def _layers(case: Case) -> list[tuple[int, ...]]:
-    sampler = LayerSampler(6, LisaConfig.load(case.lisa_config))
+    sampler = LayerSampler(trajectory.LAYERS, LisaConfig.load(case.lisa_config))
     return [sampler.layers_at(interval) for interval in range(case.steps)]
 
 
@@ -114,18 +115,18 @@ def test_trajectory_equals_torch(runs: Any, world_size: int, case: Case) -> None
     ours, theirs = runs[world_size, case.name][0], reference(case, world_size)
     assert ours.layers == theirs.layers
     assert len(set(ours.layers)) >= 3  # at least that many different sets were trained
-    assert len(ours.extra["history"]) == 5  # 12 steps in intervals of 3: four switches, the last at the very end
+    assert case.name != "bernoulli" or () in ours.layers  # among them the empty one
+    assert len(ours.extra["history"]) == 4  # 10 steps in intervals of 3: three switches
     found = differences(ours, theirs)
     assert all(found[key] <= BOUNDS[key] for key in BOUNDS), found
 
 
 @pytest.mark.parametrize(("world_size", "case"), PAIRS)
-def test_ranks_agree_on_draws_and_losses(runs: Any, world_size: int, case: Case) -> None:
+def test_ranks_agree_on_draws(runs: Any, world_size: int, case: Case) -> None:
     first, *others = runs[world_size, case.name]
     for other in others:
         assert other.extra["history"] == first.extra["history"]
-        assert other.losses == first.losses
-        assert all(torch.equal(other.parameters[n], p) for n, p in first.parameters.items())
+        assert other.layers == first.layers
 
 
 @pytest.mark.parametrize(("world_size", "case"), PAIRS)

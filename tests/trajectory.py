@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 EPS = 1e-4  # at 1e-8, near-zero gradients through Adam amplify rounding noise to the size of a step
 MICRO_BATCH, SEQUENCE = 2, 16
+LAYERS = 5
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Case:
 
     name: str
     dtype: str = "fp32"
-    steps: int = 12
+    steps: int = 10
     interval_steps: int = 3
     num_sampled: int = 2
     accumulation: int = 1
@@ -38,6 +39,8 @@ class Case:
     small_buckets: bool = False
     overflow_at: int | None = None
     drop_update_at: int | None = None
+    direct_backward: bool = False  # loss.backward() in place of engine.backward(loss)
+    width: int = 1  # times the model's usual one
     lisa: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -56,14 +59,14 @@ class Outcome:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def build_model(tied: bool = False, layers: int = 6) -> nn.Module:
+def build_model(tied: bool = False, layers: int = LAYERS, width: int = 1) -> nn.Module:
     """A Llama whose parameters divide by neither 2 nor 3: biases of 37, norms of 26."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=101,
-        hidden_size=26,
-        intermediate_size=37,
+        hidden_size=26 * width,
+        intermediate_size=37 * width,
         num_hidden_layers=layers,
         num_attention_heads=1,
         num_key_value_heads=1,

@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ def build_engine(case: Case, *, shift: float = 0.0) -> Any:
     """A fresh LISA engine for ``case``; ``shift`` moves every initial weight, so that a resume has something to restore."""
     world_size = dist.get_world_size()
     config = trajectory.deepspeed_config(case, world_size)
+    if case.dtype == "fp16":
+        type(deepspeed.accelerator.get_accelerator()).is_fp16_supported = lambda self: True
     with deepspeed.zero.Init(config_dict_or_path=config) if case.zero_init else contextlib.nullcontext():
-        model = trajectory.build_model(case.tied)
+        model = trajectory.build_model(case.tied, width=case.width)
     if case.zero_init:
         _load_seeded_weights(model, case)
     with torch.no_grad():
         for parameter in model.parameters() if shift else ():
-            parameter += shift
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=case.zero_init):
+                parameter.data += shift
     model.train()
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
@@ -109,7 +113,10 @@ def train(
             rows = batch[rank * MICRO_BATCH : (rank + 1) * MICRO_BATCH]
             loss = engine(input_ids=rows, labels=rows).loss
             total += loss.item() / case.accumulation
-            engine.backward(loss * float("inf") if case.overflow_at == step else loss)
+            if case.direct_backward:
+                loss.backward()
+            else:
+                engine.backward(loss * float("inf") if case.overflow_at == step else loss)
             if batch is micro[-1]:
                 on_step(step)
             engine.step()
@@ -123,9 +130,6 @@ def train(
 
 def run_case(case: Case) -> Outcome:
     """One trajectory, with the counters that its tests read in ``extra``."""
-    if case.dtype == "fp16":
-        accelerator = type(deepspeed.accelerator.get_accelerator())
-        accelerator.is_fp16_supported = lambda self: True
     engine = build_engine(case)
     coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
     invalidations, in_flight = [0], [0]
@@ -166,9 +170,6 @@ def run_case(case: Case) -> Outcome:
         if applied % case.interval_steps == 0:
             frozen.clear()
             frozen.update({n: p.ds_tensor.clone() for n, p in parameters.items() if not p.requires_grad})
-        for name, before in frozen.items():
-            if not torch.equal(parameters[name].ds_tensor, before):
-                frozen_moved.append((step, name))
         lowest = min(engine.sampled_layers, default=0)
         calls_below.append(calls[:lowest])
         calls_at_lowest.append(calls[lowest])
@@ -183,8 +184,14 @@ def run_case(case: Case) -> Outcome:
         )
         bytes_at_start[0] = count[0]
 
+    def after_step(step: int) -> None:
+        parameters = dict(engine.module.named_parameters())
+        for name, before in frozen.items():
+            if not torch.equal(parameters[name].ds_tensor.view(torch.int8), before.view(torch.int8)):
+                frozen_moved.append((step, name))
+
     with counted_reduce_scatter() as count:
-        outcome = train(engine, case, on_step=on_step)
+        outcome = train(engine, case, on_step=on_step, after_step=after_step)
     for handle in handles:
         handle.remove()
     outcome.extra = {
@@ -316,6 +323,7 @@ def run_activations(case: Case) -> dict[str, Any]:
 def run_resume(case: Case, folder: Path, save_after: list[int]) -> dict[int | str, Outcome]:
     """An uninterrupted run that saves after some steps, and one resumed from each of them in a fresh engine."""
     deepspeed.init_distributed(dist_backend="gloo")
+    seed_weights()
     engine = build_engine(case)
 
     def save(step: int) -> None:
@@ -383,6 +391,11 @@ def run_bad_checkpoints(case: Case, folder: Path) -> dict[str, str]:
             messages[str(tag)] = ""
         except CheckpointError as error:
             messages[str(tag)] = str(error)
+    other = build_engine(replace(case, lisa={"rest": "never"}))
+    try:
+        other.load_checkpoint(str(folder), tag="good")
+    except CheckpointError as error:
+        messages["policies"] = str(error)
     after = full_parameters(engine)
     messages["unharmed"] = str(all(torch.equal(after[name], value) for name, value in before.items()))
     return messages
@@ -428,9 +441,10 @@ def run_stock_toggling() -> dict[str, Any]:
 def run_beside_a_reference_model() -> dict[str, Any]:
     """A policy under LISA and a reference model under a stock engine in one process, as DPO has them."""
     from lisa_ds.engines.zero3 import LisaEngine, armed
+    from lisa_ds.engines.zero3.linear import FrozenAwareLinear
 
     deepspeed.init_distributed(dist_backend="gloo")
-    stock_engine, stock_linear = deepspeed.DeepSpeedEngine, torch.nn.functional.linear
+    stock_engine = deepspeed.DeepSpeedEngine
     case = Case("dpo")
     config = trajectory.deepspeed_config(case, dist.get_world_size())
     rank = dist.get_rank()
@@ -453,27 +467,189 @@ def run_beside_a_reference_model() -> dict[str, Any]:
     except KeyError:
         restored_after_error = deepspeed.DeepSpeedEngine is stock_engine
     before = full_parameters(other)
-    linear_seen = []
-    hook = reference.model.layers[0].register_forward_hook(
-        lambda *_: linear_seen.append(torch.nn.functional.linear.__module__)
-    )
+    forgetful: set[int] = set()
+    stock_context = FrozenAwareLinear.setup_context
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        forgetful.add(id(inputs[1]))
+        stock_context(ctx, inputs, output)
+
+    FrozenAwareLinear.setup_context = staticmethod(remember)
+    other.backward(other(input_ids=rows, labels=rows).loss)  # never stepped
     for _ in range(4):
         with torch.no_grad():
             expected = other(input_ids=rows, labels=rows).loss
         engine.backward(engine(input_ids=rows, labels=rows).loss - expected)
         engine.step()
-    hook.remove()
     after = full_parameters(other)
     moved = full_parameters(engine)
+    kinds = [type(each).__name__ for each in (engine, other, late)]
+    optimizers = [type(each.optimizer).__name__ for each in (engine, other, late)]
+    engine.destroy()
     return {
-        "kinds": [type(each).__name__ for each in (engine, other, late)],
-        "optimizers": [type(each.optimizer).__name__ for each in (engine, other, late)],
+        "kinds": kinds,
+        "optimizers": optimizers,
         "lisa": isinstance(engine, LisaEngine),
         "seen_as_engines": seen_as_engines,
         "restored": restored and restored_after_error,
         "reference_unmoved": all(torch.equal(after[n], p) for n, p in before.items()),
         "reference_trainable": all(p.requires_grad for p in reference.parameters()),
         "policy_moved": sum(not torch.equal(moved[n], p) for n, p in before.items()),
-        "linear_in_reference": sorted(set(linear_seen)),
-        "linear_was": stock_linear.__module__,
+        "forgetful_in_reference": len(forgetful.intersection(map(id, reference.parameters()))),
+        "forgetful_in_policy": len(forgetful.intersection(map(id, policy.parameters()))),
+        "linear_restored": torch.nn.functional.linear.__name__ == "zero3_linear_wrap",
+    }
+
+
+def run_warm_starts(case: Case, folder: Path) -> dict[str, Any]:
+    """Load the weights alone, by both of DeepSpeed's options, from the latest tag and from an older one."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    engine = build_engine(case)
+    saved = {}
+    for tag in ("old", "new"):
+        train(engine, replace(case, steps=5))
+        engine.save_checkpoint(str(folder), tag=tag)
+        saved[tag] = full_parameters(engine)
+    engine.destroy()
+    result = {}
+    for tag in ("old", "new"):
+        for option in ({"load_module_only": True}, {"load_optimizer_states": False}):
+            engine = build_engine(case, shift=0.5)
+            train(engine, replace(case, steps=4))  # past a switch: the sampled set is not the first one
+            engine.load_checkpoint(str(folder), tag=tag, **option)
+            loaded = full_parameters(engine)
+            key = f"{tag}, {next(iter(option))}"
+            result[key] = [name for name, value in saved[tag].items() if not torch.equal(loaded[name], value)]
+            result[f"{key}, history"] = engine.layer_history
+            result[f"{key}, states"] = len(engine.optimizer.optimizer.state)
+            result[f"{key}, masters"] = all(
+                torch.equal(master.view(torch.int32), flat.float().view(torch.int32))  # padding may be NaN
+                for master, flat in zip(
+                    engine.optimizer.fp32_partitioned_groups_flat,
+                    engine.optimizer.fp16_partitioned_groups_flat,
+                    strict=True,
+                )
+            )
+            result[f"{key}, then"] = train(engine, replace(case, steps=2)).losses
+            engine.destroy()
+    result["differ"] = any(not torch.equal(saved["old"][name], value) for name, value in saved["new"].items())
+    return result
+
+
+def run_two_stacks() -> dict[str, Any]:
+    """T5 and BERT with frozen embeddings: reentrant checkpointing must not change what is learned."""
+    from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+
+    deepspeed.init_distributed(dist_backend="gloo")
+
+    def t5() -> Any:
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=64,
+                d_model=16,
+                d_kv=8,
+                d_ff=32,
+                num_layers=3,
+                num_heads=2,
+                dropout_rate=0.0,
+                decoder_start_token_id=0,
+                pad_token_id=0,
+            )
+        )
+
+    def bert() -> Any:
+        return BertForSequenceClassification(
+            BertConfig(
+                vocab_size=64,
+                hidden_size=16,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                intermediate_size=32,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        )
+
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 64, (2, 8), generator=draw)
+    result = {}
+    for name, build, labels in (("t5", t5, rows), ("bert", bert, torch.tensor([0, 1]))):
+        runs = []
+        for checkpointing in ("", "reentrant"):
+            torch.manual_seed(0)
+            model = build()
+            case = Case(name, checkpointing=checkpointing)
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": True})
+            engine, *_ = lisa_ds.initialize(
+                model=model,
+                optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2, eps=trajectory.EPS),
+                config=trajectory.deepspeed_config(case, dist.get_world_size()),
+                lisa_config={"num_sampled_layers": 1, "interval_steps": 1, "embeddings": "never", "sampler": "cyclic"},
+            )
+            before = full_parameters(engine)
+            losses = []
+            for _ in range(len(engine._stack.layers)):
+                loss = engine(input_ids=rows, labels=labels).loss
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.item())
+            after = full_parameters(engine)
+            blocks = {
+                engine._stack.unit_of[id(p)]
+                for n, p in model.named_parameters()
+                if not torch.equal(after[n], before[n])
+            }
+            runs.append((losses, after, {block for block in blocks if isinstance(block, int)}))
+            engine.destroy()
+        (plain, first, _), (checkpointed, second, moved) = runs
+        result[name] = {
+            "loss": max(abs(a - b) for a, b in zip(plain, checkpointed, strict=True)),
+            "parameter": max(float((first[n] - second[n]).abs().max()) for n in first),
+            "moved": sorted(moved),
+        }
+    return result
+
+
+def run_with_frozen_parameters() -> dict[str, Any]:
+    """A model of which the user has frozen a part, and whose ``requires_grad`` an adapter library turns on again."""
+    from lisa_ds.memory import Precision, state_bytes
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    case = Case("frozen", interval_steps=2)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rows = next(trajectory.micro_batches(case, world_size))[0][rank * MICRO_BATCH : (rank + 1) * MICRO_BATCH]
+    model = trajectory.build_model()
+    for block in model.model.layers:
+        block.self_attn.requires_grad_(False)
+    engine, *_ = lisa_ds.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2),
+        config=trajectory.deepspeed_config(case, world_size),
+        lisa_config=case.lisa_config,
+    )
+    before = full_parameters(engine)
+    for _ in range(2):
+        engine.backward(engine(input_ids=rows, labels=rows).loss)
+        engine.step()
+    engine.backward(engine(input_ids=rows, labels=rows).loss)
+    engine.step()
+    report = engine.memory_report()
+    planned = state_bytes(
+        engine.model_shape,
+        sampled=engine.sampled_layers,
+        world_size=world_size,
+        precision=Precision(4, 4, bucket_bytes=report["buckets"]),
+    )
+    for block in model.model.layers:  # as PEFT's disable_adapter leaves it
+        block.mlp.requires_grad_(True)
+    for _ in range(3):
+        engine.backward(engine(input_ids=rows, labels=rows).loss)
+        engine.step()
+    after = full_parameters(engine)
+    return {
+        "bytes_as_planned": report == planned,
+        "frozen_moved": [n for n in before if "self_attn" in n and not torch.equal(before[n], after[n])],
+        "frozen_requires_grad": [n for n, p in model.named_parameters() if "self_attn" in n and p.requires_grad],
+        "moved": sum("mlp" in n and not torch.equal(before[n], after[n]) for n in before),
     }

@@ -30,7 +30,11 @@ class Progress:
     """Every set of blocks so far."""
 
     num_layers: int
-    world_size: int
+    policies: dict[str, str]
+    """Who trains always and who never; what never trains has no state in the file."""
+
+    next_draw: int
+    """Hash of the next interval's draw, to tell a changed schedule."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, so that a checkpoint can be read without this package."""
@@ -49,7 +53,7 @@ def latest_tag(load_dir: Path) -> str:
     return path.read_text().strip()
 
 
-def peek(files: Sequence[Path], *, num_layers: int, world_size: int) -> Progress:
+def peek(files: Sequence[Path], num_layers: int, policies: dict[str, str], *, world_size: int) -> Progress:
     """Check this rank's checkpoint files and read where the saved run stood.
 
     All ranks agree on the outcome: if one finds a bad file, every rank raises.
@@ -57,12 +61,13 @@ def peek(files: Sequence[Path], *, num_layers: int, world_size: int) -> Progress
     Args:
         files: The model-state file (which holds the progress) and the optimizer-state file of this rank.
         num_layers: Blocks of the model to be resumed.
+        policies: The run's policies.
         world_size: Ranks of the run to be resumed.
 
     Raises:
         CheckpointError: Names the file and what is wrong with it.
     """
-    progress, problem = _read(files, num_layers, world_size)
+    progress, problem = _read(files, num_layers, policies, world_size)
     problems: list[str | None] = [None] * world_size
     dist.all_gather_object(problems, problem)
     found = sorted({p for p in problems if p is not None})
@@ -71,7 +76,9 @@ def peek(files: Sequence[Path], *, num_layers: int, world_size: int) -> Progress
     return progress
 
 
-def _read(files: Sequence[Path], num_layers: int, world_size: int) -> tuple[Progress | None, str | None]:
+def _read(
+    files: Sequence[Path], num_layers: int, policies: dict[str, str], world_size: int
+) -> tuple[Progress | None, str | None]:
     tag = files[0].parent
     if not tag.is_dir():
         return None, f"{tag}: no such checkpoint directory"
@@ -79,7 +86,7 @@ def _read(files: Sequence[Path], num_layers: int, world_size: int) -> tuple[Prog
     if ranks not in (0, world_size):
         return None, (
             f"{tag}: was saved on {ranks} ranks and cannot be resumed on {world_size}; run on {ranks} ranks, or export "
-            "it with `lisa-ds export` and start from the exported weights"
+            "it with `lisa-ds export`, or load it without optimizer states, and start from its weights"
         )
     for file in files:
         if not file.is_file():
@@ -95,8 +102,19 @@ def _read(files: Sequence[Path], num_layers: int, world_size: int) -> tuple[Prog
         sampled=tuple(saved["sampled"]),
         history=tuple(tuple(layers) for layers in saved["history"]),
         num_layers=saved["num_layers"],
-        world_size=saved["world_size"],
+        policies=saved["policies"],
+        next_draw=saved["next_draw"],
     )
     if progress.num_layers != num_layers:
         return None, f"{files[0]}: is of a model with {progress.num_layers} layers; this one has {num_layers}"
+    if progress.policies != policies:
+        changed = ", ".join(
+            f"{role} {was!r} (now {policies.get(role)!r})"
+            for role, was in progress.policies.items()
+            if was != policies.get(role)
+        )
+        return (
+            None,
+            f"{files[0]}: was saved with lisa.{changed}; resume with the saved policies, or start from its weights alone",
+        )
     return progress, None

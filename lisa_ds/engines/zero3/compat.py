@@ -43,15 +43,18 @@ _STAGE3_METHODS = (
     "_setup_for_real_optimizer",
     "create_reduce_and_remove_grad_hooks",
     "initialize_optimizer_states",
+    "partition_grads",
     "set_grad_positions",
     "state_dict",
 )
 _STAGE3_ATTRIBUTES = (
     *SUB_GROUP_LISTS,
+    "_epilogue_ran_this_backward",
     "_offload_boundary_param_ids",
     "dp_process_group",
     "fp32_partitioned_groups_flat",
     "ipg_buckets",
+    "micro_step_id",
     "offload_optimizer",
     "parameter_offload",
     "sub_group_to_group_id",
@@ -93,13 +96,24 @@ def check_deepspeed() -> None:
 
 
 def check_attributes(optimizer: Any) -> None:
-    """Refuse a Stage 3 optimizer, laid out but without state yet, that lacks an attribute the window is made of."""
+    """Refuse a Stage 3 optimizer, laid out but without state yet, that the window cannot be made of."""
     for name in _STAGE3_ATTRIBUTES:
         if not hasattr(optimizer, name):
             raise EngineError(
                 f"deepspeed {deepspeed.__version__}: the ZeRO-3 optimizer has no attribute {name!r}, which this engine "
                 f'needs. Install a release it was run with: pip install "deepspeed>={OLDEST},<{NEWEST_BELOW}"'
             )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse optimizers that Stage 3 treats by the position of a sub-group, or rebuilds over the first ones it sees."""
+    if optimizer is None:
+        raise EngineError("there is no optimizer: pass one, or name one in the DeepSpeed config's 'optimizer' section")
+    kind = type(optimizer).__name__
+    if "Muon" in kind or "Adagrad" in kind:
+        raise EngineError(
+            f"optimizer: {kind} is not supported under LISA; use AdamW, or another that keeps its state by tensor"
+        )
 
 
 def check_options(config: Any) -> None:
@@ -138,6 +152,12 @@ def check_options(config: Any) -> None:
             )
     if _device(zero.offload_param) == "nvme":
         problems.append("zero_optimization.offload_param.device: 'nvme' is not supported; use 'cpu' or 'none'")
+    if int(zero.zero_hpz_partition_size) > 1:
+        problems.append(
+            f"zero_optimization.zero_hpz_partition_size: is not supported, got {zero.zero_hpz_partition_size}; set it to 1"
+        )
+    if int(getattr(zero, "mics_shard_size", -1)) > 0:
+        problems.append(f"zero_optimization.mics_shard_size: is not supported, got {zero.mics_shard_size}; remove it")
     if getattr(config, "load_universal_checkpoint", False):
         problems.append("checkpoint.load_universal: universal checkpoints drop frozen layers; resume a native one")
     if getattr(zero, "elastic_checkpoint", False):

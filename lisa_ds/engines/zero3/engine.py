@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,15 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import stage3
 
 from lisa_ds.config import LisaConfig
-from lisa_ds.engines.zero3 import checkpoint, compat, policies
+from lisa_ds.engines.zero3 import checkpoint, compat, linear, policies
 from lisa_ds.engines.zero3.frontier import BackwardFrontier
-from lisa_ds.engines.zero3.linear import frozen_aware_linear
 from lisa_ds.engines.zero3.live import memory_report
+from lisa_ds.engines.zero3.warm import load_weights
 from lisa_ds.engines.zero3.window import WindowedStage3, WindowPlan
 from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
-from lisa_ds.sampling import LayerSampler
+from lisa_ds.memory import ModelShape
+from lisa_ds.sampling import LayerSampler, resolve_interval_steps
 
 logger = logging.getLogger("lisa_ds")
 
@@ -54,11 +54,6 @@ class LisaEngine(DeepSpeedEngine):
         self._step_in_lisa = 0
         self._history: list[tuple[int, ...]] = []
         super().__init__(**kwargs)
-        if not isinstance(self.optimizer, WindowedStage3):
-            raise EngineError(
-                f"the engine was built with {type(self.optimizer).__name__}, not with the windowed ZeRO-3 optimizer; "
-                "pass an optimizer, or name one in the DeepSpeed config's 'optimizer' section"
-            )
         self._frontier.move(self.sampled_layers)
         self._log_interval()
 
@@ -80,6 +75,11 @@ class LisaEngine(DeepSpeedEngine):
         """Every set of blocks so far, in order; the last one trains now."""
         return list(self._history)
 
+    @property
+    def model_shape(self) -> ModelShape:
+        """Elements of each parameter by unit, for the planner; what was frozen beforehand is apart."""
+        return self._shape
+
     def memory_report(self) -> dict[str, int]:
         """Bytes of live model-state tensors on this rank; see :func:`lisa_ds.engines.zero3.live.memory_report`."""
         return memory_report(self.optimizer, self.module.parameters())
@@ -97,29 +97,49 @@ class LisaEngine(DeepSpeedEngine):
         count = len(self._stack.layers)
         if wanted and not 0 <= wanted[0] <= wanted[-1] < count:
             raise EngineError(f"switch_to: got layers {list(wanted)}, but the model has layers 0 to {count - 1}")
-        if self.micro_steps % self.gradient_accumulation_steps():
-            raise EngineError("switch_to: gradients are being accumulated and would be lost; call it after step()")
         self._switch(wanted)
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: DeepSpeed's reload lays the 16-bit weights out anew from the sampled sub-groups alone.
+
+        Raises:
+            EngineError: Always.
+        """
+        raise EngineError(
+            "offload_states is not supported under LISA; offload the optimizer by the DeepSpeed config instead"
+        )
+
+    def destroy(self) -> None:
+        """See ``DeepSpeedEngine.destroy``."""
+        self._uninstall_linear()
+        super().destroy()
 
     # ---- what DeepSpeed asks while it is built --------------------------------------------------------------------
 
     def _configure_zero_optimizer(self, optimizer: Any) -> Any:
         # Here and not earlier: AutoTP replaces parameters before the optimizer is built.
+        compat.check_optimizer(optimizer)
         self._stack = LayerStack.from_model(self.module, self._lisa.layers_path)
-        policies.apply(self._stack, self._lisa)
+        self._shape = ModelShape.from_numels(
+            self._stack.numels(trainable=True),
+            tied=self._stack.tied,
+            frozen=[numel for unit in self._stack.numels(trainable=False).values() for numel in unit],
+        )
+        groups = getattr(optimizer, "param_groups", [])
+        policies.apply(self._stack, self._lisa, {id(p) for group in groups for p in group["params"]})
         compat.check_leaf_modules(self.module, self._stack)
         self._sampler = LayerSampler(
             num_layers=len(self._stack.layers),
             config=self._lisa,
-            interval_steps=policies.interval_steps(self._lisa, self._steps_per_epoch(self)),
+            interval_steps=resolve_interval_steps(self._lisa, self._steps_per_epoch(self)),
         )
-        self._frontier = BackwardFrontier(self._stack)
-        self._backward_may_stop = self._lisa.embeddings == "never"
+        self._frontier = BackwardFrontier(self.module, self._stack)
+        # What the embeddings' owner or the policy froze: backward need not reach them.
+        self._backward_may_stop = not any(parameter.requires_grad for parameter in self._stack.embeddings)
+        self._uninstall_linear = linear.install(self.module.parameters())
         first = self._sampler.layers_at(0)
         self._history.append(first)
-        plan = WindowPlan(
-            unit_of=self._stack.unit_of, sampled=first, lr_scales=policies.lr_scales(self._stack, self._lisa)
-        )
+        plan = WindowPlan(unit_of=self._stack.unit_of, sampled=first, lr_scales=policies.lr_scales(self._lisa))
         saved = stage3.DeepSpeedZeroOptimizer_Stage3
         stage3.DeepSpeedZeroOptimizer_Stage3 = functools.partial(WindowedStage3, plan=plan)
         try:
@@ -133,7 +153,8 @@ class LisaEngine(DeepSpeedEngine):
         DeepSpeed's own default adds 16-bit micro-batch gradients in 16 bits. ``data_types.grad_accum_dtype`` overrides.
         """
         model, accumulation = super().get_data_types()
-        if self._config.grad_accum_dtype is None and self.gradient_accumulation_steps() > 1:
+        accumulates = self.gradient_accumulation_steps() > 1 or not self.managed_gradient_accumulation()
+        if self._config.grad_accum_dtype is None and accumulates:
             accumulation = torch.float32
         return model, accumulation
 
@@ -153,31 +174,15 @@ class LisaEngine(DeepSpeedEngine):
     # ---- training -------------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """See ``DeepSpeedEngine.forward``; frozen linears keep no input for backward."""
-        if not self._backward_may_stop:
-            with frozen_aware_linear():
-                return super().forward(*inputs, **kwargs)
-        self._frontier.refresh()
-        with frozen_aware_linear(), warnings.catch_warnings():
-            # Reentrant checkpointing warns of each block below the lowest sampled one; that they need none is the point.
-            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
-            return super().forward(*inputs, **kwargs)
-
-    def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
-        """See ``DeepSpeedEngine.backward``.
-
-        Raises:
-            EngineError: The loss depends on no sampled parameter.
-        """
-        if self._backward_may_stop and not loss.requires_grad:
-            raise EngineError(
-                f"the loss depends on no trainable parameter, though layers {list(self.sampled_layers)} are sampled. With "
-                "'embeddings: never', hand-written reentrant checkpointing cuts the graph: use use_reentrant=False"
-            )
-        with frozen_aware_linear():  # blocks recomputed in backward
-            return super().backward(loss, *args, **kwargs)
+        """See ``DeepSpeedEngine.forward``."""
+        if torch.is_grad_enabled():
+            self.optimizer.require_grad_of_window()
+            if self._backward_may_stop:
+                self._frontier.refresh()
+        return super().forward(*inputs, **kwargs)
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
+        self._check_gradients()
         super()._take_model_step(*args, **kwargs)
         if not self._step_applied:  # a skipped (overflow) step is no step
             return
@@ -185,6 +190,15 @@ class LisaEngine(DeepSpeedEngine):
         self._step_in_lisa += 1
         if self.interval != before:
             self._switch(self._sampler.layers_at(self.interval))
+
+    def _check_gradients(self) -> None:
+        """Refuse to step where a sampled block was cut out of backward: its moments would decay towards nothing."""
+        missing = self.optimizer.sampled_without_gradient()
+        if missing and self._backward_may_stop:
+            raise EngineError(
+                f"layers {list(missing)} are sampled, but backward gave them no gradient. With frozen embeddings, reentrant "
+                "checkpointing that is not transformers' own cuts them off: use use_reentrant=False"
+            )
 
     def _switch(self, layers: tuple[int, ...]) -> None:
         self._history.append(layers)
@@ -214,8 +228,10 @@ class LisaEngine(DeepSpeedEngine):
 
     # ---- checkpoint -----------------------------------------------------------------------------------------------
 
+    # Without DeepSpeed's exclude_frozen_parameters: it would drop the blocks that are not sampled at the moment. Trainers
+    # that look for the argument (transformers does, for adapters) find that it is not there, and save everything.
     def save_checkpoint(
-        self, save_dir: Any, tag: Any = None, client_state: dict[str, Any] | None = None, **kwargs: Any
+        self, save_dir: Any, tag: Any = None, client_state: dict[str, Any] | None = None, save_latest: bool = True
     ) -> Any:
         """See ``DeepSpeedEngine.save_checkpoint``; adds the step, the sampled layers and their history."""
         state = checkpoint.Progress(
@@ -223,32 +239,80 @@ class LisaEngine(DeepSpeedEngine):
             sampled=self.sampled_layers,
             history=tuple(self._history),
             num_layers=len(self._stack.layers),
-            world_size=dist.get_world_size(),
+            policies=policies.describe(self._lisa),
+            next_draw=self._sampler.hash_at(self.interval + 1),
         )
         return super().save_checkpoint(
-            save_dir, tag=tag, client_state={**(client_state or {}), checkpoint.KEY: state.as_dict()}, **kwargs
+            save_dir,
+            tag=tag,
+            client_state={**(client_state or {}), checkpoint.KEY: state.as_dict()},
+            save_latest=save_latest,
         )
 
-    def load_checkpoint(self, load_dir: Any, tag: Any = None, **kwargs: Any) -> Any:
+    def load_checkpoint(
+        self,
+        load_dir: Any,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> Any:
         """See ``DeepSpeedEngine.load_checkpoint``; the blocks sampled at the save train again.
 
-        With ``load_module_only`` or without optimizer states it is a warm start: weights are read, the schedule begins anew.
+        With ``load_module_only`` or without optimizer states it is a warm start: weights are read, from a checkpoint of any
+        number of ranks, the schedule begins anew, and the client state returned is empty.
 
         Raises:
-            CheckpointError: It is missing, truncated, of another model or world size, or not written by lisa_ds. Nothing has
-                been changed on any rank.
+            CheckpointError: It is missing, truncated, of another model, world size or policy, or not written by lisa_ds.
+                Nothing has been changed on any rank.
         """
-        tag = tag or checkpoint.latest_tag(Path(load_dir))
+        tag = str(tag or checkpoint.latest_tag(Path(load_dir)))
+        if load_module_only or not load_optimizer_states:
+            load_weights(self.module, Path(load_dir) / tag)
+            self._begin_anew()
+            return str(Path(load_dir) / tag), {}
         files = [Path(self._get_ckpt_name(load_dir, tag)), Path(self._get_zero_ckpt_name(load_dir, tag))]
-        progress = checkpoint.peek(files, num_layers=len(self._stack.layers), world_size=dist.get_world_size())
+        progress = checkpoint.peek(
+            files, len(self._stack.layers), policies.describe(self._lisa), world_size=dist.get_world_size()
+        )
         # Frozen parameters are read by name from the file: the frozen set must be the saved one before they are.
         if progress.sampled != self.sampled_layers:
             self._point_at(progress.sampled)
-        result = super().load_checkpoint(load_dir, tag=tag, **kwargs)
-        if kwargs.get("load_module_only") or not kwargs.get("load_optimizer_states", True):
-            self._step_in_lisa, self._history = 0, []
-            self._switch(self._sampler.layers_at(0))
-        else:
-            self._step_in_lisa, self._history = progress.step, list(progress.history)
-            self._log_interval()
+        result = super().load_checkpoint(
+            load_dir,
+            tag=tag,
+            load_module_strict=load_module_strict,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            custom_load_fn=custom_load_fn,
+        )
+        self._step_in_lisa, self._history = progress.step, list(progress.history)
+        if progress.next_draw != self._sampler.hash_at(self.interval + 1) and self.global_rank == 0:
+            logger.warning(
+                "%s: was saved under another seed, sampler, number of layers or interval; from the next interval on, this "
+                "run's are drawn",
+                Path(load_dir) / tag,
+            )
+        self._log_interval()
         return result
+
+    def _begin_anew(self) -> None:
+        self._step_in_lisa, self._history = 0, []
+        first = self._sampler.layers_at(0)
+        if first != self.sampled_layers:
+            self._point_at(first)
+        self.optimizer.refresh_fp32_params()
+        self.optimizer.forget_moments()
+        self._history.append(first)
+        self._log_interval()
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
+        """As DeepSpeed's; frozen means frozen for good, not merely in this interval."""
+        state = super()._zero3_consolidated_16bit_state_dict()
+        if state and exclude_frozen_parameters:
+            owned = self.optimizer.owned()
+            for name, parameter in self.module.named_parameters():
+                if id(parameter) not in owned:
+                    state.pop(name, None)
+        return state

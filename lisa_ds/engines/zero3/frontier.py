@@ -2,8 +2,9 @@
 
 Autograd finds that out by itself, except under reentrant activation checkpointing: a checkpointed block whose inputs need
 no gradient yields an output that needs none, and the sampled block's weights would silently not train. The usual remedy
-(make the embeddings' output require grad) drags backward, and the recomputation, down to the first block. Here only the
-input of the lowest sampled block of each stack requires grad; the mark moves at each switch.
+(make the embeddings' output require grad, as transformers does wherever checkpointing is turned on, reentrant or not) drags
+backward, and the recomputation, down to the first block. Here that is undone, and only the input of the lowest sampled block of
+each stack requires grad; the mark moves at each switch.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ _CHECKPOINT = "_gradient_checkpointing_func"  # transformers.GradientCheckpointi
 class BackwardFrontier:
     """Keeps the inputs of the lowest sampled block of each stack differentiable under reentrant checkpointing."""
 
-    def __init__(self, stack: LayerStack) -> None:
+    def __init__(self, model: torch.nn.Module, stack: LayerStack) -> None:
         self._stack = stack
+        self._models: list[Any] = [
+            module for module in model.modules() if hasattr(module, "disable_input_require_grads")
+        ]
         self._lowest: list[torch.nn.Module] = []
         self._wrapped: dict[torch.nn.Module, Callable[..., Any]] = {}
 
@@ -37,6 +41,9 @@ class BackwardFrontier:
 
     def refresh(self) -> None:
         """Wrap the checkpoint function of the marked blocks, also if checkpointing was turned on since."""
+        for model in self._models:
+            if getattr(model, "_require_grads_hooks", None) or hasattr(model, "_require_grads_hook"):
+                model.disable_input_require_grads()
         for block in self._lowest:
             function = getattr(block, _CHECKPOINT, None)
             if function is not None and not hasattr(function, "_lisa_original"):

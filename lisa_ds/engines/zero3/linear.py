@@ -7,13 +7,15 @@ those inputs are most of the activation memory that freezing should have freed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3, zero3_linear_wrap
-from torch import Tensor
+from torch import Tensor, nn
+
+_OWNED = "_lisa_forgets_input"
+_installed = 0  # engines of this process that use it
 
 
 class FrozenAwareLinear(LinearFunctionForZeroStage3):
@@ -29,22 +31,40 @@ class FrozenAwareLinear(LinearFunctionForZeroStage3):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    result: Tensor = FrozenAwareLinear.apply(input, weight, bias)
-    return result
+    if hasattr(weight, _OWNED):
+        result: Tensor = FrozenAwareLinear.apply(input, weight, bias)
+        return result
+    return zero3_linear_wrap(input, weight, bias)
 
 
-@contextmanager
-def frozen_aware_linear() -> Iterator[None]:
-    """Use :class:`FrozenAwareLinear` in place of DeepSpeed's own, inside the ``with`` only.
+def install(parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
+    """Have every linear with one of ``parameters`` as its weight forget the input while the weight is frozen.
 
-    Scoped, so that other engines of the process keep the stock function. Does nothing where DeepSpeed has not replaced
-    ``linear`` (``memory_efficient_linear: false``).
+    Weights of other models keep DeepSpeed's function. The choice belongs to the weight and not to a ``with`` around forward,
+    because non-reentrant checkpointing must save the same tensors when it recomputes, whoever calls backward.
+
+    Returns:
+        What undoes it. Nothing is done where DeepSpeed has not replaced ``linear`` (``memory_efficient_linear: false``).
     """
-    if torch.nn.functional.linear is not zero3_linear_wrap:
-        yield
-        return
+    global _installed
+    if torch.nn.functional.linear not in (zero3_linear_wrap, _linear):
+        return lambda: None
+    owned = list(parameters)
+    for parameter in owned:
+        setattr(parameter, _OWNED, True)
     torch.nn.functional.linear = _linear
-    try:
-        yield
-    finally:
-        torch.nn.functional.linear = zero3_linear_wrap
+    _installed += 1
+
+    def uninstall() -> None:
+        global _installed
+        if not owned:
+            return
+        for parameter in owned:
+            if hasattr(parameter, _OWNED):
+                delattr(parameter, _OWNED)
+        owned.clear()
+        _installed -= 1
+        if not _installed and torch.nn.functional.linear is _linear:
+            torch.nn.functional.linear = zero3_linear_wrap
+
+    return uninstall

@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import chain
+
 from lisa_ds.config import LisaConfig
-from lisa_ds.errors import ConfigError
-from lisa_ds.layers import LayerStack
-from lisa_ds.sampling import resolve_interval_steps
-
-_ROLES = ("embeddings", "lm_head", "rest")
+from lisa_ds.errors import ConfigError, ModelError
+from lisa_ds.layers import ROLES, LayerStack
 
 
-def apply(stack: LayerStack, config: LisaConfig) -> None:
+def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> None:
     """Freeze what the policies say never trains.
+
+    Args:
+        stack: The model.
+        config: Its LISA section.
+        owned: ``id`` of each parameter that the optimizer holds.
 
     Raises:
         ConfigError: Tied embeddings and head are given different policies or rates, or nothing could train.
+        ModelError: A block could be drawn of which nothing can train.
     """
     if stack.tied:
         _check_tied(config)
-    for role in _ROLES:
+    for role in ROLES:
         if getattr(config, role) == "never":
-            for parameter in getattr(stack, role):
+            for parameter in stack.parameters(role):
                 parameter.requires_grad_(False)
-    always = any(parameter.requires_grad for role in _ROLES for parameter in getattr(stack, role))
+    trainable = {
+        id(p) for unit in (*range(len(stack.layers)), *ROLES) for p in stack.parameters(unit) if p.requires_grad
+    }
+    trainable &= set(owned)
+    drawn = config.sampler.layers or range(len(stack.layers))
+    idle = [i for i in drawn if i < len(stack.layers) and trainable.isdisjoint(map(id, stack.parameters(i)))]
+    if idle:
+        raise ModelError(
+            f"layers {idle} have no parameter that requires grad and is in the optimizer, so an interval that draws them "
+            "would train nothing there: unfreeze them, give the optimizer every parameter, or name the others in "
+            "lisa.sampler: {name: fixed, layers: [...]}"
+        )
+    always = trainable.intersection(map(id, chain(stack.embeddings, stack.lm_head, stack.rest)))
     if config.sampler.name == "bernoulli" and not always:
         raise ConfigError(
             "lisa.sampler: 'bernoulli' may draw no layer at all, and with embeddings, lm_head and rest at 'never' nothing "
             "would train; choose 'uniform', or let one of them train always"
         )
+
+
+def describe(config: LisaConfig) -> dict[str, str]:
+    """The policy of each role, for a checkpoint: a run resumes under the same ones only."""
+    return {role: getattr(config, role) for role in ROLES}
+
+
+def lr_scales(config: LisaConfig) -> dict[int | str, float]:
+    """Learning-rate factor of each role; a tied weight is in the embeddings, and follows them."""
+    return {role: getattr(config, f"{role}_lr_scale") for role in ROLES}
 
 
 def _check_tied(config: LisaConfig) -> None:
@@ -39,13 +67,3 @@ def _check_tied(config: LisaConfig) -> None:
                 f"lisa.{head}: got {second!r}, but the model's head is tied to its embeddings, which have {first!r}; they "
                 f"are one weight and follow lisa.{embeddings}. Remove lisa.{head} or set both alike"
             )
-
-
-def interval_steps(config: LisaConfig, steps_per_epoch: int | None) -> int:
-    """Optimizer steps in an interval, with epochs resolved."""
-    return resolve_interval_steps(config, steps_per_epoch)
-
-
-def lr_scales(stack: LayerStack, config: LisaConfig) -> dict[int | str, float]:
-    """Learning-rate factor of each role; a tied weight follows the embeddings."""
-    return {role: getattr(config, f"{role}_lr_scale") for role in _ROLES}

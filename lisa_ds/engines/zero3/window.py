@@ -66,11 +66,17 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
 
     # ---- layout: what the base class asks while it is built ------------------------------------------------------
 
-    def _create_fp16_sub_groups(self, params_group: Sequence[Tensor]) -> list[list[Tensor]]:
+    def _create_fp16_sub_groups(self, params_group: Sequence[Any]) -> list[list[Any]]:
         """One sub-group for each unit of ``params_group``, in place of sub-groups of a given size."""
-        by_unit: dict[Unit, list[Tensor]] = {}
+        by_unit: dict[Unit, list[Any]] = {}
         for parameter in params_group:
-            by_unit.setdefault(self._plan.unit_of[id(parameter)], []).append(parameter)
+            unit = self._plan.unit_of.get(id(parameter))
+            if unit is None:
+                raise EngineError(
+                    f"the optimizer holds a parameter of shape {tuple(getattr(parameter, 'ds_shape', parameter.shape))} that is not the model's; build "
+                    "it from the parameters of the model given to initialize"
+                )
+            by_unit.setdefault(unit, []).append(parameter)
         return list(by_unit.values())
 
     def _setup_for_real_optimizer(self) -> None:
@@ -80,6 +86,7 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
         self._param_group_of = dict(self.sub_group_to_group_id)
         self._unit_of_sub_group = [self._plan.unit_of[id(group[0])] for group in self._all["fp16_groups"]]
         self._master: dict[int, Tensor] = {}  # sub-group -> its live fp32 partition
+        self._reduced: set[int] = set()  # ds_id of each parameter with a gradient since the last step
         window = self._sub_groups(self._sampled)
         if not window:
             raise EngineError("nothing to train: no block is sampled and every other parameter is frozen")
@@ -92,7 +99,7 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
         self._show(range(len(self._unit_of_sub_group)))
         super().create_reduce_and_remove_grad_hooks()
         self._show(self._sub_groups(self._sampled))
-        self._set_requires_grad()
+        self.require_grad_of_window()
 
     def _sub_groups(self, sampled: Iterable[int]) -> list[int]:
         sampled = set(sampled)
@@ -107,7 +114,8 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
         self.fp32_partitioned_groups_flat = [self._master[i] for i in sub_groups if i in self._master]
         self._lr_scale_of = [self._plan.lr_scales.get(self._unit_of_sub_group[i], 1.0) for i in sub_groups]
 
-    def _set_requires_grad(self) -> None:
+    def require_grad_of_window(self) -> None:
+        """Let exactly the window's parameters require grad, whatever others (an adapter's on and off) made of it."""
         window = set(self._sub_groups(self._sampled))
         for i, group in enumerate(self._all["fp16_groups"]):
             for parameter in group:
@@ -129,18 +137,24 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
         A block in both the old and the new set keeps its state. Call it between optimizer steps only, on every rank alike.
         """
         sampled = tuple(sorted(sampled))
-        self._finish_reductions()
         old, new = self._sub_groups(self._sampled), self._sub_groups(sampled)
+        if not new:
+            raise EngineError(
+                f"nothing to train: layers {list(sampled)} are sampled and every other parameter is frozen"
+            )
+        self._finish_reductions()
         self._retire(sorted(set(old) - set(new)))
         self._materialise(sorted(set(new) - set(old)))
         self._sampled = sampled
         self._show(new)
         self._rebuild_gradient_partitions()
-        self._set_requires_grad()
+        self.require_grad_of_window()
 
     def _finish_reductions(self) -> None:
-        if any(bucket.elements for bucket in self.ipg_buckets.values()):
-            raise EngineError("a switch in the middle of backward would lose gradients; switch after step()")
+        if self.micro_step_id or self._epilogue_ran_this_backward:
+            raise EngineError(
+                "there are gradients that no step has used yet; a switch would lose them: switch after step()"
+            )
         if not get_accelerator().resolves_data_dependency():
             self.reduce_and_partition_stream.synchronize()  # it may still write into the gradient buffer
 
@@ -190,6 +204,21 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
             self.norm_for_param_grads = {}
             self.subgroup_to_device = dict.fromkeys(range(len(self.fp16_groups)), "cpu")
 
+    def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> Any:
+        """See the base class; remembers whose gradients have come."""
+        self._reduced.update(parameter.ds_id for parameter in params_to_release)
+        return super().partition_grads(params_to_release, grad_partitions)
+
+    def sampled_without_gradient(self) -> tuple[int, ...]:
+        """Sampled blocks of which no parameter has had a gradient since the last call."""
+        with_gradient = {
+            self._plan.unit_of[id(parameter)]
+            for parameter in itertools.chain.from_iterable(self.fp16_groups)
+            if parameter.ds_id in self._reduced
+        }
+        self._reduced.clear()
+        return tuple(layer for layer in self._sampled if layer not in with_gradient)
+
     # ---- step -----------------------------------------------------------------------------------------------------
 
     def _optimizer_step(self, sub_group_id: int) -> None:
@@ -221,5 +250,13 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
         if saved != self._sampled:
             self.switch(saved)
         # torch's load_state_dict keeps what the file does not have: moments of before the load must not survive it.
-        self.optimizer.state.clear()
+        self.forget_moments()
         super()._rigid_load_state_dict(state_dict, load_optimizer_states)
+
+    def forget_moments(self) -> None:
+        """Drop the moments of every sampled sub-group; they start at zero at the next step."""
+        self.optimizer.state.clear()
+
+    def owned(self) -> set[int]:
+        """``id`` of every parameter that trains when its unit is sampled."""
+        return {id(parameter) for group in self._all["fp16_groups"] for parameter in group}
