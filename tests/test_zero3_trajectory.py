@@ -198,8 +198,10 @@ def test_prefetch_keeps_its_trace_over_switches(runs: Any) -> None:
 def test_16_bit_trajectory_follows_a_16_bit_reference(runs: Any, case: Case) -> None:
     ours, theirs = runs[2, case.name][0], reference(case, 2)
     found = differences(ours, theirs)
-    # The engine's linear rounds once more than torch's: one unit in the last place of a weight near 0.25, or of a loss.
-    bounds = {"loss": 1e-3, "grad_norm": 5e-3, "parameter": 4e-3}
+    # bf16 keeps 8 bits. The engine's linear rounds in other places than torch's, and training amplifies that step by step:
+    # from 1e-5 of the first gradient norm to 1 % of the tenth. A weight near 1 may end one unit in the last place away.
+    bounds = {"loss": 1e-3, "grad_norm": 2e-2, "parameter": 8e-3}
+    assert abs(ours.grad_norms[0] - theirs.grad_norms[0]) <= 1e-3
     assert all(found[key] <= bounds[key] for key in bounds), found
     assert ours.layers == theirs.layers
 
@@ -228,7 +230,7 @@ def test_a_dropped_update_fails_the_trajectory(runs: Any) -> None:
 
 def test_a_wrong_schedule_fails_the_trajectory(runs: Any) -> None:
     """Control: the reference on other layers is not the same run."""
-    case = replace(EXACT[0], name="other_seed")
-    other = trajectory.reference(case, 2, [(0, 1)] * case.steps)
-    found = differences(runs[2, "plain"][0], other)
-    assert all(found[key] > 10 * BOUNDS[key] for key in ("loss", "parameter")), found
+    for case, bound in ((EXACT[0], 1e-5), (SIXTEEN_BIT[0], 1e-3)):
+        other = trajectory.reference(case, 2, [(0, 1)] * case.steps)
+        found = differences(runs[2, case.name][0], other)
+        assert found["loss"] > 5 * bound, found
