@@ -5,7 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from lisa_ds.config import RunConfig
+from lisa_ds.engines.zero3 import policies
 from lisa_ds.integrations.hf import attach
+from lisa_ds.models import skeleton
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a method that does not fit the model, before its weights or any data are read.
+
+    Raises:
+        ConfigError: More layers are to be sampled than there are, or policies contradict each other.
+        ModelError: The model has no block stack, or cannot be had.
+    """
+    if config.method == "lisa":
+        policies.check(skeleton(config.model), config.lisa)
 
 
 def prepare(trainer: Any, config: RunConfig) -> None:

@@ -202,3 +202,33 @@ def _two_mistakes() -> str:
     except EngineError as error:
         return str(error)
     return ""
+
+
+@pytest.mark.parametrize(
+    ("lisa", "error", "part"),
+    [
+        ({"num_sampled_layers": 3}, "ConfigError", "the model has 2 layers, got 3"),
+        ({"layers_path": "model.layer"}, "ModelError", "model.layers"),
+        ({"embeddings": "never", "lm_head": "always"}, "ConfigError", "lisa.lm_head"),
+        ({"interval_steps": "1epoch"}, "", ""),
+    ],
+)
+def test_a_config_is_held_against_the_skeleton_before_weights_are_read(
+    tmp_path: Path, lisa: dict[str, Any], error: str, part: str
+) -> None:
+    from lisa_ds.config import LisaConfig, ModelConfig
+    from lisa_ds.engines.zero3 import policies
+    from lisa_ds.errors import LisaError
+    from lisa_ds.models import skeleton
+    from tests import trajectory
+
+    trajectory.build_model(tied=True, layers=2).config.save_pretrained(tmp_path)  # a config.json, and no weights
+    model = skeleton(ModelConfig(name_or_path=str(tmp_path)))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    try:
+        policies.check(model, LisaConfig.load(lisa))
+        found = ("", "")
+    except LisaError as refused:
+        found = (type(refused).__name__, str(refused))
+    assert found[0] == error
+    assert part in found[1]

@@ -6,5 +6,6 @@ from lisa_ds.models.generate import answer as answer
 from lisa_ds.models.load import load_model as load_model
 from lisa_ds.models.load import load_tokenizer as load_tokenizer
 from lisa_ds.models.load import resolve as resolve
+from lisa_ds.models.load import skeleton as skeleton
 
-__all__ = ["answer", "load_model", "load_tokenizer", "resolve"]
+__all__ = ["answer", "load_model", "load_tokenizer", "resolve", "skeleton"]

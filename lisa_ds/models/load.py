@@ -21,6 +21,10 @@ from lisa_ds.models import smollm2
 # Name after "builtin:" -> the cache entry and what fills it. The number is raised when the conversion changes.
 BUILTIN = {"smollm2-135m": ("models/smollm2-135m-1", smollm2.convert)}
 
+_KINDS: dict[str, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -87,6 +91,31 @@ def load_model(config: ModelConfig, dtype: torch.dtype | str | None = None) -> A
     Raises:
         ModelError: It cannot be had, it is quantised, or it does not fit the task.
     """
+    path, _ = _config_of(config)
+    options: dict[str, Any] = {**_common(config), "dtype": dtype or "auto"}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if config.num_labels is not None:
+        options["num_labels"] = config.num_labels
+    with _explained(config, f"model for task {config.task!r}"):
+        model = _KINDS[config.task].from_pretrained(path, **options)
+    if config.task == "sequence_classification" and model.config.pad_token_id is None:
+        model.config.pad_token_id = load_tokenizer(config).pad_token_id  # else it cannot find where a row ends
+    return model
+
+
+def skeleton(config: ModelConfig) -> Any:
+    """The model without its weights, to look at how it is built: the config is read, nothing else.
+
+    Raises:
+        ModelError: As :func:`load_model`.
+    """
+    _, shape = _config_of(config)
+    with _explained(config, f"model for task {config.task!r}"), torch.device("meta"):
+        return _KINDS[config.task].from_config(shape, trust_remote_code=config.trust_remote_code)
+
+
+def _config_of(config: ModelConfig) -> tuple[str, Any]:
     path = _resolve(config)
     with _explained(config, "model"):
         shape = AutoConfig.from_pretrained(path, **_common(config))
@@ -95,19 +124,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype | str | None = None) -> A
             f"{config.where('name_or_path')}: the weights of {config.name_or_path!r} are quantised and cannot be "
             f"trained; LISA trains the weights themselves: name the checkpoint it was made from"
         )
-    options: dict[str, Any] = {**_common(config), "dtype": dtype or "auto"}
-    if config.attn_implementation is not None:
-        options["attn_implementation"] = config.attn_implementation
-    kind = AutoModelForCausalLM
-    if config.task == "sequence_classification":
-        kind = AutoModelForSequenceClassification
-        if config.num_labels is not None:
-            options["num_labels"] = config.num_labels
-    with _explained(config, f"model for task {config.task!r}"):
-        model = kind.from_pretrained(path, **options)
-    if config.task == "sequence_classification" and model.config.pad_token_id is None:
-        model.config.pad_token_id = load_tokenizer(config).pad_token_id  # else it cannot find where a row ends
-    return model
+    return path, shape
 
 
 def _resolve(config: ModelConfig) -> str:

@@ -41,6 +41,7 @@ def run(config: RunConfig, *, resume: str | None = None) -> Summary:
         LisaError: Something is wrong with config, data, model or checkpoint. Nothing has been written.
     """
     given = arguments.check(config)
+    methods.check(config)
     checkpoint = _find_checkpoint(config, resume)
     tokenizer = load_tokenizer(config.model)
     rows = data.load_dataset(config.data, tokenizer, task=config.model.task)

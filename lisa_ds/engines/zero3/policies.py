@@ -5,9 +5,28 @@ from __future__ import annotations
 from collections.abc import Collection
 from itertools import chain
 
+from torch import nn
+
 from lisa_ds.config import LisaConfig
 from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.layers import ROLES, LayerStack
+from lisa_ds.sampling import LayerSampler
+
+
+def check(model: nn.Module, config: LisaConfig) -> None:
+    """Refuse a config that does not fit ``model``, as the engine would once the weights are loaded.
+
+    Args:
+        model: The model, or its skeleton on the meta device; it is not used afterwards.
+        config: Its LISA section.
+
+    Raises:
+        ConfigError: As :func:`apply`, or there are fewer layers than are to be sampled.
+        ModelError: It has no block stack, or ``layers_path`` leads to none.
+    """
+    stack = LayerStack.from_model(model, config.layers_path)
+    LayerSampler(len(stack.layers), config, interval_steps=1)
+    apply(stack, config, {id(parameter) for parameter in model.parameters()})
 
 
 def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> None:
