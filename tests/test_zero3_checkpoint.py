@@ -10,7 +10,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.trajectory import Case
-from tests.zero3_runs import run_bad_checkpoints, run_resume, run_warm_starts
+from tests.zero3_checkpoint_runs import run_bad_checkpoints, run_resume, run_warm_starts
 
 pytestmark = pytest.mark.multirank
 

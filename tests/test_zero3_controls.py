@@ -8,7 +8,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.trajectory import LAYERS
-from tests.zero3_runs import run_beside_a_reference_model, run_stock_toggling, run_two_stacks
+from tests.zero3_control_runs import run_beside_a_reference_model, run_stock_toggling, run_two_stacks
 
 pytestmark = pytest.mark.multirank
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.trajectory import Case
-from tests.zero3_runs import run_activations, run_many_switches, run_with_frozen_parameters
+from tests.zero3_memory_runs import run_activations, run_many_switches, run_with_frozen_parameters
 
 pytestmark = pytest.mark.multirank
 

@@ -1,0 +1,136 @@
+"""What the ranks of tests/test_zero3_checkpoint.py do."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.trajectory import Case, Outcome
+from tests.zero3_runs import build_engine, full_parameters, seed_weights, train
+
+
+def run_resume(case: Case, folder: Path, save_after: list[int]) -> dict[int | str, Outcome]:
+    """An uninterrupted run that saves after some steps, and one resumed from each of them in a fresh engine."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    seed_weights()
+    engine = build_engine(case)
+
+    def save(step: int) -> None:
+        if step + 1 in save_after:
+            engine.save_checkpoint(str(folder), tag=f"after{step + 1}", client_state={"mine": step})
+
+    outcomes: dict[int | str, Outcome] = {"uninterrupted": train(engine, case, after_step=save)}
+    outcomes["uninterrupted"].extra = {"history": engine.layer_history, "state": moments(engine)}
+    engine.destroy()
+    for steps in save_after:
+        engine = build_engine(case, shift=0.5)
+        path, client_state = engine.load_checkpoint(str(folder), tag=f"after{steps}")
+        outcomes[steps] = train(engine, case, first=steps)
+        outcomes[steps].extra = {
+            "path": path,
+            "mine": client_state["mine"],
+            "history": engine.layer_history,
+            "state": moments(engine),
+        }
+        engine.destroy()
+    return outcomes
+
+
+def moments(engine: Any) -> list[Tensor]:
+    """Master weights and moments of this rank, in the order of the window."""
+    optimizer = engine.optimizer
+    masters = optimizer.fp32_partitioned_groups_flat
+    states = [optimizer.optimizer.state.get(master, {}) for master in masters]
+    tensors = [master.detach() for master in masters]
+    tensors += [state[key] for state in states for key in ("exp_avg", "exp_avg_sq", "step") if key in state]
+    return [tensor.clone() for tensor in tensors]
+
+
+def run_bad_checkpoints(case: Case, folder: Path) -> dict[str, str]:
+    """The message of each way a checkpoint can be bad; the engine must be unharmed by all of them."""
+    from lisa_ds.errors import CheckpointError
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    engine = build_engine(case)
+    engine.save_checkpoint(str(folder), tag="good")
+    before = full_parameters(engine)
+    rank = dist.get_rank()
+    if rank == 0:
+        for tag in ("truncated", "incomplete", "foreign", "of_three_ranks", "deeper"):
+            shutil.copytree(folder / "good", folder / tag)
+        model_file = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+        optimizer_file = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+        whole = (folder / "truncated" / optimizer_file.format(1)).read_bytes()
+        (folder / "truncated" / optimizer_file.format(1)).write_bytes(whole[: len(whole) // 2])
+        (folder / "incomplete" / model_file.format(1)).unlink()
+        shutil.copy(
+            folder / "of_three_ranks" / optimizer_file.format(0), folder / "of_three_ranks" / optimizer_file.format(2)
+        )
+        for tag, change in (("foreign", lambda saved: saved.pop("lisa")), ("deeper", _pretend_deeper)):
+            for each in range(2):
+                file = folder / tag / model_file.format(each)
+                saved = torch.load(file, weights_only=False)
+                change(saved)
+                torch.save(saved, file)
+    dist.barrier()
+    messages = {}
+    for tag in ("missing", "truncated", "incomplete", "foreign", "of_three_ranks", "deeper", None):
+        try:
+            engine.load_checkpoint(str(folder if tag else folder / "nowhere"), tag=tag)
+            messages[str(tag)] = ""
+        except CheckpointError as error:
+            messages[str(tag)] = str(error)
+    other = build_engine(replace(case, lisa={"rest": "never"}))
+    try:
+        other.load_checkpoint(str(folder), tag="good")
+    except CheckpointError as error:
+        messages["policies"] = str(error)
+    after = full_parameters(engine)
+    messages["unharmed"] = str(all(torch.equal(after[name], value) for name, value in before.items()))
+    return messages
+
+
+def _pretend_deeper(saved: dict[str, Any]) -> None:
+    saved["lisa"]["num_layers"] = 9
+
+
+def run_warm_starts(case: Case, folder: Path) -> dict[str, Any]:
+    """Load the weights alone, by both of DeepSpeed's options, from the latest tag and from an older one."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    engine = build_engine(case)
+    saved = {}
+    for tag in ("old", "new"):
+        train(engine, replace(case, steps=5))
+        engine.save_checkpoint(str(folder), tag=tag)
+        saved[tag] = full_parameters(engine)
+    engine.destroy()
+    result = {}
+    for tag in ("old", "new"):
+        for option in ({"load_module_only": True}, {"load_optimizer_states": False}):
+            engine = build_engine(case, shift=0.5)
+            train(engine, replace(case, steps=4))  # past a switch: the sampled set is not the first one
+            engine.load_checkpoint(str(folder), tag=tag, **option)
+            loaded = full_parameters(engine)
+            key = f"{tag}, {next(iter(option))}"
+            result[key] = [name for name, value in saved[tag].items() if not torch.equal(loaded[name], value)]
+            result[f"{key}, history"] = engine.layer_history
+            result[f"{key}, states"] = len(engine.optimizer.optimizer.state)
+            result[f"{key}, masters"] = all(
+                torch.equal(master.view(torch.int32), flat.float().view(torch.int32))  # padding may be NaN
+                for master, flat in zip(
+                    engine.optimizer.fp32_partitioned_groups_flat,
+                    engine.optimizer.fp16_partitioned_groups_flat,
+                    strict=True,
+                )
+            )
+            result[f"{key}, then"] = train(engine, replace(case, steps=2)).losses
+            engine.destroy()
+    result["differ"] = any(not torch.equal(saved["old"][name], value) for name, value in saved["new"].items())
+    return result
