@@ -51,6 +51,12 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(answer(model, tokenizer, prompt, max_new_tokens=arguments.max_new_tokens))
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"should be a whole number, 1 or more, got {text!r}")
+    return int(text)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}\n{self.format_usage().strip()}")
@@ -71,6 +77,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     generate = commands.add_parser("generate", help="let a model answer prompts")
     generate.add_argument("model", help="a directory, a hub name or builtin:smollm2-135m")
     generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    generate.add_argument("--max_new_tokens", type=int, default=128, metavar="N")
+    generate.add_argument("--max_new_tokens", type=_count, default=128, metavar="N")
     generate.set_defaults(command=_generate)
     return parser.parse_args(argv)

@@ -146,6 +146,11 @@ def test_nothing_is_exported_from_a_bad_checkpoint(
     ("arguments", "message"),
     [
         (["export", "nowhere", "out"], "nowhere: no such directory (looked from "),
+        (
+            ["generate", "x", "--prompt", "x", "--max_new_tokens", "0"],
+            "argument --max_new_tokens: should be a whole number, 1 or more, got '0'",
+        ),
+        (["export", ".", "out", "--model", "no-such-model"], "no-such-model: no config of a model could be loaded: "),
         (["frobnicate"], "argument COMMAND: invalid choice: 'frobnicate'"),
         ([], "the following arguments are required: COMMAND"),
         (

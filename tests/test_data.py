@@ -224,6 +224,16 @@ def test_json_lines_under_the_name_of_json(tmp_path: Path, tokenizer: Any) -> No
         ("a.jsonl", b'{"text": "x"}\n{"text": "y"\n', ":2: not valid JSON: Expecting ',' delimiter (column "),
         ("a.jsonl", b'{"text": "x"}\n\n["y"]\n', ":3: should be an object with columns, got list"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', ":2: not UTF-8 (invalid start byte at byte 11 of the line)"),
+        (
+            "a.jsonl",
+            b'{"text": "x\\ud83d"}\n',
+            r":1: text should be valid Unicode (character 2 is half of a pair), got 'x\ud83d'",
+        ),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+            ":1: messages[0].content should be valid Unicode",
+        ),
         ("a.json", b'[{"text": "x"},\n{"text" "y"}]', ":2: not valid JSON: Expecting ':' delimiter (column 9)"),
         ("a.json", b'[{"text": "x"}, 7]', ": row 2: should be an object with columns, got int"),
         ("a.csv", b"text,note\nx,1\ny\n", ":3: should have 2 fields, as the header does"),
@@ -253,6 +263,7 @@ def test_a_malformed_file_names_file_and_line(
         ("no/such/rows", {}, "no such file or directory: {tmp}/no/such/rows (looked from {cwd}); there is no directory {tmp}/no/such"),
         ("train.jsonl", {"eval_split": "test"}, "eval_split: {tmp}/train.jsonl is a single file and has no split 'test'"),
         ("folder", {"split": "dev"}, "no file of split 'dev' in {tmp}/folder; found data/train-0.jsonl, test.jsonl"),
+        ("broken", {}, "path: {tmp}/broken holds a saved data set that cannot be read: "),
         ("empty", {}, "no .json, .jsonl, .parquet, .txt, .csv, .tsv file in {tmp}/empty"),
     ],
 )  # fmt: skip
@@ -262,6 +273,8 @@ def test_data_that_is_not_there(
     for name in ("train.jsonl", "folder/test.jsonl", "folder/data/train-0.jsonl"):
         write(tmp_path / name, *PAIRS)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/state.json").write_text("{}")
     with pytest.raises(DataError) as caught:
         load(tmp_path / path, tokenizer, **options)
     assert message.format(tmp=tmp_path, cwd=Path.cwd()) in str(caught.value)

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from lisa_ds import records
 from lisa_ds.config import load_config
 from lisa_ds.train import arguments, command
+from lisa_ds.train.summary import Summary
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -221,6 +222,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "command line: training.report_to: comet is not installed or not known to transformers; there is *",
         ),
         (
+            ["data.eval_fraction=0", "training.eval_on_start=true"],
+            "command line: training.eval_on_start: needs held-out data; set data.eval_fraction, eval_split or eval_path",
+        ),
+        (
+            ["deepspeed={train_batch_size: 7}"],
+            "command line: deepspeed: train_batch_size: contradicts run.yaml: training, where per_device_train_batch_size x "
+            'gradient_accumulation_steps on 1 ranks is 4, got 7; write "auto" here',
+        ),
+        (["training.report_to=[1]"], "command line: training.report_to: 1 is not installed or not known to transformers; *"),
+        (
+            ["training.metric_for_best_model=accuracy"],
+            "command line: training.metric_for_best_model: a run measures eval_loss, got 'accuracy'",
+        ),
+        (
+            ["training.output_dir=rows.jsonl/out"],
+            "command line: training.output_dir: rows.jsonl/out cannot be made: *rows.jsonl is a file",
+        ),
+        (
             ["data.eval_fraction=0", "training.early_stopping_patience=2"],
             "command line: training.early_stopping_patience: needs held-out data; set data.eval_fraction, eval_split "
             "or eval_path",
@@ -262,17 +281,29 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert [path for path in sorted(folder.rglob("*")) if "cache" not in path.parts] == before
 
 
-@pytest.mark.parametrize("resume", ["auto", "out/checkpoint-3"])
-def test_a_checkpoint_of_more_ranks_is_refused_and_not_passed_over(
-    folder: Path, capsys: pytest.CaptureFixture[str], resume: str
-) -> None:
-    checkpoint = folder / "out/checkpoint-3"
+def write_checkpoint_of_two_ranks(checkpoint: Path) -> None:
     (checkpoint / "global_step3").mkdir(parents=True)
     (checkpoint / "latest").write_text("global_step3")
     (checkpoint / "trainer_state.json").touch()
     for rank in (0, 1):
         (checkpoint / f"global_step3/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
         (checkpoint / f"rng_state_{rank}.pth").touch()
+
+
+def test_a_run_continued_elsewhere_overwrites_no_other_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint_of_two_ranks(folder / "theirs/checkpoint-3")
+    (folder / "out/model").mkdir(parents=True)
+    assert command.main(["--lisa_config", "run.yaml", "--resume", "theirs/checkpoint-3"]) == 2
+    assert "run.yaml: training.output_dir: out holds another run's model; " in capsys.readouterr().err
+    assert command.main(["--lisa_config", "run.yaml", "--resume", "auto"]) == 2
+    assert "--resume auto: out holds a finished run's model and no complete checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resume", ["auto", "out/checkpoint-3"])
+def test_a_checkpoint_of_more_ranks_is_refused_and_not_passed_over(
+    folder: Path, capsys: pytest.CaptureFixture[str], resume: str
+) -> None:
+    write_checkpoint_of_two_ranks(folder / "out/checkpoint-3")
     assert command.main(["--lisa_config", "run.yaml", "--resume", resume]) == 2
     assert "out/checkpoint-3 was saved on 2 ranks and cannot be resumed on 1; run on 2 ranks" in capsys.readouterr().err
 
@@ -295,6 +326,21 @@ def test_a_data_line_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) 
         file.write('{"instruction": 3}\n')
     assert command.main(["--lisa_config", "run.yaml"]) == 2
     assert "rows.jsonl:25: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("labels", "more", "message"),
+    [
+        (5, ["model.num_labels=2"], "command line: model.num_labels: the data has 5 classes, got 2"),
+        (1, [], "run.yaml: data.path: all rows have the same label; there is nothing to tell apart"),
+    ],
+)
+def test_classes_that_no_head_can_tell(
+    folder: Path, capsys: pytest.CaptureFixture[str], labels: int, more: list[str], message: str
+) -> None:
+    tiny.write_rows(folder / "rows.jsonl", lambda i: {"text": f"{i}", "label": i % labels})
+    assert command.main(["--lisa_config", "run.yaml", "model.task=sequence_classification", *more]) == 2
+    assert capsys.readouterr().err == f"[rank 0] error: {message}\n"
 
 
 def test_another_rank_speaks_only_if_rank_0_does_not(
@@ -325,3 +371,37 @@ def test_the_former_name_of_checkpointing_is_understood(folder: Path) -> None:
     assert (
         given["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] is True
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "every"),
+    [({}, "epoch"), ({"save_strategy": "steps"}, "steps"), ({"save_strategy": "no"}, "epoch"), ({"eval_strategy": "steps"}, "steps")],
+)  # fmt: skip
+def test_early_stopping_evaluates_on_the_way(given: dict[str, str], every: str) -> None:
+    assert arguments._early_stopping({"early_stopping_patience": 1, **given})["eval_strategy"] == every
+
+
+def test_a_run_that_diverged_still_leaves_its_records(tmp_path: Path) -> None:
+    numbers = dict.fromkeys(("gradients", "master", "exp_avg", "exp_avg_sq"), 1)
+    summary = Summary(
+        **{"method": "lisa", "steps": 3, "loss_before": 2.0, "loss_after": float("nan"), "live": numbers, "full": numbers},
+        **{"num_layers": 4, "layers_visited": (1,), "num_intervals": 1, "tokens": 8, "seconds": 1.0, "world_size": 1},
+        **{"device": "CPU", "model": tmp_path / "model"},
+    )  # fmt: skip
+    summary.write(tmp_path / "records.jsonl", {})
+    read = {(record.name, record.x): record.value for record in records.read(tmp_path / "records.jsonl")}
+    assert ("held_out_loss", 3) not in read
+    assert read["held_out_loss", 0] == 2.0
+    assert read["layers_visited", None] == 1
+    assert "held-out loss 2.0000 -> nan" in summary.lines()
+
+
+def test_a_schedule_without_what_it_needs_is_refused(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, lr_scheduler_type="cosine_with_min_lr", report_to=[])
+    with pytest.raises(ValueError, match="min_lr"):
+        arguments._try_scheduler(args)
+    for kind, settings in (("cosine_with_min_lr", {"min_lr": 1e-6}), ("polynomial", {})):
+        args = TrainingArguments(
+            str(tmp_path), use_cpu=True, lr_scheduler_type=kind, lr_scheduler_kwargs=settings, report_to=[]
+        )
+        arguments._try_scheduler(args)

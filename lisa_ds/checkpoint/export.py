@@ -41,7 +41,10 @@ def export(
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no such directory (looked from {Path.cwd()})")
     source = resolve(model) if model else str(_beside_weights(checkpoint))
-    config = transformers.AutoConfig.from_pretrained(source)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: no config of a model could be loaded: {' '.join(str(error).split())}") from error
     if getattr(config, "use_cache", None) is False:
         config.use_cache = True  # trainers switch it off and save it so, but nobody wants to generate without
     chosen = DTYPES[dtype] if dtype else (getattr(config, "dtype", None) or torch.float32)
@@ -62,6 +65,7 @@ def export(
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         skeleton.save_pretrained(unfinished)
+        _copy_generation_config(source, unfinished)
         _copy_tokenizer(source, unfinished)
         unfinished.chmod(0o755)
         unfinished.rename(out)  # over an empty directory, too
@@ -77,6 +81,15 @@ def _beside_weights(checkpoint: Path) -> Path:
         f"{checkpoint}: holds no config.json; say which model was trained, --model NAME_OR_DIRECTORY, whose config and "
         "tokenizer are then used"
     )
+
+
+def _copy_generation_config(source: str, target: Path) -> None:
+    """What a chat model stops at, and how it is sampled, is often said there alone."""
+    try:
+        generation = transformers.GenerationConfig.from_pretrained(source)
+    except (OSError, ValueError):  # a model may have none
+        return
+    generation.save_pretrained(target)
 
 
 def _copy_tokenizer(source: str, target: Path) -> None:

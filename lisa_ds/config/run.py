@@ -54,7 +54,7 @@ class DataConfig(Section):
     """What it is trained on, and how rows become tokens."""
 
     path: Name
-    """``builtin:stdlib-docs``, a file (json, jsonl, parquet, txt), a directory of files, or a hub data set."""
+    """``builtin:stdlib-docs``, a file (json, jsonl, parquet, csv, tsv, txt), a directory of files, or a hub data set."""
 
     split: Name = "train"
     """The split to train on."""
@@ -90,7 +90,7 @@ class DataConfig(Section):
     """What becomes of a row longer than ``max_length``."""
 
     seed: int = 0
-    """Seed of the held-out split and of the row order in packing."""
+    """Seed of which rows ``eval_fraction``, ``max_rows`` and ``eval_max_rows`` choose."""
 
     num_workers: Count = 1
     """Processes that tokenise."""

@@ -167,7 +167,7 @@ def _text(row: Row, column: str, *, optional: bool = False) -> str:
         return ""
     if not isinstance(value, str):
         raise _wrong(row, column, "text", value)
-    return value
+    return _encodable(row, column, value)
 
 
 def _turns(row: Row, column: str, role_key: str, content_key: str, roles: Mapping[str, str]) -> list[Message]:
@@ -188,8 +188,17 @@ def _turns(row: Row, column: str, role_key: str, content_key: str, roles: Mappin
             content = "".join(str(part.get("text", "")) for part in content)
         if not isinstance(content, str):
             raise _wrong(row, f"{at}.{content_key}", "text", content)
-        messages.append(_turn(roles[role], content))
+        messages.append(_turn(roles[role], _encodable(row, f"{at}.{content_key}", content)))
     return messages
+
+
+def _encodable(row: Row, column: str, text: str) -> str:
+    r"""Refuse half of a surrogate pair: JSON may say ``\ud83d``, but that is no character and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _wrong(row, column, f"valid Unicode (character {error.start + 1} is half of a pair)", text) from None
+    return text
 
 
 def _wrong(row: Row, column: str, expected: str, value: object) -> DataError:

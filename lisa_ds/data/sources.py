@@ -98,7 +98,12 @@ def _files_of_split(directory: Path, split: str, where: str) -> list[Path]:
 
 
 def _saved(directory: Path, split: str, where: str) -> Source:
-    loaded: Any = datasets.load_from_disk(str(directory))
+    try:
+        loaded: Any = datasets.load_from_disk(str(directory))
+    except Exception as error:  # of a missing, a truncated or a malformed file: each is another kind
+        raise DataError(
+            f"{where}: {directory} holds a saved data set that cannot be read: {' '.join(str(error).split())}"
+        ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(f"{where}: {directory} has the splits {', '.join(loaded)}, got {split!r}")

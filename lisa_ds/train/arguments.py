@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BeforeValidator, create_model
 from pydantic_core import PydanticCustomError
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
 from lisa_ds.config import RunConfig, check_contradictions
@@ -56,13 +57,23 @@ def check(config: RunConfig) -> dict[str, Any]:
     origin = dataclasses.replace(config._origin, prefix="training")
     given = validate(_section(), config.training, origin).model_dump(exclude_unset=True)
     given = _under_present_names(given, origin)
-    for key in EARLY_STOPPING:
-        if key in given and not holds_out(config):
+    asked = given.get("eval_strategy", "no") != "no"
+    evaluating = {
+        **dict.fromkeys(EARLY_STOPPING, True),
+        "eval_on_start": given.get("eval_on_start"),
+        "eval_strategy": asked,
+    }
+    for key in [key for key, needs in evaluating.items() if key in given and needs]:
+        if not holds_out(config):
             raise ConfigError(
                 f"{origin.where(key)}: needs held-out data; set data.eval_fraction, eval_split or eval_path"
             )
-        if key in given and given.get("eval_strategy") == "no":
+        if key in EARLY_STOPPING and given.get("eval_strategy") == "no":
             raise ConfigError(f"{origin.where(key)}: needs evaluations on the way, but training.eval_strategy is 'no'")
+    if given.get("metric_for_best_model", "loss") not in (None, "loss", "eval_loss"):
+        raise ConfigError(
+            f"{origin.where('metric_for_best_model')}: a run measures eval_loss, got {given['metric_for_best_model']!r}"
+        )
     _check_trackers(given.get("report_to"), origin)
     source = config.where("deepspeed")
     if isinstance(config.deepspeed, str):
@@ -76,6 +87,7 @@ def check(config: RunConfig) -> dict[str, Any]:
         config.deepspeed_config(),
         training_source=config.where("training"),
         deepspeed_source=source,
+        world_size=int(ranks) if (ranks := os.environ.get("WORLD_SIZE")) else None,
     )
     return given
 
@@ -111,9 +123,17 @@ def build(config: RunConfig, given: Mapping[str, Any], *, resumed: bool) -> Trai
     if resumed:
         arguments["eval_on_start"] = False  # the loss before training was measured by the run that began it
     try:
-        return TrainingArguments(**arguments, deepspeed=deepspeed_config(config))
+        built = TrainingArguments(**arguments, deepspeed=deepspeed_config(config))
+        _try_scheduler(built)
+        return built
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(f"{config.where('training')}: {' '.join(str(error).split())}") from error
+
+
+def _try_scheduler(args: TrainingArguments) -> None:
+    """Have a schedule refuse its settings now; the trainer asks it after the model has been loaded."""
+    nothing = torch.optim.SGD([torch.zeros(1, device="cpu")], lr=args.learning_rate)
+    get_scheduler(args.lr_scheduler_type, nothing, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
 
 
 def output_dir(config: RunConfig) -> Path:
@@ -160,7 +180,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
 
 def _check_trackers(report_to: str | list[str] | None, origin: Origin) -> None:
     """Refuse a tracker that is not installed: the trainer would, but only after the model has been loaded."""
-    asked = {report_to} if isinstance(report_to, str) else set(report_to or ())
+    asked = {report_to} if isinstance(report_to, str) else set(map(str, report_to or ()))
     present = get_available_reporting_integrations()
     if missing := sorted(asked - {"all", "none", *present}):
         raise ConfigError(
@@ -173,7 +193,8 @@ def _early_stopping(given: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers' early stopping asks of the other arguments, as defaults."""
     if "early_stopping_patience" not in given:
         return {}
-    every = given.get("eval_strategy", given.get("save_strategy", "epoch"))
+    saving = given.get("save_strategy")
+    every = given.get("eval_strategy", saving if saving in ("steps", "epoch") else "epoch")
     return {
         "eval_strategy": every,
         "save_strategy": every,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -45,11 +46,15 @@ def run(config: RunConfig, *, resume: str | None = None) -> Summary:
     checkpoint = _find_checkpoint(config, resume)
     tokenizer = load_tokenizer(config.model)
     rows = data.load_dataset(config.data, tokenizer, task=config.model.task)
+    if config.model.task == "sequence_classification":
+        _num_classes(config, *rows)
+    _check_writable(config)
     args = arguments.build(config, given, resumed=checkpoint is not None)
     hf.join_process_group()
     with _removed_if_left_empty(Path(args.output_dir)):
         trainer, clock = _build_trainer(config, given, args, tokenizer, *rows)
         methods.prepare(trainer, config)
+        _restore_patience(trainer, checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     loss_before, loss_after = _held_out_losses(trainer)
     model = Path(args.output_dir) / "model"
@@ -70,13 +75,14 @@ def _build_trainer(
         if eval_rows is not None:
             print(f"held-out data: {data.describe(eval_rows)}", flush=True)
     model_config = config.model
-    if task == "sequence_classification" and model_config.num_labels is None:
-        model_config = model_config.model_copy(update={"num_labels": data.num_labels(train_rows)})
+    if task == "sequence_classification":
+        model_config = model_config.model_copy(update={"num_labels": _num_classes(config, train_rows, eval_rows)})
     set_seed(args.seed)  # a new head is drawn at random
     # `args` keeps transformers' HfDeepSpeedConfig alive, under which a model is built partitioned.
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model = load_model(model_config, dtype)
     if task == "sequence_classification" and (names := data.label_names(train_rows)):
+        names += [f"LABEL_{i}" for i in range(len(names), model.config.num_labels)]  # of a head with room for more
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {name: i for i, name in enumerate(names)}
     clock = Clock()
@@ -99,6 +105,21 @@ def _build_trainer(
     return trainer, clock
 
 
+def _num_classes(config: RunConfig, *data_sets: Any) -> int:
+    """Classes of the head: as many as the config says, or as the data has.
+
+    Raises:
+        ConfigError: The data has more, which the loss would find out by an index out of range, or a single one.
+    """
+    found = max(data.num_labels(rows) or 0 for rows in data_sets if rows is not None)
+    if found < 2:
+        raise ConfigError(f"{config.where('data.path')}: all rows have the same label; there is nothing to tell apart")
+    chosen = config.model.num_labels or found
+    if chosen < found:
+        raise ConfigError(f"{config.where('model.num_labels')}: the data has {found} classes, got {chosen}")
+    return chosen
+
+
 def _find_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
     """The checkpoint to continue from.
 
@@ -106,27 +127,59 @@ def _find_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
         CheckpointError: The one asked for is missing or incomplete.
         ConfigError: None is asked for, and ``output_dir`` holds another run's.
     """
+    output_dir = arguments.output_dir(config)
     if resume not in (None, "auto"):
         path = Path(str(resume)).expanduser()
         if not path.is_dir():
             raise CheckpointError(f"--resume: no such directory: {path} (looked from {Path.cwd()})")
         if missing := _missing(path):
             raise CheckpointError(f"--resume: {path} is not a complete checkpoint of a run: it has no {missing}")
+        if path.resolve().parent != output_dir.resolve():  # continued elsewhere
+            _refuse_used(config, output_dir)
         return _of_this_world(path)
-    output_dir = arguments.output_dir(config)
-    found = sorted(output_dir.glob("checkpoint-*"), key=_step, reverse=True)
     if resume == "auto":
-        for path in found:
+        for path in sorted(output_dir.glob("checkpoint-*"), key=_step, reverse=True):
             if not (missing := _missing(path)):
                 return _of_this_world(path)
             _log.warning("--resume auto: passing over %s, which has no %s", path, missing)
-        found = []
+        if (output_dir / "model").exists():
+            raise CheckpointError(
+                f"--resume auto: {output_dir} holds a finished run's model and no complete checkpoint to continue from; "
+                "choose another directory"
+            )
+        return None
+    _refuse_used(config, output_dir)
+    return None
+
+
+def _refuse_used(config: RunConfig, output_dir: Path) -> None:
+    found = sorted(output_dir.glob("checkpoint-*"), key=_step, reverse=True)
     if found or (output_dir / "model").exists():
         raise ConfigError(
             f"{config.where('training.output_dir')}: {output_dir} holds another run's "
             f"{found[0].name if found else 'model'}; continue it with --resume auto, or choose another directory"
         )
-    return None
+
+
+def _check_writable(config: RunConfig) -> None:
+    """Before anything is made: the trainer would find out after the model has been loaded, and with a traceback."""
+    output_dir = arguments.output_dir(config)
+    place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ConfigError(f"{config.where('training.output_dir')}: {output_dir} cannot be made: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{config.where('training.output_dir')}: {output_dir} cannot be written to")
+
+
+def _restore_patience(trainer: LabelLogitsTrainer, checkpoint: Path | None) -> None:
+    """How long early stopping has waited already: the trainer saves that, but begins anew when it resumes."""
+    if checkpoint is None:
+        return
+    saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EarlyStoppingCallback) and "EarlyStoppingCallback" in saved:
+            waited = saved["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"]
+            callback.early_stopping_patience_counter = waited
 
 
 def _of_this_world(checkpoint: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class Summary:
         ]
         commit, versions = records.commit(), records.versions()
         for name, variant, value, unit, step in values:
-            if value is None:
+            if value is None or not math.isfinite(value):  # a run that diverged: JSON has no word for it
                 continue
             records.append(
                 path,
