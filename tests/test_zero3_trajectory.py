@@ -135,31 +135,35 @@ def test_frozen_partitions_keep_every_bit(runs: Any, world_size: int, case: Case
         assert outcome.extra["frozen_moved"] == []
 
 
-@pytest.mark.parametrize(("world_size", "case"), PAIRS)
+MEASURED = [*PAIRS, *(pytest.param(2, case, id=case.name) for case in SIXTEEN_BIT if case.overflow_at is None)]
+
+
+@pytest.mark.parametrize(("world_size", "case"), MEASURED)
 def test_live_bytes_equal_the_planner_and_the_formula(runs: Any, world_size: int, case: Case) -> None:
     shape, config = model_shape(case), LisaConfig.load(case.lisa_config)
     numel_of = {n: p.numel() for n, p in trajectory.build_model(case.tied).named_parameters()}
     units = trajectory.units(trajectory.build_model(case.tied))
     never = {role for role in ("embeddings", "lm_head", "rest") if case.lisa.get(role) == "never"}
+    weight = 4 if case.dtype == "fp32" else 2
+    gradient = weight if case.accumulation == 1 else 4
     for outcome in runs[world_size, case.name]:
         for step, seen in enumerate(outcome.extra["reports"]):
             trained = [
                 numel_of[n] for n, u in units.items() if u not in never and (isinstance(u, str) or u in seen["layers"])
             ]
             partition = sum(-(-numel // world_size) for numel in trained)
-            report = dict(seen["report"])
-            moments_exist = step % case.interval_steps != 0  # those of a fresh layer come with its first step
-            state = report["master"] + report["exp_avg"] + report["exp_avg_sq"]
-            if moments_exist:
-                assert state == 12 * partition
-                precision = Precision(4, 4, report["buckets"], offload_optimizer=case.offload)
+            report = seen["report"]
+            if step % case.interval_steps:  # the moments of a fresh layer come with its first step
+                assert report["master"] + report["exp_avg"] + report["exp_avg_sq"] == 12 * partition
+                precision = Precision(weight, gradient, report["buckets"], offload_optimizer=case.offload)
                 assert report == state_bytes(
                     shape, sampled=seen["layers"], world_size=world_size, config=config, precision=precision
                 )
+            assert report["weights"] == weight * sum(-(-numel // world_size) for numel in numel_of.values())
             assert report["master"] == 4 * partition
-            assert report["gradients"] == (8 if case.offload else 4) * partition
+            assert report["gradients"] == (gradient + 4 if case.offload else gradient) * partition
             # Only sampled gradients travel; each is padded to a multiple of the ranks.
-            assert seen["reduced"] == 4 * partition * world_size * case.accumulation
+            assert seen["reduced"] == weight * partition * world_size * case.accumulation
             assert seen["gradients_none"]
 
 
