@@ -166,6 +166,30 @@ def test_one_rank_classifies_stops_early_and_keeps_the_best_model(tmp_path: Path
     assert "layers visited" not in done.stdout
 
 
+@pytest.mark.multirank
+def test_lisa_stops_early_keeps_the_best_model_and_its_patience(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    more = ["training.early_stopping_patience=3", "training.eval_strategy=steps", "training.eval_steps=1"]
+    more += ["training.save_steps=1", "training.max_steps=50", "training.learning_rate=0.3", "training.report_to=none"]
+    done = launch(tmp_path, *more, launcher=[sys.executable])
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = max((tmp_path / "out").glob("checkpoint-*"), key=_step)
+    state = json.loads((last / "trainer_state.json").read_text())
+    assert state["global_step"] == state["best_global_step"] + 3 < 50
+    best, model = (load_file(tmp_path / "out" / at / "model.safetensors") for at in (_best(state), "model"))
+    assert all(weight.equal(model[name]) for name, weight in best.items())
+    intervals = -(-state["global_step"] // 2)
+    assert f" in {intervals} intervals" in done.stdout  # of all that trained, not of the best model alone
+    (summary,) = [line for line in done.stdout.splitlines() if line.startswith("held-out loss")]
+
+    shutil.rmtree(last)
+    again = launch(tmp_path, *more, "--resume", "auto", launcher=[sys.executable])
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert max((tmp_path / "out").glob("checkpoint-*"), key=_step) == last  # and not three evaluations later
+    assert summary in again.stdout.splitlines()
+    assert f" in {intervals} intervals" in again.stdout
+
+
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 

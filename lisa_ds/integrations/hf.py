@@ -102,6 +102,8 @@ class LisaCallback(TrainerCallback):
         self._told = -1
         self.memory: dict[str, int] = {}
         """``engine.memory_report()`` of the interval told last, when its moments were alive."""
+        self.trained: list[tuple[int, ...]] = []
+        """The sets of layers that have taken a step, in order; also those after the best model, if that is loaded again."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse to train by something else than what was asked for."""
@@ -115,6 +117,8 @@ class LisaCallback(TrainerCallback):
         report = engine.memory_report()
         if report["exp_avg"] == report["master"]:  # resumed amid an interval, moments and all
             self._tell(engine, state)
+        else:
+            self.trained = engine.layer_history[:-1]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell of a new draw."""
@@ -134,12 +138,6 @@ class LisaCallback(TrainerCallback):
         state.log_history[-1].update(scalars)  # Trainer has copied the entry already
 
     @property
-    def trained(self) -> list[tuple[int, ...]]:
-        """The sets of layers that have taken a step, in order: without a draw made after the last one."""
-        history: list[tuple[int, ...]] = self._trainer.deepspeed.layer_history
-        return history[:-1] if self._is_new else history
-
-    @property
     def state_bytes(self) -> int:
         """Gradients and optimizer state alive on this rank in the interval told last."""
         return sum(self.memory[kind] for kind in STATE_KINDS)
@@ -147,6 +145,7 @@ class LisaCallback(TrainerCallback):
     def _tell(self, engine: LisaEngine, state: Any) -> None:
         self._told = engine.interval
         self.memory = engine.memory_report()
+        self.trained = engine.layer_history[:-1] if self._is_new else engine.layer_history
         if state.is_world_process_zero:
             tqdm.write(
                 f"step {state.global_step}: interval {engine.interval} trains layers {list(engine.sampled_layers)}; "
