@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +220,7 @@ def _removed_if_left_empty(directory: Path) -> Iterator[None]:
         yield
     except BaseException:
         for path in new:
-            if path.is_dir() and not any(path.iterdir()):
+            with suppress(OSError):  # it holds something, or another rank has removed it
                 path.rmdir()
         raise
 
