@@ -52,7 +52,7 @@ test: $(VENV)/installed  ## all tests but the slow ones
 	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/installed  ## the slow tests
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: there are none
 
 check: $(VENV)/installed  ## style, types and layering; runs no test
 	$(VENV)/bin/ruff format --check .

@@ -250,6 +250,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "command line: training.eval_on_start: needs held-out data; set data.eval_fraction, eval_split or eval_path",
         ),
         (
+            ["deepspeed={zero_optimization: {stage: 3, stage3_max_live_params: 3}}"],
+            "command line: deepspeed: zero_optimization.stage3_max_live_params: DeepSpeed says: Extra inputs are not permitted, "
+            "got 3",
+        ),
+        (
             ["deepspeed={train_batch_size: 7}"],
             "command line: deepspeed: train_batch_size: contradicts run.yaml: training, where per_device_train_batch_size x "
             'gradient_accumulation_steps on 1 ranks is 4, got 7; write "auto" here',
@@ -383,6 +388,14 @@ def test_early_stopping_brings_what_it_needs(folder: Path) -> None:
     needed = arguments._early_stopping(arguments.check(config))
     assert needed["load_best_model_at_end"]
     assert (needed["eval_strategy"], needed["metric_for_best_model"]) == ("steps", "eval_loss")
+
+
+def test_what_a_deepspeed_config_leaves_out_is_what_training_says(folder: Path) -> None:
+    config = load_config("run.yaml", ["deepspeed={zero_optimization: {stage: 3}}"])
+    left_out = load_config("run.yaml")
+    assert arguments.deepspeed_config(config) == arguments.deepspeed_config(left_out)
+    kept = load_config("run.yaml", ["deepspeed={zero_optimization: {stage: 3}, gradient_clipping: 1.0}"])
+    assert arguments.deepspeed_config(kept)["gradient_clipping"] == 1.0
 
 
 def test_a_bare_no_is_not_false(folder: Path) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from lisa_ds.config import LisaConfig
 from lisa_ds.engines.zero3 import LisaEngine, armed
 from lisa_ds.engines.zero3.live import memory_report
-from lisa_ds.errors import EngineError
+from lisa_ds.errors import ConfigError, EngineError
 from lisa_ds.memory import Precision
 
 STATE_KINDS = ("gradients", "master", "exp_avg", "exp_avg_sq")
@@ -67,6 +69,24 @@ def join_process_group() -> None:
     believe itself alone.
     """
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def check_zero(section: Mapping[str, Any], source: str) -> None:
+    """Hold a ``zero_optimization`` section against DeepSpeed's own, which reads it while the model is built.
+
+    Raises:
+        ConfigError: Keys that DeepSpeed does not know, or values it does not take, one a line.
+    """
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in section.items() if value != "auto"})
+    except ValidationError as error:
+        raise ConfigError(
+            "\n".join(
+                f"{source}: zero_optimization.{'.'.join(map(str, problem['loc']))}: DeepSpeed says: {problem['msg']}, "
+                f"got {problem['input']!r}"
+                for problem in error.errors()
+            )
+        ) from None
 
 
 def live_state(trainer: Any) -> dict[str, int]:

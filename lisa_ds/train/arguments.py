@@ -148,21 +148,22 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError: It asks for something that a run cannot do.
     """
+    auto = "auto"
+    from_training: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": auto,
+        "gradient_accumulation_steps": auto,
+        "gradient_clipping": auto,
+        "bf16": {"enabled": auto},
+        "fp16": {"enabled": auto},
+        "zero_allow_untested_optimizer": True,
+    }
     if config.deepspeed is None:
-        auto = "auto"
         zero: dict[str, Any] = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
         if config.method == "full":
             zero["reduce_bucket_size"] = auto  # DeepSpeed's 5e8 elements; LISA's engine has a default of its own
-        return {
-            "train_micro_batch_size_per_gpu": auto,
-            "gradient_accumulation_steps": auto,
-            "gradient_clipping": auto,
-            "bf16": {"enabled": auto},
-            "fp16": {"enabled": auto},
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": zero,
-        }
-    fields = copy.deepcopy(config.deepspeed_config())
+        return {**from_training, "zero_optimization": zero}
+    # What the config leaves out DeepSpeed would take from its own defaults: fp32, one micro-batch, no clipping.
+    fields = {**from_training, **copy.deepcopy(config.deepspeed_config())}
     source = config.deepspeed if isinstance(config.deepspeed, str) else config.where("deepspeed")
     zero = fields.setdefault("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage") != 3:

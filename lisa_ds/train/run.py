@@ -42,6 +42,7 @@ def run(config: RunConfig, *, resume: str | None = None) -> Summary:
         LisaError: Something is wrong with config, data, model or checkpoint. Nothing has been written.
     """
     given = arguments.check(config)
+    hf.check_zero(arguments.deepspeed_config(config)["zero_optimization"], config.where("deepspeed"))
     methods.check(config)
     checkpoint = _find_checkpoint(config, resume)
     tokenizer = load_tokenizer(config.model)
