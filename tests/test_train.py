@@ -278,6 +278,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "command line: deepspeed: zero_optimization.stage: a run shards its state under ZeRO-3, got 2; set it to 3",
         ),
         (
+            ["deepspeed={zero_optimization: {stage: 3, offload_param: {device: nvme, nvme_path: x}}, compile: {deepcompile: true}}"],
+            "command line: deepspeed: zero_optimization.offload_param.device: 'nvme' is not supported; use 'cpu' or 'none'\n"
+            "command line: deepspeed: compile.deepcompile: *",
+        ),
+        (
             ["deepspeed={gradient_clipping: 0.5}"],
             "command line: deepspeed: gradient_clipping: contradicts run.yaml: training, where max_grad_norm is 1.0, "
             'got 0.5; write "auto" here, the value lives there',
@@ -442,3 +447,14 @@ def test_a_schedule_without_what_it_needs_is_refused(tmp_path: Path) -> None:
             str(tmp_path), use_cpu=True, lr_scheduler_type=kind, lr_scheduler_kwargs=settings, report_to=[]
         )
         arguments._try_scheduler(args)
+
+
+def test_fp16_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    from lisa_ds.errors import EngineError
+    from lisa_ds.integrations import hf
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)
+    with pytest.raises(EngineError, match=r"^run.yaml: training.fp16: \w+ does not compute in fp16 here; use bf16"):
+        hf.check_fp16("run.yaml: training.fp16")

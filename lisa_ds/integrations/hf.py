@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from lisa_ds.config import LisaConfig
-from lisa_ds.engines.zero3 import LisaEngine, armed
+from lisa_ds.engines.zero3 import LisaEngine, armed, compat
 from lisa_ds.engines.zero3.live import memory_report
 from lisa_ds.errors import ConfigError, EngineError
 from lisa_ds.memory import Precision
@@ -71,14 +72,21 @@ def join_process_group() -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def check_zero(section: Mapping[str, Any], source: str) -> None:
-    """Hold a ``zero_optimization`` section against DeepSpeed's own, which reads it while the model is built.
+def check_deepspeed(fields: Mapping[str, Any], source: str, *, lisa: bool) -> None:
+    """Hold a DeepSpeed config against DeepSpeed's own classes, and LISA's engine, before anything is loaded.
+
+    Args:
+        fields: The config; values may still be ``auto``.
+        source: What it is called in messages.
+        lisa: Whether LISA's engine is to be built from it.
 
     Raises:
-        ConfigError: Keys that DeepSpeed does not know, or values it does not take, one a line.
+        ConfigError: Keys of ``zero_optimization`` that DeepSpeed does not know, or values it does not take, one a line.
+        EngineError: Options that cannot be combined with LISA, one a line.
     """
+    section = {key: value for key, value in fields["zero_optimization"].items() if value != "auto"}
     try:
-        DeepSpeedZeroConfig(**{key: value for key, value in section.items() if value != "auto"})
+        zero = DeepSpeedZeroConfig(**section)
     except ValidationError as error:
         raise ConfigError(
             "\n".join(
@@ -87,6 +95,27 @@ def check_zero(section: Mapping[str, Any], source: str) -> None:
                 for problem in error.errors()
             )
         ) from None
+    if not lisa:
+        return
+    compat.check_deepspeed()
+    problems = compat.zero_problems(zero)
+    if (fields.get("compile") or {}).get("deepcompile"):
+        problems.append(compat.DEEPCOMPILE)
+    if problems:
+        raise EngineError("\n".join(f"{source}: {problem}" for problem in problems))
+
+
+def check_fp16(source: str) -> None:
+    """Refuse fp16 where DeepSpeed's accelerator cannot compute in it.
+
+    Raises:
+        EngineError: It cannot.
+    """
+    accelerator = get_accelerator()
+    if not accelerator.is_fp16_supported():
+        raise EngineError(
+            f"{source}: {accelerator.device_name()} does not compute in fp16 here; use bf16, or neither for fp32"
+        )
 
 
 def live_state(trainer: Any) -> dict[str, int]:

@@ -42,7 +42,9 @@ def run(config: RunConfig, *, resume: str | None = None) -> Summary:
         LisaError: Something is wrong with config, data, model or checkpoint. Nothing has been written.
     """
     given = arguments.check(config)
-    hf.check_zero(arguments.deepspeed_config(config)["zero_optimization"], config.where("deepspeed"))
+    hf.check_deepspeed(arguments.deepspeed_config(config), config.where("deepspeed"), lisa=config.method == "lisa")
+    if given.get("fp16"):
+        hf.check_fp16(config.where("training.fp16"))
     methods.check(config)
     checkpoint = _find_checkpoint(config, resume)
     tokenizer = load_tokenizer(config.model)

@@ -21,6 +21,8 @@ from lisa_ds.layers import LayerStack
 OLDEST, NEWEST_BELOW = "0.19.5", "0.20"
 """The DeepSpeed releases this engine was run with: ``OLDEST <= version < NEWEST_BELOW``."""
 
+DEEPCOMPILE = "compile.deepcompile: caches gradient views that move at each switch; set it to false"
+
 # Stage 3's map from a parameter to its slice of the gradient buffer, under its mangled name.
 GRAD_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
@@ -125,7 +127,17 @@ def check_options(config: Any) -> None:
     Raises:
         EngineError: Lists every option that cannot be combined with LISA.
     """
-    zero = config.zero_config
+    problems = zero_problems(config.zero_config)
+    if getattr(getattr(config, "compile_config", None), "deepcompile", False):
+        problems.append(DEEPCOMPILE)
+    if getattr(config, "load_universal_checkpoint", False):
+        problems.append("checkpoint.load_universal: universal checkpoints drop frozen layers; resume a native one")
+    if problems:
+        raise EngineError("\n".join(f"deepspeed config: {problem}" for problem in problems))
+
+
+def zero_problems(zero: Any) -> list[str]:
+    """What of a parsed ``zero_optimization`` section cannot be combined with LISA: key, value and remedy of each."""
     problems = []
     if int(zero.stage) != 3:
         problems.append(
@@ -133,8 +145,6 @@ def check_options(config: Any) -> None:
         )
     if getattr(zero, "zenflow", None) is not None:
         problems.append("zero_optimization.zenflow: keeps its own copies of the optimizer state; remove it")
-    if getattr(getattr(config, "compile_config", None), "deepcompile", False):
-        problems.append("compile.deepcompile: caches gradient views that move at each switch; set it to false")
     if zero.zero_quantized_nontrainable_weights:
         problems.append(
             "zero_optimization.zero_quantized_nontrainable_weights: would quantise layers that train later; set it to false"
@@ -158,12 +168,9 @@ def check_options(config: Any) -> None:
         )
     if int(getattr(zero, "mics_shard_size", -1)) > 0:
         problems.append(f"zero_optimization.mics_shard_size: is not supported, got {zero.mics_shard_size}; remove it")
-    if getattr(config, "load_universal_checkpoint", False):
-        problems.append("checkpoint.load_universal: universal checkpoints drop frozen layers; resume a native one")
     if getattr(zero, "elastic_checkpoint", False):
         problems.append("zero_optimization.elastic_checkpoint: is deprecated by DeepSpeed; set it to false")
-    if problems:
-        raise EngineError("\n".join(f"deepspeed config: {problem}" for problem in problems))
+    return problems
 
 
 def _device(offload: Any) -> str:
