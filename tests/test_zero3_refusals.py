@@ -81,7 +81,11 @@ def _refusals() -> dict[str, str]:
 
     def switch_before_step(engine: Any) -> None:
         engine.backward(engine(input_ids=rows, labels=rows).loss)
-        engine.switch_to([1])
+        before = (engine.sampled_layers, engine.layer_history)
+        try:
+            engine.switch_to([1])
+        finally:
+            assert (engine.sampled_layers, engine.layer_history) == before  # nothing has changed
 
     attempt("unused gradients", then=switch_before_step)
     attempt("accumulating", lambda c: c.update(gradient_accumulation_steps=2), then=switch_before_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -94,7 +95,11 @@ def _read(
         if not zipfile.is_zipfile(file):  # torch.save writes a zip, whose directory is at its end
             return None, f"{file}: is truncated or not a checkpoint ({file.stat().st_size} bytes); use an earlier tag"
     # weights_only=False: DeepSpeed's own files hold its loss scaler and shapes as objects, and it loads them so too.
-    saved = torch.load(files[0], map_location="cpu", weights_only=False, mmap=True).get(KEY)
+    try:
+        saved = torch.load(files[0], map_location="cpu", weights_only=False, mmap=True).get(KEY)
+    except (RuntimeError, OSError, EOFError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+        # Told, not raised: the other ranks wait to hear what this one found.
+        return None, f"{files[0]}: cannot be read: {' '.join(str(error).split())}"
     if saved is None:
         return None, f"{files[0]}: was not written by lisa_ds; export its weights and start from those"
     progress = Progress(

@@ -144,6 +144,9 @@ class LisaEngine(DeepSpeedEngine):
         stage3.DeepSpeedZeroOptimizer_Stage3 = functools.partial(WindowedStage3, plan=plan)
         try:
             return super()._configure_zero_optimizer(optimizer)
+        except BaseException:
+            self._uninstall_linear()
+            raise
         finally:
             stage3.DeepSpeedZeroOptimizer_Stage3 = saved
 
@@ -201,9 +204,9 @@ class LisaEngine(DeepSpeedEngine):
             )
 
     def _switch(self, layers: tuple[int, ...]) -> None:
-        self._history.append(layers)
         if layers != self.sampled_layers:
             self._point_at(layers)
+        self._history.append(layers)
         self._log_interval()
 
     def _point_at(self, layers: tuple[int, ...]) -> None:

@@ -29,12 +29,13 @@ class BackwardFrontier:
             module for module in model.modules() if hasattr(module, "disable_input_require_grads")
         ]
         self._lowest: list[torch.nn.Module] = []
-        self._wrapped: dict[torch.nn.Module, Callable[..., Any]] = {}
+        self._wrapped: dict[torch.nn.Module, tuple[Callable[..., Any], Callable[..., Any]]] = {}  # original, ours
 
     def move(self, sampled: Collection[int]) -> None:
         """Forget the old lowest blocks and mark those of ``sampled``."""
-        for block, original in self._wrapped.items():
-            setattr(block, _CHECKPOINT, original)
+        for block, (original, ours) in self._wrapped.items():
+            if getattr(block, _CHECKPOINT) is ours:
+                setattr(block, _CHECKPOINT, original)
         self._wrapped.clear()
         lowest = (min((i for i in stack if i in sampled), default=None) for stack in self._stack.stacks)
         self._lowest = [self._stack.layers[i] for i in lowest if i is not None]
@@ -46,9 +47,9 @@ class BackwardFrontier:
                 model.disable_input_require_grads()
         for block in self._lowest:
             function = getattr(block, _CHECKPOINT, None)
-            if function is not None and not hasattr(function, "_lisa_original"):
-                self._wrapped[block] = function
-                setattr(block, _CHECKPOINT, _with_input_grad(function))
+            if function is not None and function is not self._wrapped.get(block, (None, None))[1]:
+                self._wrapped[block] = (function, _with_input_grad(function))
+                setattr(block, _CHECKPOINT, self._wrapped[block][1])
 
 
 def _with_input_grad(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +57,6 @@ def _with_input_grad(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return checkpoint(function, *_require_grad(args), **kwargs)
 
-    call._lisa_original = checkpoint  # type: ignore[attr-defined]
     return call
 
 

@@ -72,9 +72,10 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
         for parameter in params_group:
             unit = self._plan.unit_of.get(id(parameter))
             if unit is None:
+                shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
                 raise EngineError(
-                    f"the optimizer holds a parameter of shape {tuple(getattr(parameter, 'ds_shape', parameter.shape))} that is not the model's; build "
-                    "it from the parameters of the model given to initialize"
+                    f"the optimizer holds a parameter of shape {shape} that is not the model's; build it from the parameters "
+                    "of the model given to initialize"
                 )
             by_unit.setdefault(unit, []).append(parameter)
         return list(by_unit.values())
