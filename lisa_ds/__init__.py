@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lisa_ds.integrations.hf import attach as attach
     from lisa_ds.layers import LayerStack as LayerStack
     from lisa_ds.memory import plan as plan
+    from lisa_ds.ops import masked_adamw_ as masked_adamw_
+    from lisa_ds.optim import MaskedAdamW as MaskedAdamW
     from lisa_ds.sampling import LayerSampler as LayerSampler
 
 __version__ = "0.1.0.dev0"
@@ -24,10 +26,12 @@ _HOME = {
     "LayerStack": "layers",
     "LisaConfig": "config",
     "LisaError": "errors",
+    "MaskedAdamW": "optim",
     "RunConfig": "config",
     "attach": "integrations.hf",
     "initialize": "engines.zero3",
     "load_config": "config",
+    "masked_adamw_": "ops",
     "plan": "memory",
 }
 __all__ = [
@@ -35,10 +39,12 @@ __all__ = [
     "LayerStack",
     "LisaConfig",
     "LisaError",
+    "MaskedAdamW",
     "RunConfig",
     "attach",
     "initialize",
     "load_config",
+    "masked_adamw_",
     "plan",
 ]
 

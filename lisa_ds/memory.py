@@ -8,7 +8,7 @@ counts on the live tensors once each sampled layer has taken a step. Activations
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lisa_ds.config import LisaConfig
 
@@ -16,7 +16,8 @@ KINDS = ("weights", "gradients", "master", "exp_avg", "exp_avg_sq", "parked_host
 """The keys of every table of bytes, here and in ``engine.memory_report()``."""
 
 ROLES = ("embeddings", "lm_head", "rest")
-_FP32 = 4  # master copy and moments, whatever the weights are
+_FP32 = 4  # gradients on the host, whatever the weights are
+_QUANT_BLOCK = 256  # 8-bit moments that share an fp32 scale; as lisa_ds.ops.segments says
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ class Precision:
     bucket_bytes: int = 0
     """The reduce bucket: ``reduce_bucket_size`` times the bytes of the type that is communicated."""
 
+    master_bytes: int = 4
+    """0 under stochastic rounding."""
+
+    moments: str = "fp32"
+    """``fp32``, ``bf16`` or ``int8``, as ``lisa.optimizer.moments``."""
+
     offload_optimizer: bool = False
     """Whether state is kept on the host, where every sampled partition has an fp32 gradient as well."""
 
@@ -104,8 +111,8 @@ def state_bytes(
         >>> state_bytes(shape, sampled=[1], world_size=2)["exp_avg"]  # ceil(10/2) + ceil(7/2) + ceil(9/2) elements
         56
     """
-    trained = _partitioned(shape.trained(sampled, config or LisaConfig()), world_size)
-    return _table(trained, _partitioned(shape.all(), world_size), precision or Precision())
+    trained = _partitions(shape.trained(sampled, config or LisaConfig()), world_size)
+    return _table(trained, sum(_partitions(shape.all(), world_size)), precision or Precision())
 
 
 def full_state_bytes(shape: ModelShape, *, world_size: int, precision: Precision | None = None) -> dict[str, int]:
@@ -123,32 +130,37 @@ def plan(
     """
     config, precision = config or LisaConfig(), precision or Precision()
     count = config.num_sampled(len(shape.layers))
-    layers = [_partitioned(layer, world_size) for layer in shape.layers]
-    always = _partitioned(shape.trained([], config), world_size)
-    weights = _partitioned(shape.all(), world_size)
-    if config.sampler.layers:
-        typical = most = sum(layers[layer] for layer in config.sampler.layers)
-    else:
-        typical = round(sum(layers) * count / len(layers))  # every sampler draws each layer equally often
-        most = sum(layers if config.sampler.name == "bernoulli" else sorted(layers)[-count:])
-    return Plan(
-        typical=_table(always + typical, weights, precision),
-        most=_table(always + most, weights, precision),
-        full=full_state_bytes(shape, world_size=world_size, precision=precision),
-    )
+    weights = sum(_partitions(shape.all(), world_size))
+    always = _table(_partitions(shape.trained([], config), world_size), weights, precision)
+    layers = [_table(_partitions(layer, world_size), 0, replace(precision, bucket_bytes=0)) for layer in shape.layers]
+    typical, most = dict(always), dict(always)
+    for kind in always:
+        sizes = [layer[kind] for layer in layers]
+        if config.sampler.layers:
+            drawn = largest = sum(sizes[layer] for layer in config.sampler.layers)
+        else:
+            drawn = round(sum(sizes) * count / len(sizes))  # every sampler draws each layer equally often
+            largest = sum(sizes if config.sampler.name == "bernoulli" else sorted(sizes)[-count:])
+        typical[kind] += drawn
+        most[kind] += largest
+    return Plan(typical, most, full_state_bytes(shape, world_size=world_size, precision=precision))
 
 
-def _partitioned(numels: Iterable[int], world_size: int) -> int:
-    return sum(-(-numel // world_size) for numel in numels)
+def _partitions(numels: Iterable[int], world_size: int) -> list[int]:
+    return [-(-numel // world_size) for numel in numels]
 
 
-def _table(trained: int, weights: int, precision: Precision) -> dict[str, int]:
-    host_gradients = _FP32 * trained if precision.offload_optimizer else 0
+def _table(trained: Sequence[int], weights: int, precision: Precision) -> dict[str, int]:
+    """Bytes of each kind, from the elements of each trained partition and of all weights."""
+    elements = sum(trained)
+    scales = 4 * sum(-(-partition // _QUANT_BLOCK) for partition in trained)
+    moment = {"fp32": 4 * elements, "bf16": 2 * elements, "int8": elements + scales}[precision.moments]
+    host_gradients = _FP32 * elements if precision.offload_optimizer else 0
     return dict.fromkeys(KINDS, 0) | {
         "weights": precision.weight_bytes * weights,
-        "gradients": precision.gradient_bytes * trained + host_gradients,
-        "master": _FP32 * trained,
-        "exp_avg": _FP32 * trained,
-        "exp_avg_sq": _FP32 * trained,
+        "gradients": precision.gradient_bytes * elements + host_gradients,
+        "master": precision.master_bytes * elements,
+        "exp_avg": moment,
+        "exp_avg_sq": moment,
         "buckets": precision.bucket_bytes,
     }

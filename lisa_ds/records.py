@@ -32,7 +32,8 @@ class Spread:
     high: float
     """80th percentile."""
 
-    num_samples: int
+    n: int
+    """Samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,8 @@ class Record:
     high: float | None = None
     """80th percentile of the samples."""
 
-    num_samples: int = 1
+    n: int = 1
+    """Samples."""
 
     x: float | None = None
     """The swept quantity, if one was swept."""
@@ -84,7 +86,7 @@ def spread(samples: Sequence[float]) -> Spread:
 
     Example:
         >>> spread([5.0, 1.0, 2.0, 3.0, 4.0])
-        Spread(value=3.0, low=1.8, high=4.2, num_samples=5)
+        Spread(value=3.0, low=1.8, high=4.2, n=5)
     """
     if not samples or not all(math.isfinite(sample) for sample in samples):
         raise ValueError(f"spread takes finite samples, at least one, got {list(samples)}")

@@ -15,7 +15,7 @@ from lisa_ds.records import Record
 
 RECORD = Record(
     name="switch_time", variant="lisa", value=1.5, unit="ms", device="CPU", commit="abc", versions={"torch": "2"},
-    low=1.0, high=2.0, num_samples=9, x=2.0, x_label="sampled layers", settings={"seed": 0},
+    low=1.0, high=2.0, n=9, x=2.0, x_label="sampled layers", settings={"seed": 0},
 )  # fmt: skip
 
 

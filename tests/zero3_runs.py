@@ -13,6 +13,7 @@ from deepspeed.runtime.comm import coalesced_collectives
 from torch import Tensor
 
 import lisa_ds
+from lisa_ds.ops import SegmentTable
 from tests import trajectory
 from tests.trajectory import MICRO_BATCH, Case, Outcome
 
@@ -149,13 +150,16 @@ def run_case(case: Case) -> Outcome:
         for i, block in enumerate(engine._stack.layers)
     ]
     if case.drop_update_at is not None:
-        stock_step = engine.optimizer._optimizer_step
+        stock_launch = engine.optimizer._launch
 
-        def step_but_one(sub_group: int) -> None:
-            if not (engine._step_in_lisa == case.drop_update_at and sub_group == 0):
-                stock_step(sub_group)
+        def launch_without_the_first() -> Any:
+            table = stock_launch()
+            if engine._step_in_lisa != case.drop_update_at:
+                return table
+            first = len(engine.optimizer.fp16_groups[0])
+            return SegmentTable(table.segments[first:], table.hypers[first:])
 
-        engine.optimizer._optimizer_step = step_but_one
+        engine.optimizer._launch = launch_without_the_first
 
     bytes_at_start = [0]
 

@@ -78,13 +78,26 @@ class SamplerConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer of the sampled layers."""
 
-    name: Annotated[Literal["adamw"], not_built(masked_adamw="the fused kernels")] = "adamw"
-    """``adamw``."""
+    name: Literal["masked_adamw", "adamw"] = "masked_adamw"
+    """``masked_adamw``: AdamW in one launch over all sampled layers, whichever AdamW the engine is given. ``adamw``: the
+    optimizer that it is given, of any kind, a sub-group at a time."""
 
-    precision: Annotated[
-        Literal["mixed"], not_built(stochastic_rounding="the fused kernels", int8="the fused kernels")
-    ] = "mixed"
-    """``mixed``: 16-bit weights with an fp32 master copy and fp32 moments (plain fp32 if the model is fp32)."""
+    precision: Literal["mixed", "stochastic_rounding"] = "mixed"
+    """``mixed``: 16-bit weights with an fp32 master copy (plain fp32 if the model is fp32). ``stochastic_rounding``: bf16
+    weights without one, rounded at random."""
+
+    moments: Literal["fp32", "bf16", "int8"] = "fp32"
+    """What the two moments are kept in: ``fp32``, ``bf16`` (with stochastic rounding only), or ``int8``."""
+
+    @model_validator(mode="after")
+    def _go_together(self) -> OptimizerConfig:
+        if self.name == "adamw":
+            for key, only in (("precision", "mixed"), ("moments", "fp32")):
+                if getattr(self, key) != only:
+                    raise mistake(f"{key} {getattr(self, key)!r} is masked_adamw's; with name 'adamw' it is {only!r}")
+        if self.precision == "mixed" and self.moments == "bf16":
+            raise mistake("moments 'bf16' goes with precision 'stochastic_rounding'; use 'fp32' or 'int8'")
+        return self
 
 
 class LisaConfig(Section):

@@ -20,6 +20,7 @@ from lisa_ds.engines.zero3 import LisaEngine, armed, compat
 from lisa_ds.engines.zero3.live import memory_report
 from lisa_ds.errors import ConfigError, EngineError
 from lisa_ds.memory import Precision
+from lisa_ds.optim import StateFormat
 
 STATE_KINDS = ("gradients", "master", "exp_avg", "exp_avg_sq")
 """The kinds of ``engine.memory_report()`` that LISA keeps for the sampled layers only."""
@@ -127,9 +128,12 @@ def precision(trainer: Any) -> Precision:
     """Bytes of an element of each kind in ``trainer``'s engine, to plan with what it really uses."""
     engine = trainer.deepspeed
     weight, gradient = engine.get_data_types()
+    state_format = engine.state_format if isinstance(engine, LisaEngine) else StateFormat()
     return Precision(
         weight_bytes=weight.itemsize,
         gradient_bytes=gradient.itemsize,
+        master_bytes=4 if state_format.precision == "mixed" else 0,
+        moments=state_format.moments_of(weight),
         offload_optimizer=bool(engine.zero_offload_optimizer() and engine.zero_use_cpu_optimizer()),
     )
 
@@ -163,8 +167,7 @@ class LisaCallback(TrainerCallback):
                 "whose train() is called, and wrap or compile no model beforehand"
             )
         self._interval = engine.interval
-        report = engine.memory_report()
-        if report["exp_avg"] == report["master"]:  # resumed amid an interval, moments and all
+        if engine.has_moments:  # resumed amid an interval
             self._tell(engine, state)
         else:
             self.trained = engine.layer_history[:-1]

@@ -32,7 +32,7 @@ class Progress:
 
     num_layers: int
     policies: dict[str, str]
-    """Who trains always and who never; what never trains has no state in the file."""
+    """Who trains always and who never (what never trains has no state in the file), and what state is kept in."""
 
     next_draw: int
     """Hash of the next interval's draw, to tell a changed schedule."""
@@ -107,7 +107,7 @@ def _read(
         sampled=tuple(saved["sampled"]),
         history=tuple(tuple(layers) for layers in saved["history"]),
         num_layers=saved["num_layers"],
-        policies=saved["policies"],
+        policies={"optimizer.precision": "mixed", "optimizer.moments": "fp32", **saved["policies"]},  # of before these
         next_draw=saved["next_draw"],
     )
     if progress.num_layers != num_layers:

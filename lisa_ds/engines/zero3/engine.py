@@ -14,7 +14,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import stage3
 
 from lisa_ds.config import LisaConfig
-from lisa_ds.engines.zero3 import checkpoint, compat, linear, policies
+from lisa_ds.engines.zero3 import checkpoint, compat, fused, linear, policies
 from lisa_ds.engines.zero3.frontier import BackwardFrontier
 from lisa_ds.engines.zero3.live import memory_report
 from lisa_ds.engines.zero3.warm import load_weights
@@ -22,6 +22,7 @@ from lisa_ds.engines.zero3.window import WindowedStage3, WindowPlan
 from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
 from lisa_ds.memory import ModelShape
+from lisa_ds.optim import StateFormat
 from lisa_ds.sampling import LayerSampler, resolve_interval_steps
 
 logger = logging.getLogger("lisa_ds")
@@ -79,6 +80,21 @@ class LisaEngine(DeepSpeedEngine):
     def model_shape(self) -> ModelShape:
         """Elements of each parameter by unit, for the planner; what was frozen beforehand is apart."""
         return self._shape
+
+    @property
+    def state_format(self) -> StateFormat:
+        """What optimizer state is kept in."""
+        return StateFormat(self._lisa.optimizer.precision, self._lisa.optimizer.moments)
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether everything that trains has taken a step: moments come with the first."""
+        states, masters = self.optimizer.optimizer.state, self.optimizer.fp32_partitioned_groups_flat
+        return all(states.get(master) for master in masters)
+
+    @property
+    def _fuses(self) -> bool:
+        return self._lisa.optimizer.name == "masked_adamw"
 
     def memory_report(self) -> dict[str, int]:
         """Bytes of live model-state tensors on this rank; see :func:`lisa_ds.engines.zero3.live.memory_report`."""
@@ -140,8 +156,14 @@ class LisaEngine(DeepSpeedEngine):
         first = self._sampler.layers_at(0)
         self._history.append(first)
         plan = WindowPlan(unit_of=self._stack.unit_of, sampled=first, lr_scales=policies.lr_scales(self._lisa))
+        window: Any = functools.partial(WindowedStage3, plan=plan)
+        if self._fuses:
+            fused.check_optimizer(optimizer, self.state_format)
+            window = functools.partial(
+                fused.FusedStage3, plan=plan, state_format=self.state_format, seed=self._lisa.seed
+            )
         saved = stage3.DeepSpeedZeroOptimizer_Stage3
-        stage3.DeepSpeedZeroOptimizer_Stage3 = functools.partial(WindowedStage3, plan=plan)
+        stage3.DeepSpeedZeroOptimizer_Stage3 = window
         try:
             return super()._configure_zero_optimizer(optimizer)
         except BaseException:
@@ -160,6 +182,10 @@ class LisaEngine(DeepSpeedEngine):
         if self._config.grad_accum_dtype is None and accumulates:
             accumulation = torch.float32
         return model, accumulation
+
+    def zero_force_ds_cpu_optimizer(self) -> bool:
+        """Whether an offloaded optimizer must be DeepSpeed's: not where the update is not the optimizer's own anyway."""
+        return not self._fuses and bool(super().zero_force_ds_cpu_optimizer())
 
     def zero_reduce_bucket_size(self) -> int:
         """Elements of a reduce bucket: the config's, or one that fits what LISA reduces where the config names none.

@@ -20,18 +20,22 @@ def memory_report(optimizer: Any, parameters: Iterable[Any]) -> dict[str, int]:
 
     Returns:
         ``weights`` (the partitions, sampled and frozen), ``gradients`` (partitions; with CPU offload also their fp32 copy),
-        ``master``, ``exp_avg``, ``exp_avg_sq``, ``parked_host``, ``parked_nvme`` (state of frozen layers) and ``buckets``
+        ``master``, ``exp_avg``, ``exp_avg_sq`` (with the scales of 8-bit moments), ``parked_host``, ``parked_nvme`` (state of frozen layers) and ``buckets``
         (the reduce buckets), in bytes.
     """
     states = [state for state in optimizer.optimizer.state.values() if state]
-    masters = optimizer.fp32_partitioned_groups_flat
+    # Without a master copy the list holds the 16-bit weights themselves.
+    weights = {flat.data_ptr() for flat in optimizer.fp16_partitioned_groups_flat}
+    masters = [master for master in optimizer.fp32_partitioned_groups_flat if master.data_ptr() not in weights]
     host_gradients = [master.grad for master in masters]
     return {
         "weights": storage_bytes(parameter.ds_tensor for parameter in parameters),
         "gradients": storage_bytes([optimizer.grad_partitions_flat_buffer, *host_gradients]),
         "master": storage_bytes(masters),
-        "exp_avg": storage_bytes(state.get("exp_avg") for state in states),
-        "exp_avg_sq": storage_bytes(state.get("exp_avg_sq") for state in states),
+        **{
+            moment: storage_bytes(state.get(key) for state in states for key in (moment, f"{moment}_scale"))
+            for moment in ("exp_avg", "exp_avg_sq")
+        },
         "parked_host": 0,
         "parked_nvme": 0,
         "buckets": storage_bytes(bucket.buffer for bucket in optimizer.ipg_buckets.values()),

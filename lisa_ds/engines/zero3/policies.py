@@ -68,8 +68,12 @@ def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> None
 
 
 def describe(config: LisaConfig) -> dict[str, str]:
-    """The policy of each role, for a checkpoint: a run resumes under the same ones only."""
-    return {role: getattr(config, role) for role in ROLES}
+    """The policy of each role and the format of the state, for a checkpoint: a run resumes under the same ones only."""
+    return {
+        **{role: getattr(config, role) for role in ROLES},
+        "optimizer.precision": config.optimizer.precision,
+        "optimizer.moments": config.optimizer.moments,
+    }
 
 
 def lr_scales(config: LisaConfig) -> dict[int | str, float]:

@@ -1,0 +1,317 @@
+"""The window's optimizer step as one launch, in place of Stage 3's cast, unscale, step and copy of each sub-group.
+
+Note on whose state it is.
+    The optimizer that the engine was given goes on holding the parameter groups and the state, under ``torch.optim.AdamW``'s
+    names: learning-rate schedules, checkpoints and DeepSpeed's own accessors find everything where it always was. Only the
+    arithmetic is done here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.zero.stage3 import OPTIMIZER_STEP_TIMER
+from torch import Tensor
+
+from lisa_ds.engines.zero3 import compat
+from lisa_ds.engines.zero3.window import WindowedStage3
+from lisa_ds.errors import EngineError
+from lisa_ds.ops import Hyper, Segment, SegmentTable, masked_adamw_, sum_of_squares
+from lisa_ds.ops.reference import dequantise_signed, dequantise_unsigned
+from lisa_ds.ops.segments import QUANT_BLOCK
+from lisa_ds.optim import MaskedAdamW, StateFormat
+
+
+def check_optimizer(optimizer: Any, state_format: StateFormat) -> None:
+    """Refuse an optimizer whose update is not AdamW's.
+
+    Raises:
+        EngineError: Names it and the remedy.
+    """
+    kind = type(optimizer).__name__
+    reason = _not_adamw(optimizer, kind)
+    if reason is None and isinstance(optimizer, MaskedAdamW) and optimizer.format != state_format:
+        reason = f"has {optimizer.format}, but lisa.optimizer says {state_format}; set both alike"
+    if reason is not None:
+        raise EngineError(
+            f"optimizer: {kind} {reason}. lisa.optimizer 'masked_adamw' computes AdamW; give torch.optim.AdamW, or set "
+            "lisa.optimizer to 'adamw' to keep the optimizer that was given"
+        )
+
+
+def _not_adamw(optimizer: Any, kind: str) -> str | None:
+    groups = optimizer.param_groups
+    if any(group.get("amsgrad") or group.get("maximize") for group in groups):
+        return "is set to amsgrad or maximize"
+    if isinstance(optimizer, (MaskedAdamW, torch.optim.AdamW)):
+        return None
+    decoupled = isinstance(optimizer, torch.optim.Adam) and all(g.get("decoupled_weight_decay") for g in groups)
+    adam = isinstance(optimizer, torch.optim.Adam) or kind in ("FusedAdam", "DeepSpeedCPUAdam")
+    if not adam:
+        return "is not AdamW"
+    if not all(group.get("bias_correction", True) for group in groups):
+        return "is set to no bias correction"
+    if decoupled or getattr(optimizer, "adam_w_mode", False) or not any(group["weight_decay"] for group in groups):
+        return None
+    return "adds its weight decay to the gradient"
+
+
+class FusedStage3(WindowedStage3):
+    """A window whose step is one read of the gradients, for their norm, and one launch for the update.
+
+    Args:
+        state_format: What state is kept in.
+        seed: Of stochastic rounding.
+        *args: As for :class:`WindowedStage3`.
+        **kwargs: Likewise.
+    """
+
+    def __init__(self, *args: Any, state_format: StateFormat, seed: int, **kwargs: Any) -> None:
+        self.state_format = state_format
+        self._seed = seed
+        self._table: tuple[Any, SegmentTable] | None = None
+        super().__init__(*args, **kwargs)
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    def _setup_for_real_optimizer(self) -> None:
+        if self.torch_autocast_gradscaler is not None:
+            raise EngineError(
+                "torch_autocast with float16 steps through a GradScaler of its own; use bf16 or DeepSpeed's fp16, or set "
+                "lisa.optimizer to 'adamw'"
+            )
+        if self.state_format.precision == "stochastic_rounding":
+            if self.dtype != torch.bfloat16:
+                raise EngineError(
+                    f"lisa.optimizer.precision: 'stochastic_rounding' rounds bfloat16 weights, but this model's are {self.dtype}; "
+                    "train in bf16, or use 'mixed'"
+                )
+            if self.offload_optimizer:
+                raise EngineError(
+                    "lisa.optimizer.precision: 'stochastic_rounding' updates the weights where they are, which "
+                    "zero_optimization.offload_optimizer has the host do; use 'mixed', or remove offload_optimizer"
+                )
+        super()._setup_for_real_optimizer()
+
+    def _create_fp32_partitions(self) -> None:
+        """See the base class. Without a master copy the partition to update is the 16-bit one itself."""
+        if self.state_format.precision == "mixed":
+            super()._create_fp32_partitions()
+            return
+        for flat, ids in zip(self.fp16_partitioned_groups_flat, self.fp16_partitioned_groups_flat_id, strict=True):
+            itself = flat.detach()
+            itself.requires_grad_(True)
+            itself.ds_id = f"{ids[0]}_{ids[-1]}"
+            self.fp32_partitioned_groups_flat.append(itself)
+        for group in self.optimizer.param_groups:
+            group["params"] = []
+
+    def _state_of(self, position: int) -> dict[str, Any]:
+        """The state of a sub-group of the window; zero moments where it has none yet."""
+        master = self.fp32_partitioned_groups_flat[position]
+        state: dict[str, Any] = self.optimizer.state[master]
+        if not state:
+            state.update(self.state_format.new_moments(master.detach(), self._sizes(position)))
+        return state
+
+    def _sizes(self, position: int) -> list[int]:
+        return [parameter.partition_numel() for parameter in self.fp16_groups[position]]
+
+    # ---- step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """See the base class. The host waits once, at the end, to learn whether the step was taken."""
+        self._pre_step()
+        self._partition_all_parameters()
+        self.timers(OPTIMIZER_STEP_TIMER).start()
+        scale = float(self.loss_scale)
+        table = self._launch()
+        norm = self._scaled_norm(table)
+        if not self.offload_optimizer:
+            self.zero_grad(set_to_none=True)
+        bad = (~norm.isfinite()).float()
+        masked_adamw_(table, factor=self._factor(norm, scale), found_inf=bad)
+        self._put_weights_in_place()
+        self.overflow = bool(bad)
+        self.timers(OPTIMIZER_STEP_TIMER).stop()
+        if self._loss_scale_update_and_overflow_cleanup():
+            return
+        self._global_grad_norm = norm / scale
+        for position in range(len(self.fp16_groups)):
+            self.averaged_gradients[position] = None
+        self._post_step({OPTIMIZER_STEP_TIMER})
+
+    def _launch(self) -> SegmentTable:
+        """The table over the window; the last one, if everything lies where it did."""
+        places, hypers = [], []
+        for position, master in enumerate(self.fp32_partitioned_groups_flat):
+            state = self._state_of(position)
+            tensors = (self.fp16_partitioned_groups_flat[position], master, master.grad, *state.values())
+            places.append([tensor.data_ptr() for tensor in tensors if isinstance(tensor, Tensor)])
+            hyper = self._hyper(position)
+            hypers += [hyper] * len(self.fp16_groups[position])
+        places.append([self.grad_partitions_flat_buffer.data_ptr()])
+        if self._table is not None and self._table[0] == places:
+            self._table[1].set_hypers(hypers)
+            return self._table[1]
+        segments = [s for position in range(len(self.fp16_groups)) for s in self._segments(position)]
+        table = SegmentTable(segments, hypers, seed=self._seed)
+        self._table = (places, table)
+        return table
+
+    def _segments(self, position: int) -> list[Segment]:
+        """One segment for each parameter's partition: each has its own 8-bit scales, wherever it lies in the sub-group."""
+        master, flat = self.fp32_partitioned_groups_flat[position].detach(), self.fp16_partitioned_groups_flat[position]
+        state = self._state_of(position)
+        gradients: Mapping[int, Tensor] = getattr(self, compat.GRAD_PARTITIONS)
+        segments, offset, scales = [], 0, 0
+        for parameter in self.fp16_groups[position]:
+            size = parameter.partition_numel()
+            part, scaled = slice(offset, offset + size), slice(scales, scales - -size // QUANT_BLOCK)
+            weight = flat[part] if flat.device == master.device else None
+            gradient = gradients[parameter.ds_id]
+            if self.offload_optimizer:
+                host = self.fp32_partitioned_groups_flat[position].grad
+                assert host is not None
+                gradient = host[part]
+            segments.append(
+                Segment(
+                    weight=weight,
+                    grad=gradient,
+                    master=None if self._is_alias(position) else master[part],
+                    exp_avg=state["exp_avg"][part],
+                    exp_avg_sq=state["exp_avg_sq"][part],
+                    exp_avg_scale=state["exp_avg_scale"][scaled] if "exp_avg_scale" in state else None,
+                    exp_avg_sq_scale=state["exp_avg_sq_scale"][scaled] if "exp_avg_sq_scale" in state else None,
+                    step=state["step"],
+                    stream=(dist.get_rank() << 32) + self._number_of[parameter.ds_id],
+                )
+            )
+            offset, scales = offset + size, scaled.stop
+        return segments
+
+    @property
+    def _number_of(self) -> dict[int, int]:
+        """Each parameter's place in the whole layout: the same in a resumed run, as ``ds_id`` need not be."""
+        everything = itertools.chain.from_iterable(self._all["fp16_groups"])
+        return {parameter.ds_id: number for number, parameter in enumerate(everything)}
+
+    def _is_alias(self, position: int) -> bool:
+        master, flat = self.fp32_partitioned_groups_flat[position], self.fp16_partitioned_groups_flat[position]
+        return master.data_ptr() == flat.data_ptr()
+
+    def _hyper(self, position: int) -> Hyper:
+        group = self.optimizer.param_groups[self.sub_group_to_group_id[position]]
+        return Hyper(
+            lr=group["lr"],
+            betas=tuple(group["betas"]),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            lr_scale=self._lr_scale_of[position],
+        )
+
+    def _scaled_norm(self, table: SegmentTable) -> Tensor:
+        """Global norm of the gradients as they are, loss scale and all: ``()``; not finite if one of them is not."""
+        if self._norm_is_plain():
+            squares = sum_of_squares(table)
+            dist.all_reduce(squares, group=self.sub_group_process_groups[0])
+            return squares.sqrt().float()
+        norms = torch.stack([torch.as_tensor(norm).to(table.device, torch.float64) for norm in self._get_norm_groups()])
+        # Stage 3 says -1 for a norm that is not finite.
+        norms = torch.where(norms < 0, float("inf"), norms)
+        return norms.square().sum().sqrt().float()
+
+    def _norm_is_plain(self) -> bool:
+        """Whether each rank holds its own part of every gradient here, so that squares may simply be added up."""
+        first = self.sub_group_process_groups[0]
+        return (
+            not self.offload_optimizer
+            and self.model_parallel_group is None
+            and all(group is first for group in self.sub_group_process_groups)
+            and all(
+                getattr(p, "ds_zero_placement_family", "replicated") == "replicated"
+                for p in itertools.chain.from_iterable(self.fp16_groups)
+            )
+        )
+
+    def _factor(self, norm: Tensor, scale: float) -> Tensor:
+        """What gradients are multiplied by: clip coefficient over loss scale."""
+        clip = torch.ones_like(norm)
+        if self.clip_grad > 0.0:
+            clip = (self.clip_grad / (norm / scale + 1e-6)).clamp(max=1.0)
+        return clip / scale
+
+    def _put_weights_in_place(self) -> None:
+        for position, flat in enumerate(self.fp16_partitioned_groups_flat):
+            master = self.fp32_partitioned_groups_flat[position]
+            if flat.device != master.device:  # offloaded: the host has updated the master copy alone
+                flat.copy_(master.detach())
+            self._unflatten_partitioned_parameters(position)
+
+    # ---- checkpoint and accessors ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """See the base class."""
+        state = super().state_dict()
+        if self.state_format.precision != "mixed":
+            # Views of the whole 16-bit buffer, which would be saved with them.
+            groups = state["fp32_flat_groups"]
+            state["fp32_flat_groups"] = [group.detach().clone() for group in groups]
+        return state
+
+    def _rigid_load_state_dict(self, state_dict: dict[str, Any], load_optimizer_states: bool = True) -> None:
+        super()._rigid_load_state_dict(state_dict, load_optimizer_states)
+        if load_optimizer_states:
+            self._restore_exactly(state_dict["optimizer_state_dict"])
+        self._table = None
+
+    def _restore_exactly(self, saved: Mapping[str, Any]) -> None:
+        """Torch casts loaded state to the parameter's type, which 8-bit codes and fp32 moments beside bf16 would not survive."""
+        identifiers = [i for group in saved["param_groups"] for i in group["params"]]
+        self._set_fp32_optimizer_param_groups()
+        masters = [master for group in self.optimizer.param_groups for master in group["params"]]
+        self._clear_fp32_optimizer_param_groups()
+        for identifier, master in zip(identifiers, masters, strict=True):
+            if identifier in saved["state"]:
+                state = {
+                    k: torch.as_tensor(v).to(master.device, copy=True) for k, v in saved["state"][identifier].items()
+                }
+                self.optimizer.state[master] = state | {"step": state["step"].float().reshape(())}
+
+    def _get_fp32_opt_state_partition(
+        self, param: Any, release_swap_buffers: bool, optim_state_key: str | None = None
+    ) -> tuple[Tensor, int]:
+        """See the base class; 8-bit moments are decoded for whoever asks for them."""
+        position, offset, size = self.grad_position[self.get_param_id(param)]
+        if self.state_format.moments != "int8" or optim_state_key not in ("exp_avg", "exp_avg_sq"):
+            result: tuple[Tensor, int] = super()._get_fp32_opt_state_partition(
+                param, release_swap_buffers, optim_state_key
+            )
+            return result
+        state = self._state_of(position)
+        before = sum(-(-size // QUANT_BLOCK) for size in self._sizes(position)[: self._place_in_group(param, position)])
+        scales = state[f"{optim_state_key}_scale"][before : before - -size // QUANT_BLOCK]
+        decode = dequantise_signed if optim_state_key == "exp_avg" else dequantise_unsigned
+        return decode(state[optim_state_key][offset : offset + size], scales), position
+
+    def _place_in_group(self, param: Any, position: int) -> int:
+        return next(i for i, other in enumerate(self.fp16_groups[position]) if other is param)
+
+    def set_full_hp_param(self, value: Tensor, param: Any, optim_state_key: str | None = None) -> None:
+        """See the base class."""
+        self._refuse_to_set(optim_state_key)
+        super().set_full_hp_param(value, param, optim_state_key)
+
+    def set_local_hp_param(self, value: Tensor, param: Any, optim_state_key: str | None = None) -> None:
+        """See the base class."""
+        self._refuse_to_set(optim_state_key)
+        super().set_local_hp_param(value, param, optim_state_key)
+
+    def _refuse_to_set(self, key: str | None) -> None:
+        if key is not None and self.state_format.moments == "int8":
+            raise EngineError(f"{key} is kept in 8 bits and cannot be set from outside; use moments 'fp32' for that")

@@ -1,0 +1,71 @@
+"""Masked AdamW on the CPU: the C++ kernels of ``csrc/cpu``, for AVX-512, AVX2 or any processor, whichever runs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from lisa_ds.ops import build
+from lisa_ds.ops.segments import SegmentTable
+
+TYPES = {None: -1, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MOMENTS = {"fp32": 0, "bf16": 1, "int8": 2}
+
+
+def available() -> str | None:
+    """None, or why the kernels cannot be used. Compiles them if that has not been done on this machine."""
+    try:
+        _load()
+    except build.BuildError as error:
+        return str(error)
+    return None
+
+
+def level() -> str:
+    """The instruction set in use: ``avx512``, ``avx2`` or ``base``. ``LISA_DS_CPU_LEVEL`` asks for a narrower one."""
+    name: bytes = _load()
+    return name.decode()
+
+
+def masked_adamw_(table: SegmentTable, factor: Tensor, found_inf: Tensor) -> None:
+    """Update every segment; see :func:`lisa_ds.ops.masked_adamw_`."""
+    _load()
+    if found_inf.item():  # in this process's own memory: nothing to wait for
+        return
+    layout = table.layout
+    torch.ops.lisa_ds.masked_adamw(
+        table.addresses,
+        table.hyper,
+        len(table.segments),
+        factor.item(),
+        TYPES[layout.grad],
+        TYPES[layout.weight],
+        int(layout.has_master),
+        MOMENTS[layout.moments],
+        torch.get_num_threads(),
+    )
+
+
+def sum_of_squares(table: SegmentTable) -> Tensor:
+    """Of all gradients of the table, float64: ``()``. The number of threads does not change it."""
+    _load()
+    total = torch.ops.lisa_ds.sum_of_squares(
+        table.addresses, len(table.segments), TYPES[table.layout.grad], torch.get_num_threads()
+    )
+    return torch.tensor(total, dtype=torch.float64)
+
+
+@functools.cache
+def _load() -> bytes:
+    path = build.library("cpu")
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise build.BuildError(f"{path} cannot be loaded: {error}; remove it to have it built again") from error
+    library.lisa_ds_cpu_level.restype = ctypes.c_char_p
+    name: bytes = library.lisa_ds_cpu_level()
+    return name

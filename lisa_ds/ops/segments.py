@@ -1,0 +1,298 @@
+"""What one launch updates: a table of segments, each a run of consecutive elements with its own rate, decay and step.
+
+Note on the table.
+    The kernels are given no tensors but three small tables: where each segment's tensors lie (64-bit addresses), its
+    hyperparameters, and on a GPU which segment each block of :data:`BLOCK` elements belongs to. So one launch covers tensors
+    that lie anywhere, its grid holds the blocks of the segments in the table and of no others, and what is frozen is neither
+    read nor written. Everything that changes from step to step (rates, step counts, loss scale, clip coefficient) is read on
+    the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+BLOCK = 2048
+"""Elements of a block: the unit of the GPU grid. A multiple of :data:`QUANT_BLOCK`."""
+
+QUANT_BLOCK = 256
+"""Elements of 8-bit moments that share a scale. Blocks begin with their segment."""
+
+ALIGNMENT = 16
+"""Bytes. A segment all of whose tensors begin at a multiple is read in 128-bit words; others element by element."""
+
+# Columns of `SegmentTable.addresses` (int64). The kernels in csrc/ number them alike.
+WEIGHT, GRAD, MASTER, EXP_AVG, EXP_AVG_SQ, EXP_AVG_SCALE, EXP_AVG_SQ_SCALE, STEP = range(8)
+NUMEL, FIRST_BLOCK, ALIGNED, SEED = range(8, 12)
+ADDRESS_COLUMNS = 12
+
+# Columns of `SegmentTable.hyper` (float32).
+LR, WEIGHT_DECAY, BETA1, BETA2, ONE_MINUS_BETA1, ONE_MINUS_BETA2, EPS, LOG_BETA1, LOG_BETA2 = range(9)
+HYPER_COLUMNS = 12
+
+Moments = Literal["fp32", "bf16", "int8"]
+_MOMENTS: dict[torch.dtype, Moments] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
+_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Hyperparameters of a segment, as in ``torch.optim.AdamW``."""
+
+    lr: float | Tensor = 1e-3
+    """A number, or a tensor of one element on the segment's device, read there."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    lr_scale: float = 1.0
+    """Factor on ``lr``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Tensors of one segment: contiguous, of equal ``numel``, on one device.
+
+    With ``master`` the update is made there in fp32 and rounded to ``weight``. Without it ``weight`` is updated in place: in
+    fp32, or if it is bfloat16 by stochastic rounding.
+    """
+
+    weight: Tensor | None
+    """bfloat16, float16 or float32; None to update ``master`` alone."""
+
+    grad: Tensor
+    """bfloat16, float16 or float32."""
+
+    exp_avg: Tensor
+    """float32, bfloat16 (without master only) or int8 codes."""
+
+    exp_avg_sq: Tensor
+    """float32, bfloat16 or uint8 codes, as ``exp_avg``."""
+
+    step: Tensor
+    """float32, one element: steps taken."""
+
+    master: Tensor | None = None
+    """float32."""
+
+    exp_avg_scale: Tensor | None = None
+    """float32, one for each :data:`QUANT_BLOCK` elements; 8-bit moments only, as the next."""
+
+    exp_avg_sq_scale: Tensor | None = None
+
+    stream: int = 0
+    """Tells the random numbers of one segment from those of others, on this and on other ranks."""
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.grad.numel()
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """In the order of the table's columns."""
+        weight, master = (None, self.weight) if self.in_place_fp32 else (self.weight, self.master)
+        return [
+            *(weight, self.grad, master, self.exp_avg, self.exp_avg_sq, self.exp_avg_scale, self.exp_avg_sq_scale),
+            self.step,
+        ]
+
+    @property
+    def in_place_fp32(self) -> bool:
+        """Whether the weight is its own master."""
+        return self.master is None and self.weight is not None and self.weight.dtype == torch.float32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Types that all segments of a launch share."""
+
+    grad: torch.dtype
+    weight: torch.dtype | None
+    """What is written back; None where the fp32 master is the weight itself."""
+    has_master: bool
+    moments: Moments
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the weight is rounded stochastically, having no master."""
+        return not self.has_master
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Bytes read and written for an element, the scales of 8-bit moments apart."""
+        moments = {"fp32": 16, "bf16": 8, "int8": 4}[self.moments]
+        weight = self.weight.itemsize if self.weight is not None else 0
+        return self.grad.itemsize + moments + (8 + weight if self.has_master else 2 * weight)
+
+
+class SegmentTable:
+    """The tables of one launch; keeps its tensors alive.
+
+    Args:
+        segments: What to update, all of one :class:`Layout` on one device.
+        hypers: Hyperparameters of each.
+        seed: Of stochastic rounding.
+
+    Raises:
+        ValueError: Types, sizes or devices do not go together; the message names the segment.
+    """
+
+    def __init__(self, segments: Sequence[Segment], hypers: Sequence[Hyper], *, seed: int = 0) -> None:
+        if not segments:
+            raise ValueError("a table holds one segment at least")
+        self.segments = tuple(segments)
+        self.layout = layout_of(segments[0])
+        self.device = segments[0].grad.device
+        for i, segment in enumerate(segments):
+            _check(i, segment, self.layout, self.device)
+        self.steps = list({id(segment.step): segment.step for segment in segments}.values())  # some may share one
+        self.num_blocks = sum(-(-segment.numel // BLOCK) for segment in segments)
+        self.addresses = self._upload(torch.tensor(self._address_rows(seed), dtype=torch.int64))
+        self.block_segment = self._block_segment()
+        self._hypers: tuple[Hyper, ...] = ()
+        self._rows: list[list[float]] = []
+        self.set_hypers(hypers)
+        self.one = torch.ones((), device=self.device)
+        self.zero = torch.zeros((), device=self.device)
+
+    @property
+    def numel(self) -> int:
+        """Elements of all segments."""
+        return sum(segment.numel for segment in self.segments)
+
+    @property
+    def hypers(self) -> tuple[Hyper, ...]:
+        """Hyperparameters of each segment."""
+        return self._hypers
+
+    def set_hypers(self, hypers: Sequence[Hyper]) -> None:
+        """Give every segment its hyperparameters for the next launch; uploads what has changed, without waiting for it.
+
+        Raises:
+            ValueError: Not one for each segment, or out of range.
+        """
+        if len(hypers) != len(self.segments):
+            raise ValueError(f"{len(self.segments)} segments take as many hyperparameters, got {len(hypers)}")
+        rows = [_hyper_row(hyper) for hyper in hypers]
+        if rows != self._rows:
+            self.hyper = self._upload(torch.tensor(rows, dtype=torch.float32))
+            self._rows = rows
+        self._hypers = tuple(hypers)
+        for row, hyper in zip(self.hyper, hypers, strict=True):
+            if isinstance(hyper.lr, Tensor):
+                torch.mul(hyper.lr.reshape(()), hyper.lr_scale, out=row[LR])
+
+    def _address_rows(self, seed: int) -> list[list[int]]:
+        rows, first_block = [], 0
+        for segment in self.segments:
+            pointers = [0 if tensor is None else tensor.data_ptr() for tensor in segment.tensors]
+            aligned = all(pointer % ALIGNMENT == 0 for pointer in pointers[:STEP])
+            rows.append([*pointers, segment.numel, first_block, int(aligned), seed_word(seed, segment.stream)])
+            first_block += -(-segment.numel // BLOCK)
+        return rows
+
+    def _block_segment(self) -> Tensor:
+        """Which segment each block belongs to: ``(num_blocks,)``, int32. Built where it is used."""
+        counts = [-(-segment.numel // BLOCK) for segment in self.segments]
+        counted = self._upload(torch.tensor(counts))
+        return torch.repeat_interleave(
+            torch.arange(len(counts), dtype=torch.int32, device=self.device), counted, output_size=self.num_blocks
+        )
+
+    def _upload(self, table: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return table
+        return table.pin_memory().to(self.device, non_blocking=True)
+
+
+def layout_of(segment: Segment) -> Layout:
+    """The types of a segment.
+
+    Raises:
+        ValueError: No kernel takes them.
+    """
+    moments = _MOMENTS.get(segment.exp_avg.dtype)
+    weight = None if segment.weight is None else segment.weight.dtype
+    if segment.in_place_fp32:
+        weight, has_master = None, True
+    else:
+        has_master = segment.master is not None
+    if moments is None:
+        raise ValueError(f"moments are float32, bfloat16 or int8, got {segment.exp_avg.dtype}")
+    if segment.grad.dtype not in (*_SIXTEEN_BIT, torch.float32):
+        raise ValueError(f"gradients are bfloat16, float16 or float32, got {segment.grad.dtype}")
+    if not has_master and weight != torch.bfloat16:
+        raise ValueError(f"without a master copy weights are bfloat16 or float32, got {weight}")
+    if has_master and moments == "bf16":
+        raise ValueError("bfloat16 moments go with stochastic rounding, that is without a master copy")
+    if weight not in (None, *_SIXTEEN_BIT, torch.float32):
+        raise ValueError(f"weights are bfloat16, float16 or float32, got {weight}")
+    return Layout(grad=segment.grad.dtype, weight=weight, has_master=has_master, moments=moments)
+
+
+def seed_word(seed: int, stream: int) -> int:
+    """64 bits that begin a segment's random numbers, as a signed integer; splitmix64 of both numbers."""
+    word = (seed * 0x9E3779B97F4A7C15 + (stream + 1) * 0xD1B54A32D192ED03) & (2**64 - 1)
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+    word ^= word >> 31
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _hyper_row(hyper: Hyper) -> list[float]:
+    lr = 0.0 if isinstance(hyper.lr, Tensor) else hyper.lr * hyper.lr_scale
+    beta1, beta2 = hyper.betas
+    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+        raise ValueError(f"betas are at least 0 and below 1, got {hyper.betas}")
+    if not hyper.eps >= 0.0:
+        raise ValueError(f"eps is at least 0, got {hyper.eps}")
+    # 1 - beta and log(beta) in double precision: in fp32 the first bias corrections would be off by 1e-5.
+    logs = [math.log(beta) if beta else -math.inf for beta in hyper.betas]
+    return [lr, hyper.weight_decay, beta1, beta2, 1 - beta1, 1 - beta2, hyper.eps, *logs, 0.0, 0.0, 0.0]
+
+
+def _check(i: int, segment: Segment, layout: Layout, device: torch.device) -> None:
+    found = layout_of(segment)
+    if found != layout:
+        raise ValueError(f"segment {i}: all segments of a launch share their types, got {found} and {layout}")
+    scales = -(-segment.numel // QUANT_BLOCK) if layout.moments == "int8" else None
+    expected = {
+        "weight": segment.numel,
+        "exp_avg": segment.numel,
+        "exp_avg_sq": segment.numel,
+        "master": segment.numel,
+        "exp_avg_scale": scales,
+        "exp_avg_sq_scale": scales,
+        "step": 1,
+    }
+    for name, numel in expected.items():
+        tensor: Tensor | None = getattr(segment, name)
+        if name in ("weight", "master") and tensor is None:
+            continue
+        if (tensor is None) != (numel is None):
+            raise ValueError(f"segment {i}: scales go with int8 moments, and int8 moments with scales")
+        if tensor is not None and tensor.numel() != numel:
+            raise ValueError(f"segment {i}: {name} has {tensor.numel()} elements, should have {numel}")
+    types = {"master": torch.float32, "step": torch.float32, "exp_avg_sq": _second(segment.exp_avg.dtype)}
+    types |= dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), torch.float32)
+    for name in ("weight", "grad", "exp_avg", *types):
+        tensor = getattr(segment, name)
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"segment {i}: {name} is on {tensor.device}, the launch on {device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"segment {i}: {name} is not contiguous")
+        if name in types and tensor.dtype != types[name]:
+            raise ValueError(f"segment {i}: {name} should be {types[name]}, got {tensor.dtype}")
+
+
+def _second(first: torch.dtype) -> torch.dtype:
+    return torch.uint8 if first == torch.int8 else first
