@@ -1,4 +1,4 @@
-"""``lisa-ds``: what is done with checkpoints and models outside of a run."""
+"""``lisa-ds``: what is done with checkpoints, models and kernels outside of a run."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.out}")
 
 
+def _ops(arguments: argparse.Namespace) -> None:
+    from lisa_ds.ops import report
+
+    print("\n".join(report.lines(build=arguments.build)))
+
+
 def _generate(arguments: argparse.Namespace) -> None:
     import torch
     from transformers.utils import logging
@@ -73,6 +79,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     export.add_argument("--model", help="whose config and tokenizer to use if the checkpoint holds none")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the config's")
     export.set_defaults(command=_export)
+
+    ops = commands.add_parser("ops", help="print which kernels can be used here, which not, and why")
+    ops.add_argument("--build", action="store_true", help="compile those that are not compiled yet, as at first use")
+    ops.set_defaults(command=_ops)
 
     generate = commands.add_parser("generate", help="let a model answer prompts")
     generate.add_argument("model", help="a directory, a hub name or builtin:smollm2-135m")

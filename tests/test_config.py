@@ -65,7 +65,15 @@ def test_defaults() -> None:
         ({"on_release": "host"}, "on_release: not built yet, arrives with parking of layer state, got 'host'"),
         ({"nvme_path": "/disk"}, "nvme_path: not built yet, arrives with parking of layer state, got '/disk'"),
         ({"prefetch_steps": 2}, "prefetch_steps: not built yet, arrives with parking of layer state, got 2"),
-        ({"optimizer": "masked_adamw"}, "optimizer.name: not built yet, arrives with the fused kernels, got 'masked_adamw'"),
+        (
+            {"optimizer": {"moments": "bf16"}},
+            "optimizer: moments 'bf16' goes with precision 'stochastic_rounding'; use 'fp32' or 'int8'",
+        ),
+        (
+            {"optimizer": {"name": "adamw", "moments": "int8"}},
+            "optimizer: moments 'int8' is masked_adamw's; with name 'adamw' it is 'fp32'",
+        ),
+        ({"optimizer": {"moments": "int4"}}, "optimizer.moments: should be 'fp32', 'bf16' or 'int8', got 'int4'; did you mean 'int8'?"),
         ({"lm_head_lr_scale": 0}, "lm_head_lr_scale: should be greater than 0, got 0"),
         ({"num_sampled_layers": 2, "sampling_ratio": 0.1}, "num_sampled_layers (2) and sampling_ratio (0.1) say the same thing: keep one"),
         ({"embeddings": "never", "embeddings_lr_scale": 0.1}, "embeddings_lr_scale has no effect with embeddings: never; remove one of them"),

@@ -51,6 +51,22 @@ def test_precision_offload_and_bucket_are_counted() -> None:
     assert (report["gradients"], report["master"], report["buckets"]) == (8 * trained, 4 * trained, 1000)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("master_bytes", "moments"), [(4, "fp32"), (4, "int8"), (0, "fp32"), (0, "bf16"), (0, "int8")])
+def test_formats_of_the_state_are_counted_with_their_scales(world_size: int, master_bytes: int, moments: str) -> None:
+    numels: dict[int | str, tuple[int, ...]] = {0: (1000, 7), 1: (513, 256), "embeddings": (5000,)}
+    shape = ModelShape.from_numels(numels)
+    precision = Precision(master_bytes=master_bytes, moments=moments)
+    report = state_bytes(shape, sampled=[0], world_size=world_size, precision=precision)
+    partitions = [ceil(numel / world_size) for numel in (1000, 7, 5000)]
+    assert report["master"] == master_bytes * sum(partitions)
+    each = {"fp32": 4, "bf16": 2, "int8": 1}[moments]
+    scales = 4 * sum(ceil(partition / 256) for partition in partitions) if moments == "int8" else 0
+    assert report["exp_avg"] == report["exp_avg_sq"] == each * sum(partitions) + scales
+    planned = plan(shape, LisaConfig(num_sampled_layers=1), world_size=world_size, precision=precision)
+    assert planned.most["exp_avg"] == report["exp_avg"]  # layer 0 is the larger one
+
+
 def test_frozen_and_tied_weights_are_counted_once_as_weights() -> None:
     shape = ModelShape(layers=((8,),), embeddings=(100,), tied=True, frozen=(50,))
     report = full_state_bytes(shape, world_size=2)
@@ -69,7 +85,7 @@ def test_frozen_and_tied_weights_are_counted_once_as_weights() -> None:
 def test_a_plan_tells_the_typical_and_the_worst_draw(fields: dict[str, object], typical: int, most: int) -> None:
     planned = plan(SHAPE, LisaConfig.load(fields), world_size=1)
     always = shards(1, "embeddings", "lm_head", "rest")
-    assert planned.typical["master"] == 4 * (always + round(typical / 3))
+    assert planned.typical["master"] == 4 * always + round(4 * typical / 3)
     assert planned.most["master"] == 4 * (always + most)
     assert planned.full == full_state_bytes(SHAPE, world_size=1)
 

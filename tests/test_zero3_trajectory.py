@@ -42,6 +42,9 @@ EXACT = [
     Case("direct_backward", checkpointing="non_reentrant", direct_backward=True),
     Case("bernoulli", num_sampled=1, lisa={"sampler": "bernoulli", "seed": 8}),
     Case("cyclic", lisa={"sampler": "cyclic"}),
+    Case("given_optimizer", lisa={"optimizer": "adamw"}),
+    Case("given_optimizer_offload", offload=True, accumulation=2, lisa={"optimizer": "adamw"}),
+    Case("64_micro_batches", accumulation=64, steps=10),
 ]
 ODD = ["plain", "accumulation", "tied", "frozen_embeddings_reentrant", "cpu_offload_accumulation"]  # also on 3 ranks
 SIXTEEN_BIT = [

@@ -15,7 +15,8 @@ struct None {};  // no weight to write back to
 
 // A segment's numbers, ready for use.
 struct Coefficients {
-  Vec beta1, beta2, new1, new2;        // new: 1 - beta, times the gradient's factor or its square
+  Vec factor, beta1, beta2;
+  Vec new1, new2;                      // 1 - beta, the second times the square of the factor
   Vec decay, inverse_root, eps;        // the last two over the rate, which saves a multiplication
   uint32_t begin, middle;  // keys of the random numbers
 };
@@ -37,9 +38,10 @@ Coefficients coefficients(const Call& call, int64_t segment) {
   const double correction2 = -expm1(step * static_cast<double>(hyper[LOG_BETA2]));
   const uint64_t seed = static_cast<uint64_t>(row[SEED]);
   Coefficients c;
+  c.factor = set(call.factor);
   c.beta1 = set(hyper[BETA1]);
   c.beta2 = set(hyper[BETA2]);
-  c.new1 = set(hyper[ONE_MINUS_BETA1] * call.factor);
+  c.new1 = set(hyper[ONE_MINUS_BETA1]);
   c.new2 = set(hyper[ONE_MINUS_BETA2] * call.factor * call.factor);
   c.decay = set(static_cast<float>(1.0 - static_cast<double>(hyper[LR]) * hyper[WEIGHT_DECAY]));
   const double rate = hyper[LR] / correction1;  // 0: an infinite denominator, and no step
@@ -75,15 +77,16 @@ struct NotRandom {
   NotRandom(const Coefficients&, int64_t) {}
 };
 
-inline void adamw(const Coefficients& c, Vec gradient, Vec& weight, Vec& exp_avg, Vec& exp_avg_sq) {
-  exp_avg = fma(c.beta1, exp_avg, c.new1 * gradient);
+// decoding: the first moment comes as a code, which beta1 turns into the moment times its beta.
+template <bool decoding> inline void adamw(const Coefficients& c, Vec gradient, Vec& weight, Vec& exp_avg, Vec& exp_avg_sq) {
+  exp_avg = decoding ? fma(c.beta1, exp_avg, c.new1 * gradient) : fma(c.new1, fms(gradient, c.factor, exp_avg), exp_avg);
   exp_avg_sq = fma(c.beta2, exp_avg_sq, c.new2 * gradient * gradient);
   weight = fms(weight, c.decay, exp_avg / fma(root(exp_avg_sq), c.inverse_root, c.eps));
 }
 
-inline void adamw(const Coefficients& c, Pair gradient, Pair& weight, Pair& exp_avg, Pair& exp_avg_sq) {
-  adamw(c, gradient.a, weight.a, exp_avg.a, exp_avg_sq.a);
-  adamw(c, gradient.b, weight.b, exp_avg.b, exp_avg_sq.b);
+template <bool decoding> inline void adamw(const Coefficients& c, Pair gradient, Pair& weight, Pair& exp_avg, Pair& exp_avg_sq) {
+  adamw<decoding>(c, gradient.a, weight.a, exp_avg.a, exp_avg_sq.a);
+  adamw<decoding>(c, gradient.b, weight.b, exp_avg.b, exp_avg_sq.b);
 }
 
 template <class T> inline T* at(const int64_t* row, int column) { return reinterpret_cast<T*>(row[column]); }
@@ -146,7 +149,7 @@ template <bool split> inline void keep_second(bf16* p, Pair value, const Random&
 // kPair elements, of which the first is number `index` of the segment.
 template <bool master, bool split, bool stream, class P> inline void step_pair(const Coefficients& c, const P& p, int64_t index) {
   Pair weight = source<master, split>(p), exp_avg = load_pair<split>(p.exp_avg), exp_avg_sq = load_pair<split>(p.exp_avg_sq);
-  adamw(c, load_pair<split>(p.grad), weight, exp_avg, exp_avg_sq);
+  adamw<false>(c, load_pair<split>(p.grad), weight, exp_avg, exp_avg_sq);
   const typename RandomFor<master>::type random(c, index);
   keep_weight<master, split, stream>(p, weight, random);
   store_pair<split>(p.exp_avg, exp_avg);
@@ -233,6 +236,7 @@ inline void update_block(const Coefficients& c, const P& p, float scale1, float 
   constexpr float unit = split ? kSplitUnit : 1.0f;
   // The moments come out of their codes multiplied by their beta.
   Coefficients decoding = c;
+  decoding.new1 = c.new1 * c.factor;
   decoding.beta1 = c.beta1 * set(scale1 * (1.0f / kCode1) / unit);
   decoding.beta2 = c.beta2 * set(scale2 * (1.0f / kCode2));
   Vec most1 = set(0.0f), most2 = set(0.0f);
@@ -241,7 +245,7 @@ inline void update_block(const Coefficients& c, const P& p, float scale1, float 
     Pair exp_avg = load_signed_squares<split>(q.exp_avg), exp_avg_sq = load_squares<split>(q.exp_avg_sq);
     exp_avg_sq = {exp_avg_sq.a * exp_avg_sq.a, exp_avg_sq.b * exp_avg_sq.b};
     Pair weight = source<master, split>(q);
-    adamw(decoding, load_pair<split>(q.grad), weight, exp_avg, exp_avg_sq);
+    adamw<true>(decoding, load_pair<split>(q.grad), weight, exp_avg, exp_avg_sq);
     keep_weight<master, split, stream>(q, weight, typename RandomFor<master>::type(c, index + i));
     store_pair<false>(out.first + i, exp_avg);
     store_pair<false>(out.second + i, exp_avg_sq);

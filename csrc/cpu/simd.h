@@ -258,16 +258,23 @@ template <bool second> inline void store_random(bf16* p, Vec x, Word random) {
 
 #else
 
-// Any processor. Four lanes in plain loops, which compilers turn into what the baseline has (SSE2, NEON).
+// Any processor: the compiler's own vectors of four, which are SSE2 on every x86-64 and NEON on every 64-bit ARM.
+typedef float Floats __attribute__((vector_size(16)));
+typedef uint32_t Bits __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(8)));
+typedef uint8_t Bytes __attribute__((vector_size(4)));
+typedef int8_t SignedBytes __attribute__((vector_size(4)));
+
 struct Vec {
   static constexpr int width = 4;
-  float v[4];
+  Floats v;
 };
-struct Word { uint32_t v[4]; };
+struct Word { Bits v; };
 
-#define LISA_DS_LANES for (int i = 0; i < 4; ++i)
-template <class F> inline Vec lanes(F f) { Vec r; LISA_DS_LANES r.v[i] = f(i); return r; }
-template <class F> inline Word words(F f) { Word r; LISA_DS_LANES r.v[i] = f(i); return r; }
+template <class V> inline V read(const void* p) { V v; __builtin_memcpy(&v, p, sizeof(V)); return v; }
+template <class V> inline void write(void* p, V v) { __builtin_memcpy(p, &v, sizeof(V)); }
+inline Bits bits(Vec x) { return __builtin_bit_cast(Bits, x.v); }
+inline Vec of_bits(Bits x) { return {__builtin_bit_cast(Floats, x)}; }
 
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
@@ -276,7 +283,7 @@ inline float half_to_float(uint16_t h) {
   return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
 }
 inline uint16_t float_to_half(float x) {
-  const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  const uint32_t word = bits_of(x), sign = word >> 16 & 0x8000, rest = word & 0x7fffffff;
   if (rest > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
   if (rest >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
   if (rest < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded mantissa in the low bits
@@ -284,40 +291,59 @@ inline uint16_t float_to_half(float x) {
   }
   return static_cast<uint16_t>(sign | ((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13));
 }
-inline Vec set(float x) { return lanes([&](int) { return x; }); }
-inline Vec load(const float* p) { return lanes([&](int i) { return p[i]; }); }
-inline Vec load(const bf16* p) { return lanes([&](int i) { return float_of(static_cast<uint32_t>(p[i].bits) << 16); }); }
-inline Vec load(const fp16* p) { return lanes([&](int i) { return half_to_float(p[i].bits); }); }
-inline Vec load(const int8_t* p) { return lanes([&](int i) { return static_cast<float>(p[i]); }); }
-inline Vec load(const uint8_t* p) { return lanes([&](int i) { return static_cast<float>(p[i]); }); }
-inline void store(float* p, Vec x) { LISA_DS_LANES p[i] = x.v[i]; }
-inline void store(fp16* p, Vec x) { LISA_DS_LANES p[i].bits = float_to_half(x.v[i]); }
-inline uint16_t upper(float x, uint32_t carry) {
-  return x != x ? 0x7fc0 : static_cast<uint16_t>((bits_of(x) + carry) >> 16);
+inline Vec set(float x) { return {Floats{x, x, x, x}}; }
+inline Vec load(const float* p) { return {read<Floats>(p)}; }
+inline Vec load(const bf16* p) { return of_bits(__builtin_convertvector(read<Halves>(p), Bits) << 16); }
+inline Vec load(const fp16* p) {
+  return {Floats{half_to_float(p[0].bits), half_to_float(p[1].bits), half_to_float(p[2].bits), half_to_float(p[3].bits)}};
 }
-inline void store(bf16* p, Vec x) { LISA_DS_LANES p[i].bits = upper(x.v[i], 0x7fff + (bits_of(x.v[i]) >> 16 & 1)); }
-inline void store_codes(int8_t* p, Vec x) { LISA_DS_LANES p[i] = static_cast<int8_t>(__builtin_rintf(x.v[i])); }
-inline void store_codes(uint8_t* p, Vec x) { LISA_DS_LANES p[i] = static_cast<uint8_t>(__builtin_rintf(x.v[i])); }
-inline Vec operator+(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] + b.v[i]; }); }
-inline Vec operator*(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] * b.v[i]; }); }
-inline Vec operator/(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] / b.v[i]; }); }
-inline Vec fma(Vec a, Vec b, Vec c) { return lanes([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
-inline Vec fms(Vec a, Vec b, Vec c) { return lanes([&](int i) { return a.v[i] * b.v[i] - c.v[i]; }); }
-inline Vec root(Vec a) { return lanes([&](int i) { return __builtin_sqrtf(a.v[i]); }); }
-inline Vec magnitude(Vec a) { return lanes([&](int i) { return __builtin_fabsf(a.v[i]); }); }
-inline Vec larger(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+inline Vec load(const int8_t* p) { return {__builtin_convertvector(read<SignedBytes>(p), Floats)}; }
+inline Vec load(const uint8_t* p) { return {__builtin_convertvector(read<Bytes>(p), Floats)}; }
+inline void store(float* p, Vec x) { write(p, x.v); }
+inline void store(fp16* p, Vec x) {
+  for (int i = 0; i < 4; ++i) p[i].bits = float_to_half(x.v[i]);
+}
+inline void store_upper(bf16* p, Vec x, Bits carry) {
+  const Bits kept = x.v == x.v ? (bits(x) + carry) >> 16 : Bits{0x7fc0, 0x7fc0, 0x7fc0, 0x7fc0};
+  write(p, __builtin_convertvector(kept, Halves));
+}
+inline void store(bf16* p, Vec x) { store_upper(p, x, (bits(x) >> 16 & 1) + 0x7fff); }
+// Adding 1.5 * 2^23 rounds to the integer that then stands in the low bits.
+inline void store_codes(int8_t* p, Vec x) { write(p, __builtin_convertvector(bits({x.v + 12582912.0f}) & 0xff, Bytes)); }
+inline void store_codes(uint8_t* p, Vec x) { write(p, __builtin_convertvector(bits({x.v + 12582912.0f}) & 0xff, Bytes)); }
+inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+inline Vec fms(Vec a, Vec b, Vec c) { return {a.v * b.v - c.v}; }
+inline Vec root(Vec a) {
+#if defined(__SSE2__)
+  return {__builtin_ia32_sqrtps(a.v)};
+#else
+  for (int i = 0; i < 4; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
+  return a;
+#endif
+}
+inline Vec magnitude(Vec a) { return of_bits(bits(a) & 0x7fffffff); }
+inline Vec larger(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec larger_magnitude(Vec a, Vec b) { return larger(magnitude(a), magnitude(b)); }
-inline Vec with_sign_of(Vec a, Vec sign) { return lanes([&](int i) { return __builtin_copysignf(a.v[i], sign.v[i]); }); }
-inline float largest(Vec a) { float r = a.v[0]; LISA_DS_LANES r = a.v[i] > r ? a.v[i] : r; return r; }
-inline float total(Vec a) { return a.v[0] + a.v[1] + a.v[2] + a.v[3]; }
-inline Word lanes_from(uint32_t first) { return words([&](int i) { return first + static_cast<uint32_t>(i / 2); }); }
-template <int n> inline Word fold(Word a) { return words([&](int i) { return a.v[i] ^ a.v[i] >> n; }); }
-inline Word times(Word a, uint32_t b) { return words([&](int i) { return a.v[i] * b; }); }
-inline Word with(Word a, uint32_t key) { return words([&](int i) { return a.v[i] ^ key; }); }
-template <bool second> inline void store_random(bf16* p, Vec x, Word random) {
-  LISA_DS_LANES p[i].bits = upper(x.v[i], random.v[i] >> 16 * ((i & 1) ^ second) & 0xffff);
+inline Vec with_sign_of(Vec a, Vec sign) { return of_bits(bits(a) | (bits(sign) & 0x80000000)); }
+inline float largest(Vec a) {
+  float most = a.v[0];
+  for (int i = 1; i < 4; ++i) most = a.v[i] > most ? a.v[i] : most;
+  return most;
 }
-#undef LISA_DS_LANES
+inline float total(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+
+// The words of the elements from `first` on, of which each shares one with its neighbour.
+inline Word lanes_from(uint32_t first) { return {Bits{0, 0, 1, 1} + first}; }
+template <int n> inline Word fold(Word a) { return {a.v ^ a.v >> n}; }
+inline Word times(Word a, uint32_t b) { return {a.v * b}; }
+inline Word with(Word a, uint32_t key) { return {a.v ^ key}; }
+template <bool second> inline void store_random(bf16* p, Vec x, Word random) {
+  constexpr uint32_t even = second ? 16 : 0, odd = 16 - even;
+  store_upper(p, x, random.v >> Bits{even, odd, even, odd} & 0xffff);
+}
 
 #endif
 

@@ -82,7 +82,15 @@ def library(kind: Kind) -> Path:
         compile_into(place, kind)
         print(f"lisa_ds: compiled the {kind} kernels in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
-    return build_once(f"ops/{kind}-{_fingerprint(kind)}", fill) / library_name(kind)
+    return build_once(_place(kind), fill) / library_name(kind)
+
+
+def compiled(kind: Kind) -> Path | None:
+    """The library, if it needs not be compiled any more."""
+    from lisa_ds.cache import cache_dir
+
+    path = prebuilt(kind) or cache_dir() / _place(kind) / library_name(kind)
+    return path if path.is_file() else None
 
 
 def unbuildable(kind: Kind) -> str | None:
@@ -179,6 +187,10 @@ def _cuda_rules() -> str:
 
 def _escape(path: str) -> str:
     return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _place(kind: Kind) -> str:
+    return f"ops/{kind}-{_fingerprint(kind)}"
 
 
 def _fingerprint(kind: Kind) -> str:

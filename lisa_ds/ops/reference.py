@@ -39,7 +39,7 @@ def _update(segment: Segment, hyper: Hyper, seed: int, factor: Tensor) -> None:
     lr = float(hyper.lr) * hyper.lr_scale
     gradient = segment.grad.reshape(-1).float() * factor
     exp_avg, exp_avg_sq = _moments(segment)
-    exp_avg = beta1 * exp_avg + (1 - beta1) * gradient
+    exp_avg = exp_avg + (1 - beta1) * (gradient - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient * gradient
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     denominator = exp_avg_sq.sqrt() / correction2**0.5 + hyper.eps

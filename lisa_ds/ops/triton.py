@@ -30,7 +30,7 @@ _EXP_AVG_SCALE, _EXP_AVG_SQ_SCALE = tl.constexpr(segments.EXP_AVG_SCALE), tl.con
 _STEP, _NUMEL, _FIRST_BLOCK = (tl.constexpr(column) for column in (segments.STEP, segments.NUMEL, segments.FIRST_BLOCK))
 _ALIGNED, _SEED = tl.constexpr(segments.ALIGNED), tl.constexpr(segments.SEED)
 _LR, _WEIGHT_DECAY, _EPS = (tl.constexpr(column) for column in (segments.LR, segments.WEIGHT_DECAY, segments.EPS))
-_BETA1, _BETA2 = tl.constexpr(segments.BETA1), tl.constexpr(segments.BETA2)
+_BETA2 = tl.constexpr(segments.BETA2)
 _ONE_MINUS_BETA1, _ONE_MINUS_BETA2 = (
     tl.constexpr(segments.ONE_MINUS_BETA1),
     tl.constexpr(segments.ONE_MINUS_BETA2),
@@ -123,8 +123,8 @@ def _masked_adamw(
         decay = 1.0 - lr * tl.load(h + _WEIGHT_DECAY)
         rate = lr / _correction(step, tl.load(h + _LOG_BETA1))
         root = 1.0 / tl.sqrt(_correction(step, tl.load(h + _LOG_BETA2)))
-        beta1, beta2, eps = tl.load(h + _BETA1), tl.load(h + _BETA2), tl.load(h + _EPS)
-        new1, new2 = tl.load(h + _ONE_MINUS_BETA1) * factor, tl.load(h + _ONE_MINUS_BETA2) * factor * factor
+        beta2, eps = tl.load(h + _BETA2), tl.load(h + _EPS)
+        new1, new2 = tl.load(h + _ONE_MINUS_BETA1), tl.load(h + _ONE_MINUS_BETA2)
         weight, grad, master = tl.load(row + _WEIGHT), tl.load(row + _GRAD), tl.load(row + _MASTER)
         first, second = tl.load(row + _EXP_AVG), tl.load(row + _EXP_AVG_SQ)
         if (left >= _BLOCK) & (tl.load(row + _ALIGNED) != 0):
@@ -135,13 +135,13 @@ def _masked_adamw(
                     _step_quantised(
                         *(row, weight, grad, master, first, second, start, i, tile // _QUANT_BLOCK + rows, left),
                         *(step, seed),
-                        *(beta1, beta2, new1, new2, decay, rate, root, eps),
+                        *(factor, beta2, new1, new2, decay, rate, root, eps),
                         *(GRAD, WEIGHT, HAS_MASTER, False, ROUND_EXPLICITLY),
                     )
                 else:
                     _step(
                         *(weight, grad, master, first, second, start, tile + tl.arange(0, TILE), left, step, seed),
-                        *(beta1, beta2, new1, new2, decay, rate, root, eps),
+                        *(factor, beta2, new1, new2, decay, rate, root, eps),
                         *(GRAD, WEIGHT, HAS_MASTER, MOMENTS, False, ROUND_EXPLICITLY),
                     )
         else:
@@ -152,7 +152,7 @@ def _masked_adamw(
                     i = tile + tl.arange(0, _QUANT_BLOCK)[None, :]
                     _step_quantised(
                         *(row, weight, grad, master, first, second, start, i, rows, left, step, seed),
-                        *(beta1, beta2, new1, new2, decay, rate, root, eps),
+                        *(factor, beta2, new1, new2, decay, rate, root, eps),
                         *(GRAD, WEIGHT, HAS_MASTER, True, ROUND_EXPLICITLY),
                     )
                 else:
@@ -169,7 +169,7 @@ def _masked_adamw(
                             step,
                             seed,
                         ),
-                        *(beta1, beta2, new1, new2, decay, rate, root, eps),
+                        *(factor, beta2, new1, new2, decay, rate, root, eps),
                         *(GRAD, WEIGHT, HAS_MASTER, MOMENTS, True, ROUND_EXPLICITLY),
                     )
 
@@ -228,9 +228,10 @@ def _correction(step, log_beta):
 
 
 @triton.jit
-def _adamw(weight, gradient, first, second, beta1, beta2, new1, new2, decay, rate, root, eps, EXACT: tl.constexpr):
+def _adamw(weight, gradient, first, second, factor, beta2, new1, new2, decay, rate, root, eps, EXACT: tl.constexpr):
     """``EXACT``: with square root and quotient as IEEE rounds them; else good to two last places, in fewer registers."""
-    first = beta1 * first + new1 * gradient
+    gradient = gradient * factor
+    first = first + new1 * (gradient - first)
     second = beta2 * second + new2 * gradient * gradient
     if EXACT:
         quotient = tl.div_rn(first, tl.sqrt_rn(second) * root + eps)
@@ -251,7 +252,7 @@ def _step(
     left,
     step,
     seed,
-    beta1,
+    factor,
     beta2,
     new1,
     new2,
@@ -276,7 +277,7 @@ def _step(
     first = _load(first_at, MOMENT, start, i, left, MASKED)
     second = _load(second_at, MOMENT, start, i, left, MASKED)
     weight, first, second = _adamw(
-        weight, gradient, first, second, beta1, beta2, new1, new2, decay, rate, root, eps, True
+        weight, gradient, first, second, factor, beta2, new1, new2, decay, rate, root, eps, True
     )
     if MOMENTS == "fp32":
         _store(first_at, MOMENT, start, i, first, left, MASKED)
@@ -303,7 +304,7 @@ def _step_quantised(
     left,
     step,
     seed,
-    beta1,
+    factor,
     beta2,
     new1,
     new2,
@@ -334,7 +335,7 @@ def _step_quantised(
     second = second_code * second_code
     second = second * second * second_unit[:, None]
     weight, first, second = _adamw(
-        weight, gradient, first, second, beta1, beta2, new1, new2, decay, rate, root, eps, False
+        weight, gradient, first, second, factor, beta2, new1, new2, decay, rate, root, eps, False
     )
     _keep_weight(weight_at, master_at, weight, start, i, left, step, seed, WEIGHT, HAS_MASTER, MASKED, ROUND_EXPLICITLY)
     first_largest, second_largest = tl.max(tl.abs(first), axis=1), tl.max(second, axis=1)

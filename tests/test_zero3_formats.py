@@ -1,0 +1,114 @@
+"""The engine's state in every format: against the specification step by step, to the byte, and resumed to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.trajectory import Case, build_model
+from tests.zero3_format_runs import run_formats, run_refusals
+
+pytestmark = pytest.mark.multirank
+
+FORMATS = {
+    "mixed": {"precision": "mixed"},
+    "sr_fp32_moments": {"precision": "stochastic_rounding"},
+    "sr_16bit": {"precision": "stochastic_rounding", "moments": "bf16"},
+    "int8_master": {"moments": "int8"},
+    "int8_sr": {"precision": "stochastic_rounding", "moments": "int8"},
+}
+CASES = [Case(name, dtype="bf16", steps=8, width=2, lisa={"optimizer": fields}) for name, fields in FORMATS.items()]
+CASES.append(
+    Case("int8_offload", dtype="bf16", steps=8, width=2, offload=True, lisa={"optimizer": {"moments": "int8"}})
+)
+CASES.append(Case("int8_accumulation", dtype="bf16", steps=8, accumulation=2, lisa={"optimizer": {"moments": "int8"}}))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("formats")
+    return run_ranks(2, run_formats, folder, CASES, folder, timeout_s=400)
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_each_step_is_the_specifications(runs: Any, name: str) -> None:
+    for rank in runs:
+        assert rank[name]["wrong"] == []
+        assert rank[name]["frozen_moved"] == []
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_bytes_are_planned_to_the_byte(runs: Any, name: str) -> None:
+    for rank in runs:
+        assert rank[name]["bytes_checked"] >= 4
+        assert rank[name]["bytes_wrong"] == []
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_a_resumed_run_is_the_same_to_the_bit(runs: Any, name: str) -> None:
+    for rank in runs:
+        assert rank[name]["resumed_losses"] == rank[name]["losses"][5:]
+        assert rank[name]["resumed_equal"]
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_it_learns_as_mixed_does(runs: Any, name: str) -> None:
+    losses, mixed = runs[0][name]["losses"], runs[0]["mixed"]["losses"]
+    assert losses[-1] < losses[0]
+    if name != "int8_accumulation":  # other data
+        assert losses[-1] == pytest.approx(mixed[-1], abs=0.02)
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_deepspeeds_accessors_and_the_export_read_it(runs: Any, name: str) -> None:
+    for rank in runs:
+        found = rank[name]["accessors"]
+        assert len(set(found["shapes"])) == 1
+        assert found["distance"] < 0.01  # the fp32 weight is the bf16 one, or near it
+        assert found["positive"]
+        assert found["moments"] > 0
+    width = next(case.width for case in CASES if case.name == name)
+    expected = {n: tuple(p.shape) for n, p in build_model(width=width).named_parameters()}
+    assert {n: tuple(shape) for n, shape in runs[0][name]["exported"].items()} == expected
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.name != "mixed"])
+def test_another_format_is_refused_by_name(runs: Any, name: str) -> None:
+    message = runs[0][name]["refused"]
+    assert "was saved with lisa.optimizer." in message
+    assert "resume with the saved policies" in message
+
+
+def test_files_are_no_larger_than_the_state(runs: Any) -> None:
+    """Without a master copy the checkpoint holds the sampled weights, not the whole buffer that they are views of."""
+    files = {name: runs[0][name]["file"] for name in FORMATS}
+    assert files["int8_sr"] < files["sr_16bit"] < files["sr_fp32_moments"] < files["mixed"]
+
+
+@pytest.fixture(scope="module")
+def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_ranks(1, run_refusals, tmp_path_factory.mktemp("refusals"))[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("sgd", ["EngineError: optimizer: SGD is not AdamW", "set lisa.optimizer to 'adamw' to keep the optimizer"]),
+        ("sgd kept", ["nothing was refused"]),
+        ("adam", ["optimizer: Adam adds its weight decay to the gradient"]),
+        ("adam without decay", ["nothing was refused"]),
+        ("amsgrad", ["optimizer: AdamW is set to amsgrad or maximize"]),
+        (
+            "rounded fp32",
+            ["lisa.optimizer.precision", "this model's are torch.float32", "train in bf16, or use 'mixed'"],
+        ),
+        ("rounded offload", ["zero_optimization.offload_optimizer", "use 'mixed', or remove offload_optimizer"]),
+        ("ours", ["nothing was refused"]),
+        ("ours, otherwise", ["MaskedAdamW has StateFormat(precision='mixed', moments='int8')", "set both alike"]),
+    ],
+)
+def test_what_cannot_be_fused_is_refused_by_name(messages: dict[str, str], name: str, parts: list[str]) -> None:
+    for part in parts:
+        assert part in messages[name]
