@@ -24,7 +24,7 @@ def test_a_reference_model_stays_stock(tmp_path: Path) -> None:
     for seen in run_ranks(2, run_beside_a_reference_model, tmp_path):
         assert seen["kinds"] == ["LisaEngine", "DeepSpeedEngine", "DeepSpeedEngine"]
         assert seen["optimizers"] == [
-            "WindowedStage3",
+            "FusedStage3",
             "DeepSpeedZeroOptimizer_Stage3",
             "DeepSpeedZeroOptimizer_Stage3",
         ]

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from lisa_ds.ops import build
-from lisa_ds.ops.segments import SegmentTable
-
-TYPES = {None: -1, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-MOMENTS = {"fp32": 0, "bf16": 1, "int8": 2}
+from lisa_ds.ops.segments import MOMENT_CODES, TYPE_CODES, SegmentTable
 
 
 def available() -> str | None:
@@ -41,10 +38,10 @@ def masked_adamw_(table: SegmentTable, factor: Tensor, found_inf: Tensor) -> Non
         table.hyper,
         len(table.segments),
         factor.item(),
-        TYPES[layout.grad],
-        TYPES[layout.weight],
+        TYPE_CODES[layout.grad],
+        TYPE_CODES[layout.weight],
         int(layout.has_master),
-        MOMENTS[layout.moments],
+        MOMENT_CODES[layout.moments],
         torch.get_num_threads(),
     )
 
@@ -53,7 +50,7 @@ def sum_of_squares(table: SegmentTable) -> Tensor:
     """Of all gradients of the table, float64: ``()``. The number of threads does not change it."""
     _load()
     total = torch.ops.lisa_ds.sum_of_squares(
-        table.addresses, len(table.segments), TYPES[table.layout.grad], torch.get_num_threads()
+        table.addresses, len(table.segments), TYPE_CODES[table.layout.grad], torch.get_num_threads()
     )
     return torch.tensor(total, dtype=torch.float64)
 

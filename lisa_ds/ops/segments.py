@@ -25,7 +25,7 @@ QUANT_BLOCK = 256
 """Elements of 8-bit moments that share a scale. Blocks begin with their segment."""
 
 ALIGNMENT = 16
-"""Bytes. A segment all of whose tensors begin at a multiple is read in 128-bit words; others element by element."""
+"""Bytes. A segment whose weights, gradients and moments begin at a multiple is read in 128-bit words; others by the element."""
 
 # Columns of `SegmentTable.addresses` (int64). The kernels in csrc/ number them alike.
 WEIGHT, GRAD, MASTER, EXP_AVG, EXP_AVG_SQ, EXP_AVG_SCALE, EXP_AVG_SQ_SCALE, STEP = range(8)
@@ -35,6 +35,10 @@ ADDRESS_COLUMNS = 12
 # Columns of `SegmentTable.hyper` (float32).
 LR, WEIGHT_DECAY, BETA1, BETA2, ONE_MINUS_BETA1, ONE_MINUS_BETA2, EPS, LOG_BETA1, LOG_BETA2 = range(9)
 HYPER_COLUMNS = 12
+
+# What csrc/ calls the types.
+TYPE_CODES = {None: -1, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MOMENT_CODES = {"fp32": 0, "bf16": 1, "int8": 2}
 
 Moments = Literal["fp32", "bf16", "int8"]
 _MOMENTS: dict[torch.dtype, Moments] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
@@ -193,7 +197,7 @@ class SegmentTable:
         rows, first_block = [], 0
         for segment in self.segments:
             pointers = [0 if tensor is None else tensor.data_ptr() for tensor in segment.tensors]
-            aligned = all(pointer % ALIGNMENT == 0 for pointer in pointers[:STEP])
+            aligned = all(pointer % ALIGNMENT == 0 for pointer in pointers[:EXP_AVG_SCALE])
             rows.append([*pointers, segment.numel, first_block, int(aligned), seed_word(seed, segment.stream)])
             first_block += -(-segment.numel // BLOCK)
         return rows

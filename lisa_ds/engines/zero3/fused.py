@@ -9,7 +9,7 @@ Note on whose state it is.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -120,6 +120,11 @@ class FusedStage3(WindowedStage3):
 
     def _sizes(self, position: int) -> list[int]:
         return [parameter.partition_numel() for parameter in self.fp16_groups[position]]
+
+    def switch(self, sampled: Iterable[int]) -> None:
+        """See the base class; also forgets the launch, which would keep the state of what leaves alive."""
+        self._table = None
+        super().switch(sampled)
 
     # ---- step -----------------------------------------------------------------------------------------------------
 
