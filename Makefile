@@ -1,7 +1,7 @@
 # Everything runs in a virtual environment of its own, .venv, which is built on first use and when its inputs change.
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-slow test-versions clean
+.PHONY: help install demo test check format test-slow test-gpu test-versions bench clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -52,7 +52,11 @@ test: $(VENV)/installed  ## all tests but the slow ones
 	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/installed  ## the slow tests
-	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: there are none
+	$(PYTEST) -m "slow and not gpu" || [ $$? -eq 5 ]  # 5: there are none
+
+# The slow ones among them too: what needs a GPU has no other target.
+test-gpu: $(VENV)/installed  ## the tests that need a GPU; without one they say so and are skipped
+	$(PYTEST) -m gpu
 
 check: $(VENV)/installed  ## style, types and layering; runs no test
 	$(VENV)/bin/ruff format --check .
@@ -63,6 +67,11 @@ check: $(VENV)/installed  ## style, types and layering; runs no test
 format: $(VENV)/installed  ## rewrite what can be rewritten
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+# Records and figures in docs/results are drawn from these. A busy machine is no place to measure on.
+bench: $(VENV)/installed  ## measure the optimizer, into docs/results
+	$(VENV)/bin/python benchmarks/masked_adamw.py --out docs/results/masked_adamw.jsonl --figure docs/results/masked_adamw.png
+	$(VENV)/bin/python benchmarks/optimizer_step.py --out docs/results/optimizer_step.jsonl
 
 # The tests marked `versions` on both ends of the ranges that pyproject.toml claims for these packages. Other
 # pins would hold them back, so only those of torch, and of the tools of the test itself, stay in force.

@@ -298,6 +298,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "command line: training.output_dir: used holds another run's checkpoint-3; continue it with --resume auto, or choose "
             "another directory",
         ),
+        (
+            ["training.optim=adafactor"],
+            "command line: training.optim: lisa.optimizer 'masked_adamw' computes AdamW, got 'adafactor'; leave it out, or set "
+            "lisa.optimizer to 'adamw' to keep the optimizer that is given",
+        ),
+        (
+            ["lisa.optimizer.precision=stochastic_rounding", "training.bf16=false"],
+            "command line: lisa.optimizer.precision: 'stochastic_rounding' rounds bf16 weights; set training.bf16 to true, or use "
+            "'mixed'",
+        ),
+        (
+            [
+                "lisa.optimizer.precision=stochastic_rounding",
+                "training.bf16=true",
+                'deepspeed={"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}',
+            ],
+            "command line: lisa.optimizer.precision: 'stochastic_rounding' updates the weights where they are, and "
+            "zero_optimization.offload_optimizer has the host do that; use 'mixed', or remove it",
+        ),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message_and_exit_code_2(

@@ -34,7 +34,9 @@ def run_many_switches(case: Case, switches: int) -> list[dict[str, Any]]:
         engine.step()  # interval_steps is 1: this also switches
         if step % 5:  # looking at every object of the process takes longer than the step
             continue
-        engine.optimizer._table = None  # a switch has dropped the launch's views already, unless the same blocks were drawn
+        engine.optimizer._table = (
+            None  # a switch has dropped the launch's views already, unless the same blocks were drawn
+        )
         gc.collect()
         seen.append(
             {

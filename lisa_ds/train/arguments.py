@@ -45,6 +45,7 @@ _AT_LEAST = {
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps"), 0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "early_stopping_threshold"), 0),
 }
+_ADAMW = ("adamw_torch", "adamw_torch_fused")  # transformers' names for torch's own
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys and values"}
 
 
@@ -74,6 +75,7 @@ def check(config: RunConfig) -> dict[str, Any]:
         raise ConfigError(
             f"{origin.where('metric_for_best_model')}: a run measures eval_loss, got {given['metric_for_best_model']!r}"
         )
+    _check_optimizer(config, given, origin)
     _check_trackers(given.get("report_to"), origin)
     source = config.where("deepspeed")
     if isinstance(config.deepspeed, str):
@@ -90,6 +92,29 @@ def check(config: RunConfig) -> dict[str, Any]:
         world_size=int(ranks) if (ranks := os.environ.get("WORLD_SIZE")) else None,
     )
     return given
+
+
+def _check_optimizer(config: RunConfig, given: Mapping[str, Any], origin: Origin) -> None:
+    """What the engine would refuse once the weights are loaded."""
+    if config.method != "lisa" or config.lisa.optimizer.name != "masked_adamw":
+        return
+    optim = given.get("optim")
+    if optim is not None and optim not in _ADAMW:
+        raise ConfigError(
+            f"{origin.where('optim')}: lisa.optimizer 'masked_adamw' computes AdamW, got {optim!r}; leave it out, or set "
+            "lisa.optimizer to 'adamw' to keep the optimizer that is given"
+        )
+    if config.lisa.optimizer.precision == "stochastic_rounding":
+        where = config.where("lisa.optimizer.precision")
+        if not given.get("bf16"):
+            raise ConfigError(f"{where}: 'stochastic_rounding' rounds bf16 weights; set training.bf16 to true, or use 'mixed'")
+        zero = config.deepspeed_config().get("zero_optimization")
+        offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
+        if isinstance(offload, Mapping) and offload.get("device", "none") != "none":
+            raise ConfigError(
+                f"{where}: 'stochastic_rounding' updates the weights where they are, and zero_optimization.offload_optimizer "
+                "has the host do that; use 'mixed', or remove it"
+            )
 
 
 def holds_out(config: RunConfig) -> bool:

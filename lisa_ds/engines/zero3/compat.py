@@ -38,28 +38,43 @@ SUB_GROUP_LISTS = (
     "sub_group_partition_counts",
 )
 _STAGE3_METHODS = (
+    "_clear_fp32_optimizer_param_groups",
     "_create_fp16_sub_groups",
     "_create_fp32_partitions",
+    "_get_fp32_opt_state_partition",
+    "_get_norm_groups",
     "_optimizer_step",
+    "_overflow_clean_up",
+    "_partition_all_parameters",
+    "_post_step",
+    "_pre_step",
     "_rigid_load_state_dict",
+    "_set_fp32_optimizer_param_groups",
     "_setup_for_real_optimizer",
+    "_unflatten_partitioned_parameters",
+    "_update_scale",
     "create_reduce_and_remove_grad_hooks",
     "initialize_optimizer_states",
     "partition_grads",
+    "set_full_hp_param",
     "set_grad_positions",
+    "set_local_hp_param",
     "state_dict",
 )
 _STAGE3_ATTRIBUTES = (
     *SUB_GROUP_LISTS,
     "_epilogue_ran_this_backward",
     "_offload_boundary_param_ids",
+    "clip_grad",
     "dp_process_group",
     "fp32_partitioned_groups_flat",
     "ipg_buckets",
     "micro_step_id",
+    "model_parallel_group",
     "offload_optimizer",
     "parameter_offload",
     "sub_group_to_group_id",
+    "torch_autocast_gradscaler",
 )
 _ENGINE_METHODS = (
     "_configure_zero_optimizer",
@@ -67,6 +82,7 @@ _ENGINE_METHODS = (
     "_get_zero_ckpt_name",
     "_take_model_step",
     "get_data_types",
+    "zero_force_ds_cpu_optimizer",
     "zero_reduce_bucket_size",
 )
 

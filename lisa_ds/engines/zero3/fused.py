@@ -70,6 +70,8 @@ class FusedStage3(WindowedStage3):
         **kwargs: Likewise.
     """
 
+    _global_grad_norm: Any
+
     def __init__(self, *args: Any, state_format: StateFormat, seed: int, **kwargs: Any) -> None:
         self.state_format = state_format
         self._seed = seed
@@ -144,7 +146,10 @@ class FusedStage3(WindowedStage3):
         self._put_weights_in_place()
         self.overflow = bool(bad)
         self.timers(OPTIMIZER_STEP_TIMER).stop()
-        if self._loss_scale_update_and_overflow_cleanup():
+        self._update_scale(self.overflow)
+        if self.overflow:
+            self._global_grad_norm = float("inf")
+            self._overflow_clean_up(scale)
             return
         self._global_grad_norm = norm / scale
         for position in range(len(self.fp16_groups)):
