@@ -151,9 +151,12 @@ def cpu_probe(*tensors: Tensor) -> Step:
     flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
     subprocess.run([compiler, *flags, "-o", str(library), str(source)], check=True)
     function = ctypes.CDLL(str(library)).memory_probe
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    count, threads = ctypes.c_int64(tensors[0].numel()), ctypes.c_int(torch.get_num_threads())
-    return lambda: function(*pointers, count, threads)
+    threads = ctypes.c_int(torch.get_num_threads())
+
+    def probe() -> None:  # holds the tensors, whose memory it is
+        function(*(ctypes.c_void_p(t.data_ptr()) for t in tensors), ctypes.c_int64(tensors[0].numel()), threads)
+
+    return probe
 
 
 def gpu_probe(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Step:

@@ -2,7 +2,6 @@
 #include "table.h"
 
 #include <math.h>
-#include <omp.h>
 #include <stdlib.h>
 
 #include "simd.h"
@@ -16,9 +15,9 @@ struct None {};  // no weight to write back to
 // A segment's numbers, ready for use.
 struct Coefficients {
   Vec factor, beta1, beta2;
-  Vec new1, new2;                      // 1 - beta, the second times the square of the factor
-  Vec decay, inverse_root, eps;        // the last two over the rate, which saves a multiplication
-  uint32_t begin, middle;  // keys of the random numbers
+  Vec new1, new2;                // 1 - beta, the second times the square of the factor
+  Vec decay, inverse_root, eps;  // the last two over the rate, which saves a multiplication
+  uint32_t begin, middle;        // keys of the random numbers
 };
 
 inline uint32_t mix(uint32_t word) {
@@ -77,16 +76,20 @@ struct NotRandom {
   NotRandom(const Coefficients&, int64_t) {}
 };
 
-// decoding: the first moment comes as a code, which beta1 turns into the moment times its beta.
-template <bool decoding> inline void adamw(const Coefficients& c, Vec gradient, Vec& weight, Vec& exp_avg, Vec& exp_avg_sq) {
+// decoding: the first moment comes as a code, which beta1 turns into the moment times its beta. exact: the quotient is; else it is
+// good to 14 bits, where moments are kept in 8.
+template <bool decoding, bool exact>
+inline void adamw(const Coefficients& c, Vec gradient, Vec& weight, Vec& exp_avg, Vec& exp_avg_sq) {
   exp_avg = decoding ? fma(c.beta1, exp_avg, c.new1 * gradient) : fma(c.new1, fms(gradient, c.factor, exp_avg), exp_avg);
   exp_avg_sq = fma(c.beta2, exp_avg_sq, c.new2 * gradient * gradient);
-  weight = fms(weight, c.decay, exp_avg / fma(root(exp_avg_sq), c.inverse_root, c.eps));
+  const Vec denominator = fma(root(exp_avg_sq), c.inverse_root, c.eps);
+  weight = fms(weight, c.decay, exact ? exp_avg / denominator : rough_quotient(exp_avg, denominator));
 }
 
-template <bool decoding> inline void adamw(const Coefficients& c, Pair gradient, Pair& weight, Pair& exp_avg, Pair& exp_avg_sq) {
-  adamw<decoding>(c, gradient.a, weight.a, exp_avg.a, exp_avg_sq.a);
-  adamw<decoding>(c, gradient.b, weight.b, exp_avg.b, exp_avg_sq.b);
+template <bool decoding, bool exact>
+inline void adamw(const Coefficients& c, Pair gradient, Pair& weight, Pair& exp_avg, Pair& exp_avg_sq) {
+  adamw<decoding, exact>(c, gradient.a, weight.a, exp_avg.a, exp_avg_sq.a);
+  adamw<decoding, exact>(c, gradient.b, weight.b, exp_avg.b, exp_avg_sq.b);
 }
 
 template <class T> inline T* at(const int64_t* row, int column) { return reinterpret_cast<T*>(row[column]); }
@@ -149,7 +152,7 @@ template <bool split> inline void keep_second(bf16* p, Pair value, const Random&
 // kPair elements, of which the first is number `index` of the segment.
 template <bool master, bool split, bool stream, class P> inline void step_pair(const Coefficients& c, const P& p, int64_t index) {
   Pair weight = source<master, split>(p), exp_avg = load_pair<split>(p.exp_avg), exp_avg_sq = load_pair<split>(p.exp_avg_sq);
-  adamw<false>(c, load_pair<split>(p.grad), weight, exp_avg, exp_avg_sq);
+  adamw<false, sizeof(*p.exp_avg) == sizeof(float)>(c, load_pair<split>(p.grad), weight, exp_avg, exp_avg_sq);
   const typename RandomFor<master>::type random(c, index);
   keep_weight<master, split, stream>(p, weight, random);
   store_pair<split>(p.exp_avg, exp_avg);
@@ -189,13 +192,19 @@ template <bool master, class Weight> inline bool can_stream(Weight* weight) {
 }
 
 // Moments of a byte or two leave so much to compute for each byte that the processor does not look far enough ahead itself.
-constexpr int64_t kAhead = 4;  // blocks of kQuantBlock
-
-template <class P> inline void prefetch_pair(const P& p) {
-  __builtin_prefetch(p.grad);
-  __builtin_prefetch(p.weight);
-  __builtin_prefetch(p.exp_avg);
-  __builtin_prefetch(p.exp_avg_sq);
+// Asks for what comes some blocks after the kPair elements at `p`, into the second cache: the first would wait for it.
+inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+template <bool master, class P> inline void prefetch_after(const P& p) {
+  constexpr int64_t ahead = 8 * kQuantBlock, line = 64;
+  const P next = p.from(ahead);
+  for (int64_t i = 0; i < kPair; i += line / sizeof(*p.grad)) fetch(next.grad + i);
+  if constexpr (master) {
+    for (int64_t i = 0; i < kPair; i += line / sizeof(float)) fetch(next.master + i);
+  } else {
+    fetch(next.weight);
+  }
+  fetch(next.exp_avg);
+  fetch(next.exp_avg_sq);
 }
 
 // Elements [begin, end) of a segment whose moments are fp32 or bf16.
@@ -210,7 +219,7 @@ void update_range(const Coefficients c, const int64_t* row, int64_t begin, int64
     finish_streams();
   }
   for (; i + kPair <= end; i += kPair) {
-    if constexpr (sizeof(Moment) == 2) prefetch_pair(p.from(i + kAhead * kQuantBlock));
+    if constexpr (sizeof(Moment) == 2) prefetch_after<master>(p.from(i));
     step_pair<master, split, false>(c, p.from(i), i);
   }
   if (i < end) {
@@ -242,10 +251,11 @@ inline void update_block(const Coefficients& c, const P& p, float scale1, float 
   Vec most1 = set(0.0f), most2 = set(0.0f);
   for (int64_t i = 0; i < kQuantBlock; i += kPair) {
     const P q = p.from(i);
+    prefetch_after<master>(q);
     Pair exp_avg = load_signed_squares<split>(q.exp_avg), exp_avg_sq = load_squares<split>(q.exp_avg_sq);
     exp_avg_sq = {exp_avg_sq.a * exp_avg_sq.a, exp_avg_sq.b * exp_avg_sq.b};
     Pair weight = source<master, split>(q);
-    adamw<true>(decoding, load_pair<split>(q.grad), weight, exp_avg, exp_avg_sq);
+    adamw<true, false>(decoding, load_pair<split>(q.grad), weight, exp_avg, exp_avg_sq);
     keep_weight<master, split, stream>(q, weight, typename RandomFor<master>::type(c, index + i));
     store_pair<false>(out.first + i, exp_avg);
     store_pair<false>(out.second + i, exp_avg_sq);
@@ -266,27 +276,12 @@ template <bool split, class P> inline void quantise_block(const Unquantised& in,
   }
 }
 
-template <bool master, class P> inline void prefetch_block(const P& p) {
-  constexpr int64_t line = 64;
-  for (int64_t i = 0; i < kQuantBlock; i += line / sizeof(*p.grad)) __builtin_prefetch(p.grad + i);
-  if constexpr (master) {
-    for (int64_t i = 0; i < kQuantBlock; i += line / sizeof(float)) __builtin_prefetch(p.master + i);
-  } else {
-    for (int64_t i = 0; i < kQuantBlock; i += line / sizeof(*p.weight)) __builtin_prefetch(p.weight + i);
-  }
-  for (int64_t i = 0; i < kQuantBlock; i += line / sizeof(*p.exp_avg)) {
-    __builtin_prefetch(p.exp_avg + i);
-    __builtin_prefetch(p.exp_avg_sq + i);
-  }
-}
-
 template <bool master, bool stream, class P>
 void update_blocks(const Coefficients c, const P p, float* scale1, float* scale2, int64_t begin, int64_t end) {
   constexpr bool split = LISA_DS_SPLIT;
   Unquantised moments[2];
   // A block becomes codes after the next one is updated: by then its largest values are known, and nothing waits for them.
   for (int64_t k = begin; k <= end; ++k) {
-    if (k + kAhead < end) prefetch_block<master>(p.from((k + kAhead) * kQuantBlock));
     if (k < end) {
       update_block<master, split, stream>(c, p.from(k * kQuantBlock), scale1[k], scale2[k], k * kQuantBlock, moments[k & 1]);
     }
@@ -346,17 +341,18 @@ inline int64_t pieces(const Call& call, int64_t segment, int64_t size) {
   return (call.addresses[segment * kAddressColumns + NUMEL] + size - 1) / size;
 }
 
-// Shares the pieces of `size` elements of all segments evenly out among the threads; f(segment, first piece, last piece + 1,
-// pieces before the segment).
+// Shares the pieces of `size` elements of all segments out among the threads, some at a time and to whoever is free: cores
+// that others use as well are not equally fast. f(segment, first piece, last piece + 1, pieces before the segment).
 template <class F> void share(const Call& call, int64_t size, F f) {
+  constexpr int64_t elements = 1 << 16;  // of a task
   int64_t all = 0;
   for (int64_t s = 0; s < call.num_segments; ++s) all += pieces(call, s, size);
-#pragma omp parallel num_threads(call.threads)
-  {
-    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-    const int64_t begin = all * me / threads, end = all * (me + 1) / threads;
+  const int64_t each = elements / size, tasks = (all + each - 1) / each;
+#pragma omp parallel for schedule(dynamic) num_threads(call.threads) if (tasks > 1)
+  for (int64_t task = 0; task < tasks; ++task) {
+    const int64_t begin = task * each, end = begin + each;
     int64_t before = 0;
-    for (int64_t s = 0; s < call.num_segments; ++s) {
+    for (int64_t s = 0; s < call.num_segments && before < end; ++s) {
       const int64_t count = pieces(call, s, size);
       const int64_t from = begin > before ? begin - before : 0, to = end - before < count ? end - before : count;
       if (from < to) f(s, from, to, before);

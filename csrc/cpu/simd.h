@@ -44,6 +44,7 @@ inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fms(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
 inline Vec root(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+inline Vec rough_quotient(Vec a, Vec b) { return {_mm512_mul_ps(a.v, _mm512_rcp14_ps(b.v))}; }
 // The larger magnitude of the two, in one instruction.
 inline Vec larger_magnitude(Vec a, Vec b) { return {_mm512_range_ps(a.v, b.v, 0xb)}; }
 inline Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
@@ -228,6 +229,7 @@ inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fms(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
 inline Vec root(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+inline Vec rough_quotient(Vec a, Vec b) { return a / b; }
 inline Vec magnitude(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 inline Vec larger(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec larger_magnitude(Vec a, Vec b) { return larger(magnitude(a), magnitude(b)); }
@@ -324,6 +326,7 @@ inline Vec root(Vec a) {
   return a;
 #endif
 }
+inline Vec rough_quotient(Vec a, Vec b) { return a / b; }
 inline Vec magnitude(Vec a) { return of_bits(bits(a) & 0x7fffffff); }
 inline Vec larger(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec larger_magnitude(Vec a, Vec b) { return larger(magnitude(a), magnitude(b)); }

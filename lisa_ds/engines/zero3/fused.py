@@ -20,7 +20,7 @@ from torch import Tensor
 from lisa_ds.engines.zero3 import compat
 from lisa_ds.engines.zero3.window import WindowedStage3
 from lisa_ds.errors import EngineError
-from lisa_ds.ops import Hyper, Segment, SegmentTable, masked_adamw_, sum_of_squares
+from lisa_ds.ops import Hyper, Segment, SegmentTable, default_backend, masked_adamw_, sum_of_squares
 from lisa_ds.ops.reference import dequantise_signed, dequantise_unsigned
 from lisa_ds.ops.segments import QUANT_BLOCK
 from lisa_ds.optim import MaskedAdamW, StateFormat
@@ -97,6 +97,7 @@ class FusedStage3(WindowedStage3):
                     "lisa.optimizer.precision: 'stochastic_rounding' updates the weights where they are, which "
                     "zero_optimization.offload_optimizer has the host do; use 'mixed', or remove offload_optimizer"
                 )
+        default_backend("cpu" if self.offload_optimizer else torch.device(self.device).type)  # compiled now, if it must be
         super()._setup_for_real_optimizer()
 
     def _create_fp32_partitions(self) -> None:
