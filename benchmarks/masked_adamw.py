@@ -261,12 +261,11 @@ def draw(measured: list[records.Record], path: Path) -> None:
     others = ("probe", "torch_fused", "deepspeed_cpu_adam", "deepspeed_pipeline")
     colors = ["tab:gray" if name in others else "tab:blue" for name in names]
     axes.barh(names, values, xerr=spread, color=colors, capsize=2)
-    for name, value in zip(names, values, strict=True):
-        axes.annotate(
-            f"{BYTES[name]:.3g} B", (value, name), (6, 0), textcoords="offset points", va="center", fontsize=8
-        )
+    for name, value, above in zip(names, values, spread[1], strict=True):
+        place = (value + above, name)  # behind the whisker
+        axes.annotate(f"{BYTES[name]:.3g} B", place, (5, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set(xlabel=f"{measured[0].unit} (bytes moved beside each bar)", title=f"One AdamW step, {measured[0].device}")
-    axes.set_xlim(0, 1.15 * max(values))
+    axes.set_xlim(0, 1.12 * max(value + above for value, above in zip(values, spread[1], strict=True)))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -150,7 +150,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        tables = [self._launch(key, chosen) for key, chosen in self._with_gradient().items()]
+        groups = self._with_gradient()
+        self._launches = {key: launch for key, launch in self._launches.items() if key in groups}
+        tables = [self._launch(key, chosen) for key, chosen in groups.items()]
         if not tables:
             return loss
         scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -198,7 +200,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         """The table over ``chosen``: the last step's, if all tensors are where they were."""
         gradients = [_gradient(parameter) for parameter, _, _ in chosen]
         hypers = [_hyper(group) for _, group, _ in chosen]
-        places = [(p.data_ptr(), g.data_ptr()) for (p, _, _), g in zip(chosen, gradients, strict=True)]
+        states = [self.state.get(parameter, {}).get("exp_avg") for parameter, _, _ in chosen]  # may have been dropped
+        places = [
+            (p.data_ptr(), g.data_ptr(), 0 if state is None else state.data_ptr())
+            for (p, _, _), g, state in zip(chosen, gradients, states, strict=True)
+        ]
         known = self._launches.get(key)
         if known is not None and known[0] == places:
             known[1].set_hypers(hypers)
@@ -214,7 +220,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                     state["master"] = parameter.detach().float()
             segments.append(Segment(weight=parameter.detach(), grad=gradient, stream=number, **state))
         table = SegmentTable(segments, hypers, seed=self._seed)
-        self._launches[key] = (places, table)
+        if all(state is not None for state in states):  # else the places are not those of the next step
+            self._launches[key] = (places, table)
         return table
 
     def _clip(

@@ -65,6 +65,22 @@ def test_what_has_no_gradient_is_left_alone_and_has_no_state() -> None:
     assert distance(ours, theirs) < 1e-6
 
 
+def test_dropped_state_begins_anew_although_the_tensors_stay_where_they_are() -> None:
+    network = model()
+    optimizer = MaskedAdamW(network.parameters(), lr=1e-2)
+    places: dict[Tensor, Tensor] = {}
+    for step in range(3):
+        backward(network, step)
+        for parameter in network.parameters():  # into the same memory each time
+            assert parameter.grad is not None
+            parameter.grad = places.setdefault(parameter, torch.empty_like(parameter.grad)).copy_(parameter.grad)
+        if step == 2:
+            optimizer.state.pop(network[0].weight)
+        optimizer.step()
+    assert float(optimizer.state[network[0].weight]["step"]) == 1
+    assert float(optimizer.state[network[2].weight]["step"]) == 3
+
+
 @pytest.mark.parametrize("direction", ["ours to torch", "torch to ours", "ours to ours"])
 def test_state_goes_there_and_back_under_torchs_names(direction: str) -> None:
     kinds = {"ours": MaskedAdamW, "torch": torch.optim.AdamW}

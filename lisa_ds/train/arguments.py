@@ -107,7 +107,9 @@ def _check_optimizer(config: RunConfig, given: Mapping[str, Any], origin: Origin
     if config.lisa.optimizer.precision == "stochastic_rounding":
         where = config.where("lisa.optimizer.precision")
         if not given.get("bf16"):
-            raise ConfigError(f"{where}: 'stochastic_rounding' rounds bf16 weights; set training.bf16 to true, or use 'mixed'")
+            raise ConfigError(
+                f"{where}: 'stochastic_rounding' rounds bf16 weights; set training.bf16 to true, or use 'mixed'"
+            )
         zero = config.deepspeed_config().get("zero_optimization")
         offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
         if isinstance(offload, Mapping) and offload.get("device", "none") != "none":

@@ -97,7 +97,9 @@ class FusedStage3(WindowedStage3):
                     "lisa.optimizer.precision: 'stochastic_rounding' updates the weights where they are, which "
                     "zero_optimization.offload_optimizer has the host do; use 'mixed', or remove offload_optimizer"
                 )
-        default_backend("cpu" if self.offload_optimizer else torch.device(self.device).type)  # compiled now, if it must be
+        default_backend(
+            "cpu" if self.offload_optimizer else torch.device(self.device).type
+        )  # compiled now, if it must be
         super()._setup_for_real_optimizer()
 
     def _create_fp32_partitions(self) -> None:
