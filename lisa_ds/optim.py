@@ -15,6 +15,7 @@ from lisa_ds.ops.segments import QUANT_BLOCK
 
 _MOMENT_TYPES = {"fp32": (torch.float32,) * 2, "bf16": (torch.bfloat16,) * 2, "int8": (torch.int8, torch.uint8)}
 _PRECISIONS = ("mixed", "stochastic_rounding")
+_KEPT_TABLES = 8  # of what was frozen and unfrozen in turn; they hold no tensors but their own
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,14 @@ class StateFormat:
         kind = self.moments_of(weight.dtype)
         first, second = _MOMENT_TYPES[kind]
         state = {
-            "step": torch.zeros((), device=weight.device),
+            "step": torch.zeros((), dtype=torch.float32, device=weight.device),
             "exp_avg": torch.zeros(weight.shape, dtype=first, device=weight.device),
             "exp_avg_sq": torch.zeros(weight.shape, dtype=second, device=weight.device),
         }
         if kind == "int8":
             count = sum(-(-size // QUANT_BLOCK) for size in (sizes or [weight.numel()]))
             for key in ("exp_avg_scale", "exp_avg_sq_scale"):
-                state[key] = torch.zeros(count, device=weight.device)
+                state[key] = torch.zeros(count, dtype=torch.float32, device=weight.device)
         return state
 
 
@@ -126,7 +127,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         """Norm of all gradients before clipping at the last step, with ``max_grad_norm`` only: ``()``, on the device."""
         self._seed, self._backend = seed, backend
-        self._launches: dict[Any, tuple[Any, SegmentTable]] = {}
+        self._launches: dict[Any, SegmentTable] = {}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "lr_scale": 1.0}
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -150,9 +151,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = self._with_gradient()
-        self._launches = {key: launch for key, launch in self._launches.items() if key in groups}
-        tables = [self._launch(key, chosen) for key, chosen in groups.items()]
+        tables = [self._launch(key, chosen) for key, chosen in self._with_gradient().items()]
         if not tables:
             return loss
         scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -167,6 +166,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 found_inf=None if found_inf is None else found_inf.to(table.device).reshape(()),
                 backend=self._backend,
             )
+            table.let_go()  # of gradients above all, which backward would have to make room beside
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -179,6 +179,15 @@ class MaskedAdamW(torch.optim.Optimizer):
         for identifier, parameter in zip(identifiers, parameters, strict=True):
             if identifier in saved:
                 self.state[parameter] = self._converted(saved[identifier], parameter)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``copy`` and ``pickle``: what torch's base class keeps, and what is ours."""
+        ours = ("format", "max_grad_norm", "grad_norm", "_seed", "_backend")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in ours}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See the base class; also called with loaded state."""
+        super().__setstate__(state)
         self._launches = {}
 
     def _with_gradient(self) -> dict[Any, list[tuple[Tensor, dict[str, Any], int]]]:
@@ -197,31 +206,26 @@ class MaskedAdamW(torch.optim.Optimizer):
         return chosen
 
     def _launch(self, key: Any, chosen: list[tuple[Tensor, dict[str, Any], int]]) -> SegmentTable:
-        """The table over ``chosen``: the last step's, if all tensors are where they were."""
-        gradients = [_gradient(parameter) for parameter, _, _ in chosen]
-        hypers = [_hyper(group) for _, group, _ in chosen]
-        states = [self.state.get(parameter, {}).get("exp_avg") for parameter, _, _ in chosen]  # may have been dropped
-        places = [
-            (p.data_ptr(), g.data_ptr(), 0 if state is None else state.data_ptr())
-            for (p, _, _), g, state in zip(chosen, gradients, states, strict=True)
-        ]
-        known = self._launches.get(key)
-        if known is not None and known[0] == places:
-            known[1].set_hypers(hypers)
-            return known[1]
+        """The table over ``chosen``: the last step's if it was over as many elements, pointed at where they are now."""
         segments = []
-        for (parameter, _, number), gradient in zip(chosen, gradients, strict=True):
+        for parameter, _, number in chosen:
             if not parameter.is_contiguous():
                 raise ValueError(f"parameter {number} of shape {tuple(parameter.shape)} is not contiguous in memory")
             state = self.state[parameter]
             if not state:
                 state.update(self.format.new_moments(parameter))
-                if self.format.has_master(parameter.dtype):
-                    state["master"] = parameter.detach().float()
-            segments.append(Segment(weight=parameter.detach(), grad=gradient, stream=number, **state))
-        table = SegmentTable(segments, hypers, seed=self._seed)
-        if all(state is not None for state in states):  # else the places are not those of the next step
-            self._launches[key] = (places, table)
+            if self.format.has_master(parameter.dtype) and "master" not in state:
+                state["master"] = parameter.detach().float()
+            segments.append(Segment(weight=parameter.detach(), grad=_gradient(parameter), stream=number, **state))
+        hypers = [_hyper(group) for _, group, _ in chosen]
+        key = (*key, *(number for _, _, number in chosen), *(segment.numel for segment in segments))
+        table = self._launches.get(key)
+        if table is None:
+            table = SegmentTable(segments, hypers, seed=self._seed)
+            self._launches = {**self._launches, key: table} if len(self._launches) < _KEPT_TABLES else {key: table}
+        else:
+            table.point_at(segments)
+            table.set_hypers(hypers)
         return table
 
     def _clip(
@@ -262,9 +266,10 @@ class MaskedAdamW(torch.optim.Optimizer):
                 state[f"{key}_scale"].copy_(scales)
             else:
                 state[key].copy_(value)
-        if self.format.has_master(parameter.dtype):
-            master = saved.get("master", parameter)
-            state["master"] = master.detach().to(parameter.device, torch.float32, copy=True)
+        if (
+            self.format.has_master(parameter.dtype) and "master" in saved
+        ):  # else it is made of the weight at the next step
+            state["master"] = saved["master"].to(parameter.device, torch.float32, copy=True)
         return state
 
 

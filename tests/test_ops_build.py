@@ -113,6 +113,23 @@ def test_without_a_compiler_the_reference_runs_with_one_warning(
 
 
 @needs_compiler
+def test_a_cache_that_cannot_be_written_is_a_reason_and_no_error(
+    afresh: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LISA_DS_CACHE", str(tmp_path / "file" / "cache"))
+    reason = dispatch.unavailable("cpu")
+    assert reason is not None
+    assert "LISA_DS_CACHE: cannot write to" in reason
+
+
+def test_what_was_built_ahead_of_time_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(build, "prebuilt", lambda kind: tmp_path / "built.so" if kind == "cpu" else None)
+    assert build.library("cpu") == build.compiled("cpu") == tmp_path / "built.so"
+
+
+@needs_compiler
 def test_a_source_that_does_not_compile_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shutil.copytree(build.sources(), tmp_path / "csrc")
     with (tmp_path / "csrc" / "cpu" / "table.h").open("a") as file:

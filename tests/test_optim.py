@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -292,3 +293,80 @@ def test_a_gradient_in_another_order_of_memory_is_read_right() -> None:
 def test_formats_compare_by_what_they_say() -> None:
     assert StateFormat() == StateFormat("mixed", "fp32")
     assert StateFormat("mixed", "int8") != StateFormat()
+
+
+def test_gradients_of_the_last_step_are_not_kept_alive() -> None:
+    """Backward would have to allocate a second set of them, and tables would be built anew at each step."""
+    network = model()
+    optimizer = MaskedAdamW(network.parameters())
+    for step in range(3):
+        backward(network, step)
+        gradients = [weakref.ref(p.grad.untyped_storage()) for p in network.parameters() if p.grad is not None]
+        optimizer.step()
+        network.zero_grad()
+        assert all(gradient() is None for gradient in gradients)
+    assert len(optimizer._launches) == 1
+
+
+def test_replaced_state_is_what_is_used() -> None:
+    network = model()
+    optimizer = MaskedAdamW(network.parameters())
+    backward(network, 0)
+    optimizer.step()
+    optimizer.state[network[0].weight]["step"] = torch.tensor(10.0)
+    backward(network, 1)
+    optimizer.step()
+    assert float(optimizer.state[network[0].weight]["step"]) == 11
+
+
+def test_state_without_a_master_copy_takes_the_weight_as_it_is_at_the_next_step() -> None:
+    theirs = model(torch.bfloat16)
+    other = torch.optim.AdamW(theirs.parameters())
+    backward(theirs, 0)
+    other.step()
+    network = model(torch.bfloat16)
+    optimizer = MaskedAdamW(network.parameters(), lr=1e-3)
+    optimizer.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        network[2].bias.fill_(50.0)
+    backward(network, 1)
+    optimizer.step()
+    assert float(network[2].bias.detach().float().mean()) == pytest.approx(50.0, abs=0.5)
+
+
+def test_a_model_made_16_bit_later_gets_its_master_copies() -> None:
+    network = model()
+    optimizer = MaskedAdamW(network.parameters())
+    backward(network, 0)
+    optimizer.step()
+    network.bfloat16()
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all("master" in optimizer.state[p] for p in network.parameters())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_it_can_be_copied_and_pickled(duplicate: Any) -> None:
+    network = model()
+    optimizer = MaskedAdamW(network.parameters(), lr=1e-2, max_grad_norm=1.0)
+    backward(network, 0)
+    optimizer.step()
+    other_network, other = duplicate((network, optimizer))
+    for each, by in ((network, optimizer), (other_network, other)):
+        backward(each, 1)
+        by.step()
+    assert distance(network, other_network) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_type_of_new_tensors_does_not_matter(dtype: torch.dtype) -> None:
+    network = model()
+    optimizer = MaskedAdamW(network.parameters(), moments="int8", max_grad_norm=1.0)
+    backward(network, 0)
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[network[0].weight]["exp_avg_scale"].dtype == torch.float32

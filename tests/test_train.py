@@ -314,8 +314,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 "training.bf16=true",
                 'deepspeed={"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}',
             ],
-            "command line: lisa.optimizer.precision: 'stochastic_rounding' updates the weights where they are, and "
-            "zero_optimization.offload_optimizer has the host do that; use 'mixed', or remove it",
+            "command line: lisa.optimizer.precision: 'stochastic_rounding' updates the weights on the device that has the "
+            "gradients; use 'mixed', or remove zero_optimization.offload_optimizer",
         ),
     ],
 )  # fmt: skip

@@ -41,6 +41,7 @@ class Case:
     drop_update_at: int | None = None
     direct_backward: bool = False  # loss.backward() in place of engine.backward(loss)
     width: int = 1  # times the model's usual one
+    masked: dict[str, Any] | None = None  # give a MaskedAdamW with these arguments in place of torch's AdamW
     lisa: dict[str, Any] = field(default_factory=dict)
 
     @property

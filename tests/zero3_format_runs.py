@@ -62,8 +62,9 @@ def run_format(case: Case, folder: Path) -> dict[str, Any]:
                 if a is not None and a.numel() and float((a.float() - b.float()).abs().max()) > bound:
                     wrong.append(f"step {step}, segment {i}, {key}: {float((a.float() - b.float()).abs().max())}")
                 # All but a few must be the same to the bit: the same random numbers, the same codes.
-                if a is not None and key == "weight" and float((a != b).float().mean()) > 0.02:
-                    wrong.append(f"step {step}, segment {i}: {float((a != b).float().mean())} of all weights differ")
+                # An update that is one rounding away may fall on the other side of a random number.
+                if a is not None and key == "weight" and int((a != b).sum()) > max(1, 0.02 * a.numel()):
+                    wrong.append(f"step {step}, segment {i}: {int((a != b).sum())} of {a.numel()} weights differ")
         for name, parameter in engine.module.named_parameters():
             # As bits: ZeRO-3's padding, which nobody initialises, may be NaN.
             if name in before and not torch.equal(
@@ -93,7 +94,7 @@ def run_format(case: Case, folder: Path) -> dict[str, Any]:
         from lisa_ds.engines.zero3.fragments import read_weights
 
         exported = {name: value.shape for name, value in read_weights(folder, torch.bfloat16).items()}
-    other = replace(case, lisa={**case.lisa, "optimizer": {"precision": "mixed"}})
+    other = replace(case, masked=None, lisa={**case.lisa, "optimizer": {"precision": "mixed"}})
     message = ""
     if case.lisa["optimizer"] != {"precision": "mixed"}:
         engine = build_engine(other)
@@ -194,6 +195,15 @@ def run_refusals() -> dict[str, str]:
     attempt("amsgrad", lambda groups: adamw(groups, amsgrad=True), fp32)
     attempt("rounded fp32", adamw, fp32, optimizer={"precision": "stochastic_rounding"})
     attempt("rounded offload", adamw, offload, optimizer={"precision": "stochastic_rounding"})
+    weights = Case("weights", dtype="bf16", offload_param=True)
+    attempt("rounded offload of weights", adamw, weights, optimizer={"precision": "stochastic_rounding"})
+
+    class Own(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    attempt("own step", Own, fp32)
     attempt("ours", lisa_ds.MaskedAdamW, bf16)
+    attempt("ours, clipping", lambda groups: lisa_ds.MaskedAdamW(groups, max_grad_norm=1.0), bf16)
     attempt("ours, otherwise", lambda groups: lisa_ds.MaskedAdamW(groups, moments="int8"), bf16)
     return messages

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import lisa_ds
 from lisa_ds.ops import SegmentTable
+from lisa_ds.optim import MaskedAdamW
 from tests import trajectory
 from tests.trajectory import MICRO_BATCH, Case, Outcome
 
@@ -35,7 +36,11 @@ def build_engine(case: Case, *, shift: float = 0.0) -> Any:
     model.train()
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
-    optimizer = torch.optim.AdamW(trajectory.parameter_groups(model), lr=1e-3, eps=trajectory.EPS)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+        trajectory.parameter_groups(model), lr=1e-3, eps=trajectory.EPS
+    )
+    if case.masked is not None:
+        optimizer = MaskedAdamW(trajectory.parameter_groups(model), lr=1e-3, eps=trajectory.EPS, **case.masked)
     engine, *_ = lisa_ds.initialize(
         model=model,
         optimizer=optimizer,

@@ -229,8 +229,12 @@ void update_range(const Coefficients c, const int64_t* row, int64_t begin, int64
 
 constexpr float kCode1 = 127.0f * 127.0f, kCode2 = 255.0f * 255.0f * 255.0f * 255.0f;  // of the largest value of a block
 constexpr float kLeast = 1e-37f;  // a block with nothing larger is kept as zero
-inline float scale_of(float largest) { return largest > kLeast ? largest : 0.0f; }
-inline Vec inverse_of(float largest, float unit) { return set(largest > kLeast ? unit / largest : 0.0f); }
+// No scale so small that what it is divided into would be infinite: tiny blocks have smaller codes instead.
+inline float scale_of(float largest, float unit) {
+  const float least = unit / 3e38f;
+  return largest > kLeast ? (largest > least ? largest : least) : 0.0f;
+}
+inline Vec inverse_of(float scale, float unit) { return set(scale > 0.0f ? unit / scale : 0.0f); }
 
 // New moments of a block, on their way to become codes.
 struct Unquantised {
@@ -267,9 +271,9 @@ inline void update_block(const Coefficients& c, const P& p, float scale1, float 
 }
 
 template <bool split, class P> inline void quantise_block(const Unquantised& in, const P& p, float* scale1, float* scale2) {
-  *scale1 = scale_of(in.largest1);
-  *scale2 = scale_of(in.largest2);
-  const Vec inverse1 = inverse_of(in.largest1, kCode1), inverse2 = inverse_of(in.largest2, kCode2);
+  *scale1 = scale_of(in.largest1, kCode1);
+  *scale2 = scale_of(in.largest2, kCode2);
+  const Vec inverse1 = inverse_of(*scale1, kCode1), inverse2 = inverse_of(*scale2, kCode2);
   for (int64_t i = 0; i < kQuantBlock; i += kPair) {
     store_signed_roots<split>(p.exp_avg + i, load_pair<false>(in.first + i), inverse1);
     store_fourth_roots<split>(p.exp_avg_sq + i, load_pair<false>(in.second + i), inverse2);

@@ -71,6 +71,7 @@ def library(kind: Kind) -> Path:
     if found is not None:
         return found
     from lisa_ds.cache import build_once
+    from lisa_ds.errors import ConfigError
 
     missing = unbuildable(kind)
     if missing is not None:
@@ -82,14 +83,20 @@ def library(kind: Kind) -> Path:
         compile_into(place, kind)
         print(f"lisa_ds: compiled the {kind} kernels in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
-    return build_once(_place(kind), fill) / library_name(kind)
+    try:
+        return build_once(_place(kind), fill) / library_name(kind)
+    except ConfigError as error:  # the cache cannot be written
+        raise BuildError(str(error)) from error
 
 
 def compiled(kind: Kind) -> Path | None:
     """The library, if it needs not be compiled any more."""
     from lisa_ds.cache import cache_dir
 
-    path = prebuilt(kind) or cache_dir() / _place(kind) / library_name(kind)
+    found = prebuilt(kind)
+    if found is not None or unbuildable(kind) is not None:
+        return found
+    path = cache_dir() / _place(kind) / library_name(kind)
     return path if path.is_file() else None
 
 

@@ -36,7 +36,7 @@ def masked_adamw_(table: SegmentTable, factor: Tensor, found_inf: Tensor) -> Non
     torch.ops.lisa_ds.masked_adamw(
         table.addresses,
         table.hyper,
-        len(table.segments),
+        len(table.numels),
         factor.item(),
         TYPE_CODES[layout.grad],
         TYPE_CODES[layout.weight],
@@ -50,7 +50,7 @@ def sum_of_squares(table: SegmentTable) -> Tensor:
     """Of all gradients of the table, float64: ``()``. The number of threads does not change it."""
     _load()
     total = torch.ops.lisa_ds.sum_of_squares(
-        table.addresses, len(table.segments), TYPE_CODES[table.layout.grad], torch.get_num_threads()
+        table.addresses, len(table.numels), TYPE_CODES[table.layout.grad], torch.get_num_threads()
     )
     return torch.tensor(total, dtype=torch.float64)
 

@@ -53,4 +53,4 @@ def _state(backend: Backend, *, may_build: bool) -> tuple[str, str]:
 
 def _not_compiled(backend: Backend) -> bool:
     kind: build.Kind = "cpu" if backend == "cpu" else "cuda"
-    return build.unbuildable(kind) is not None or build.compiled(kind) is None
+    return build.compiled(kind) is None

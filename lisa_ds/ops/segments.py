@@ -151,25 +151,45 @@ class SegmentTable:
     def __init__(self, segments: Sequence[Segment], hypers: Sequence[Hyper], *, seed: int = 0) -> None:
         if not segments:
             raise ValueError("a table holds one segment at least")
-        self.segments = tuple(segments)
         self.layout = layout_of(segments[0])
         self.device = segments[0].grad.device
         for i, segment in enumerate(segments):
             _check(i, segment, self.layout, self.device)
-        self.steps = list({id(segment.step): segment.step for segment in segments}.values())  # some may share one
-        self.num_blocks = sum(-(-segment.numel // BLOCK) for segment in segments)
-        self.addresses = self._upload(torch.tensor(self._address_rows(seed), dtype=torch.int64))
+        self._seed = seed
+        self._places: list[list[int]] = []
+        self.numels = [segment.numel for segment in segments]
+        self.num_blocks = sum(-(-numel // BLOCK) for numel in self.numels)
+        self.point_at(segments)
         self.block_segment = self._block_segment()
         self._hypers: tuple[Hyper, ...] = ()
-        self._rows: list[list[float]] = []
+        self._rows: list[tuple[bool, list[float]]] = []
         self.set_hypers(hypers)
-        self.one = torch.ones((), device=self.device)
-        self.zero = torch.zeros((), device=self.device)
+        self.one = torch.ones((), dtype=torch.float32, device=self.device)
+        self.zero = torch.zeros((), dtype=torch.float32, device=self.device)
+
+    def point_at(self, segments: Sequence[Segment]) -> None:
+        """Update these in the next launch: of the same types and sizes, wherever they lie now.
+
+        Raises:
+            ValueError: They are others.
+        """
+        if [segment.numel for segment in segments] != self.numels or any(layout_of(s) != self.layout for s in segments):
+            raise ValueError("a table is of segments of the same types and sizes; build another one")
+        self.segments = tuple(segments)
+        self.steps = list({id(segment.step): segment.step for segment in segments}.values())  # some may share one
+        places = self._address_rows(self._seed)
+        if places != self._places:
+            self.addresses = self._upload(torch.tensor(places, dtype=torch.int64))
+            self._places = places
+
+    def let_go(self) -> None:
+        """Keep no tensor alive until :meth:`point_at` is called again."""
+        self.segments, self.steps = (), []
 
     @property
     def numel(self) -> int:
         """Elements of all segments."""
-        return sum(segment.numel for segment in self.segments)
+        return sum(self.numels)
 
     @property
     def hypers(self) -> tuple[Hyper, ...]:
@@ -182,11 +202,11 @@ class SegmentTable:
         Raises:
             ValueError: Not one for each segment, or out of range.
         """
-        if len(hypers) != len(self.segments):
-            raise ValueError(f"{len(self.segments)} segments take as many hyperparameters, got {len(hypers)}")
-        rows = [_hyper_row(hyper) for hyper in hypers]
+        if len(hypers) != len(self.numels):
+            raise ValueError(f"{len(self.numels)} segments take as many hyperparameters, got {len(hypers)}")
+        rows = [(isinstance(hyper.lr, Tensor), _hyper_row(hyper)) for hyper in hypers]
         if rows != self._rows:
-            self.hyper = self._upload(torch.tensor(rows, dtype=torch.float32))
+            self.hyper = self._upload(torch.tensor([row for _, row in rows], dtype=torch.float32))
             self._rows = rows
         self._hypers = tuple(hypers)
         for row, hyper in zip(self.hyper, hypers, strict=True):
@@ -204,7 +224,7 @@ class SegmentTable:
 
     def _block_segment(self) -> Tensor:
         """Which segment each block belongs to: ``(num_blocks,)``, int32. Built where it is used."""
-        counts = [-(-segment.numel // BLOCK) for segment in self.segments]
+        counts = [-(-numel // BLOCK) for numel in self.numels]
         counted = self._upload(torch.tensor(counts))
         return torch.repeat_interleave(
             torch.arange(len(counts), dtype=torch.int32, device=self.device), counted, output_size=self.num_blocks

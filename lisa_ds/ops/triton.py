@@ -9,6 +9,8 @@ Note on vector width.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -51,26 +53,34 @@ def masked_adamw_(table: SegmentTable, factor: Tensor, found_inf: Tensor) -> Non
     """Update every segment; see :func:`lisa_ds.ops.masked_adamw_`."""
     if table.num_blocks == 0:
         return
-    _masked_adamw[(table.num_blocks,)](
-        table.addresses,
-        table.hyper,
-        table.block_segment,
-        factor,
-        found_inf,
-        **constants(table.layout, on_amd=torch.version.hip is not None),
-        num_warps=num_warps(table.layout, on_amd=torch.version.hip is not None),
-        enable_fp_fusion=True,
-    )
+    on_amd = torch.version.hip is not None
+    with _on(table.device):
+        _masked_adamw[(table.num_blocks,)](
+            table.addresses,
+            table.hyper,
+            table.block_segment,
+            factor,
+            found_inf,
+            **constants(table.layout, on_amd=on_amd),
+            num_warps=num_warps(table.layout, on_amd=on_amd),
+            enable_fp_fusion=True,
+        )
 
 
 def sum_of_squares(table: SegmentTable) -> Tensor:
     """Of all gradients of the table, float64: ``()``. Two stages, each in a fixed order."""
-    partial = torch.zeros(table.num_blocks, device=table.device)
+    partial = torch.zeros(table.num_blocks, dtype=torch.float32, device=table.device)
     if table.num_blocks:
-        _sum_of_squares[(table.num_blocks,)](
-            table.addresses, table.block_segment, partial, GRAD=_TYPES[table.layout.grad], num_warps=8
-        )
+        with _on(table.device):
+            _sum_of_squares[(table.num_blocks,)](
+                table.addresses, table.block_segment, partial, GRAD=_TYPES[table.layout.grad], num_warps=8
+            )
     return partial.sum(dtype=torch.float64)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 def num_warps(layout: segments.Layout, *, on_amd: bool) -> int:

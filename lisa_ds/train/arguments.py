@@ -111,12 +111,13 @@ def _check_optimizer(config: RunConfig, given: Mapping[str, Any], origin: Origin
                 f"{where}: 'stochastic_rounding' rounds bf16 weights; set training.bf16 to true, or use 'mixed'"
             )
         zero = config.deepspeed_config().get("zero_optimization")
-        offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
-        if isinstance(offload, Mapping) and offload.get("device", "none") != "none":
-            raise ConfigError(
-                f"{where}: 'stochastic_rounding' updates the weights where they are, and zero_optimization.offload_optimizer "
-                "has the host do that; use 'mixed', or remove it"
-            )
+        for key in ("offload_optimizer", "offload_param"):
+            offload = zero.get(key) if isinstance(zero, Mapping) else None
+            if isinstance(offload, Mapping) and offload.get("device", "none") != "none":
+                raise ConfigError(
+                    f"{where}: 'stochastic_rounding' updates the weights on the device that has the gradients; use 'mixed', or "
+                    f"remove zero_optimization.{key}"
+                )
 
 
 def holds_out(config: RunConfig) -> bool:

@@ -135,6 +135,8 @@ class LisaEngine(DeepSpeedEngine):
     def _configure_zero_optimizer(self, optimizer: Any) -> Any:
         # Here and not earlier: AutoTP replaces parameters before the optimizer is built.
         compat.check_optimizer(optimizer)
+        if self._fuses:
+            fused.check_optimizer(optimizer, self.state_format)
         self._stack = LayerStack.from_model(self.module, self._lisa.layers_path)
         self._shape = ModelShape.from_numels(
             self._stack.numels(trainable=True),
@@ -158,7 +160,6 @@ class LisaEngine(DeepSpeedEngine):
         plan = WindowPlan(unit_of=self._stack.unit_of, sampled=first, lr_scales=policies.lr_scales(self._lisa))
         window: Any = functools.partial(WindowedStage3, plan=plan)
         if self._fuses:
-            fused.check_optimizer(optimizer, self.state_format)
             window = functools.partial(
                 fused.FusedStage3, plan=plan, state_format=self.state_format, seed=self._lisa.seed
             )

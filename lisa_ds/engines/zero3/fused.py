@@ -8,6 +8,7 @@ Note on whose state it is.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -47,8 +48,15 @@ def _not_adamw(optimizer: Any, kind: str) -> str | None:
     groups = optimizer.param_groups
     if any(group.get("amsgrad") or group.get("maximize") for group in groups):
         return "is set to amsgrad or maximize"
-    if isinstance(optimizer, (MaskedAdamW, torch.optim.AdamW)):
+    if isinstance(optimizer, MaskedAdamW):
+        if optimizer.max_grad_norm is not None:
+            return "clips to max_grad_norm, which under the engine is gradient_clipping of DeepSpeed's config"
         return None
+    if isinstance(optimizer, torch.optim.Adam):
+        if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(torch.optim.Adam.step):
+            return "has a step of its own"
+        if isinstance(optimizer, torch.optim.AdamW):
+            return None
     decoupled = isinstance(optimizer, torch.optim.Adam) and all(g.get("decoupled_weight_decay") for g in groups)
     adam = isinstance(optimizer, torch.optim.Adam) or kind in ("FusedAdam", "DeepSpeedCPUAdam")
     if not adam:
@@ -92,15 +100,25 @@ class FusedStage3(WindowedStage3):
                     f"lisa.optimizer.precision: 'stochastic_rounding' rounds bfloat16 weights, but this model's are {self.dtype}; "
                     "train in bf16, or use 'mixed'"
                 )
-            if self.offload_optimizer:
+            if self.offload_optimizer or self.offload_param:
+                key = "offload_optimizer" if self.offload_optimizer else "offload_param"
                 raise EngineError(
-                    "lisa.optimizer.precision: 'stochastic_rounding' updates the weights where they are, which "
-                    "zero_optimization.offload_optimizer has the host do; use 'mixed', or remove offload_optimizer"
+                    "lisa.optimizer.precision: 'stochastic_rounding' updates the weights on the device that has the gradients; "
+                    f"use 'mixed', or remove zero_optimization.{key}"
                 )
+        if self.master_weights_and_grads_dtype != torch.float32:
+            raise EngineError(
+                f"DeepSpeed's config asks for master weights in {self.master_weights_and_grads_dtype}, but lisa.optimizer "
+                "'masked_adamw' keeps them in fp32, or has none under 'stochastic_rounding'; remove that option, or set "
+                "lisa.optimizer to 'adamw'"
+            )
         default_backend(
             "cpu" if self.offload_optimizer else torch.device(self.device).type
         )  # compiled now, if it must be
         super()._setup_for_real_optimizer()
+        # Each parameter's place in the whole layout: the same in a resumed run, as ds_id need not be.
+        everything = itertools.chain.from_iterable(self._all["fp16_groups"])
+        self._number_of = {parameter.ds_id: number for number, parameter in enumerate(everything)}
 
     def _create_fp32_partitions(self) -> None:
         """See the base class. Without a master copy the partition to update is the 16-bit one itself."""
@@ -208,12 +226,6 @@ class FusedStage3(WindowedStage3):
             offset, scales = offset + size, scaled.stop
         return segments
 
-    @property
-    def _number_of(self) -> dict[int, int]:
-        """Each parameter's place in the whole layout: the same in a resumed run, as ``ds_id`` need not be."""
-        everything = itertools.chain.from_iterable(self._all["fp16_groups"])
-        return {parameter.ds_id: number for number, parameter in enumerate(everything)}
-
     def _is_alias(self, position: int) -> bool:
         master, flat = self.fp32_partitioned_groups_flat[position], self.fp16_partitioned_groups_flat[position]
         return master.data_ptr() == flat.data_ptr()
@@ -225,7 +237,7 @@ class FusedStage3(WindowedStage3):
             betas=tuple(group["betas"]),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            lr_scale=self._lr_scale_of[position],
+            lr_scale=self._lr_scale_of[position] * group.get("lr_scale", 1.0),
         )
 
     def _scaled_norm(self, table: SegmentTable) -> Tensor:
@@ -278,9 +290,12 @@ class FusedStage3(WindowedStage3):
         return state
 
     def _rigid_load_state_dict(self, state_dict: dict[str, Any], load_optimizer_states: bool = True) -> None:
-        super()._rigid_load_state_dict(state_dict, load_optimizer_states)
+        saved = state_dict["optimizer_state_dict"]
+        # The groups by torch's way, the state by ours.
+        without_state = {**state_dict, "optimizer_state_dict": {**saved, "state": {}}}
+        super()._rigid_load_state_dict(without_state, load_optimizer_states)
         if load_optimizer_states:
-            self._restore_exactly(state_dict["optimizer_state_dict"])
+            self._restore_exactly(saved)
         self._table = None
 
     def _restore_exactly(self, saved: Mapping[str, Any]) -> None:
