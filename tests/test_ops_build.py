@@ -113,6 +113,20 @@ def test_without_a_compiler_the_reference_runs_with_one_warning(
 
 
 @needs_compiler
+def test_a_process_loads_one_library_whatever_becomes_of_the_cache(
+    afresh: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The operators can be registered once; another copy of the library would end the process."""
+    from lisa_ds.ops import cpu
+
+    assert cpu.available() is None
+    copied = shutil.copy(build.library("cpu"), tmp_path)
+    monkeypatch.setattr(build, "library", lambda kind: Path(copied))
+    cpu._load.cache_clear()
+    assert cpu.available() is None
+
+
+@needs_compiler
 def test_a_cache_that_cannot_be_written_is_a_reason_and_no_error(
     afresh: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -55,14 +55,18 @@ def sum_of_squares(table: SegmentTable) -> Tensor:
     return torch.tensor(total, dtype=torch.float64)
 
 
+_loaded: list[bytes] = []  # a second library would register the same operators, which ends the process
+
+
 @functools.cache
 def _load() -> bytes:
     path = build.library("cpu")
-    try:
-        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise build.BuildError(f"{path} cannot be loaded: {error}; remove it to have it built again") from error
-    library.lisa_ds_cpu_level.restype = ctypes.c_char_p
-    name: bytes = library.lisa_ds_cpu_level()
-    return name
+    if not _loaded:
+        try:
+            torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise build.BuildError(f"{path} cannot be loaded: {error}; remove it to have it built again") from error
+        library.lisa_ds_cpu_level.restype = ctypes.c_char_p
+        _loaded.append(library.lisa_ds_cpu_level())
+    return _loaded[0]
