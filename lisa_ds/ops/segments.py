@@ -124,11 +124,6 @@ class Layout:
     moments: Moments
 
     @property
-    def stochastic(self) -> bool:
-        """Whether the weight is rounded stochastically, having no master."""
-        return not self.has_master
-
-    @property
     def bytes_per_element(self) -> int:
         """Bytes read and written for an element, the scales of 8-bit moments apart."""
         moments = {"fp32": 16, "bf16": 8, "int8": 4}[self.moments]
@@ -185,11 +180,6 @@ class SegmentTable:
     def let_go(self) -> None:
         """Keep no tensor alive until :meth:`point_at` is called again."""
         self.segments, self.steps = (), []
-
-    @property
-    def numel(self) -> int:
-        """Elements of all segments."""
-        return sum(self.numels)
 
     @property
     def hypers(self) -> tuple[Hyper, ...]:
