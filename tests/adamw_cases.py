@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def make_segment(
     )
 
 
-def make_segments(mode: Mode, sizes: Sequence[int] = tuple(SIZES), **options: int) -> list[Segment]:
+def make_segments(mode: Mode, sizes: Sequence[int] = tuple(SIZES), **options: Any) -> list[Segment]:
     """One of each size, each with a history of its own."""
     return [
         make_segment(mode, numel, seed=i, stream=i, step=(0, 3, 40)[i % 3], **options) for i, numel in enumerate(sizes)

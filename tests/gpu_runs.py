@@ -28,7 +28,7 @@ STATE = ("weight", "master", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_
 
 def follow_reference(backend: Backend, mode: Mode, offset: int, steps: int = 5) -> None:
     """Steps on the GPU and, from the same state each time, of the reference on the CPU."""
-    ours: list[Segment] = make_segments(mode, offset=offset, device="cuda")  # type: ignore[arg-type]
+    ours: list[Segment] = make_segments(mode, offset=offset, device="cuda")
     theirs = make_segments(mode, offset=offset)
     tables = table_of(ours), table_of(theirs)
     for step in range(steps):
@@ -218,7 +218,7 @@ def main() -> None:
     for mode in MODES:
         for offset in (0, 1):
             sizes = (1, 7, 300, 2048, 2049, 4096 + 513)
-            made: list[Segment] = make_segments(mode, sizes, offset=offset, device="cuda")  # type: ignore[arg-type]
+            made: list[Segment] = make_segments(mode, sizes, offset=offset, device="cuda")
             table = table_of(made)
             for step in table.steps:
                 step += 1

@@ -20,8 +20,8 @@ def memory_report(optimizer: Any, parameters: Iterable[Any]) -> dict[str, int]:
 
     Returns:
         ``weights`` (the partitions, sampled and frozen), ``gradients`` (partitions; with CPU offload also their fp32 copy),
-        ``master``, ``exp_avg``, ``exp_avg_sq`` (with the scales of 8-bit moments), ``parked_host``, ``parked_nvme`` (state of frozen layers) and ``buckets``
-        (the reduce buckets), in bytes.
+        ``master``, ``exp_avg``, ``exp_avg_sq`` (with the scales of 8-bit moments), ``parked_host``, ``parked_nvme`` (state of
+        frozen layers) and ``buckets`` (the reduce buckets), in bytes.
     """
     states = [state for state in optimizer.optimizer.state.values() if state]
     # Without a master copy the list holds the 16-bit weights themselves.
