@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import socket
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lisa_ds.cluster import environment
 from lisa_ds.config import load_config
 from lisa_ds.errors import ConfigError, LisaError
 
@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error that is the user's to put right. Anything else is raised.
     """
-    _prepare_environment()
     try:
+        _prepare_environment()
         arguments = _parse(argv)
         overrides = list(arguments.overrides)
         if arguments.deepspeed_config:
@@ -78,12 +78,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _prepare_environment() -> None:
     """Fill in what no launcher has set, before torch reads it."""
-    if "RANK" not in os.environ:  # plain `python launch/train.py`: one rank
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment.fill()
     on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     # Ranks that each take every core only get in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // on_this_node)))

@@ -1,0 +1,82 @@
+"""Who this process is among the ranks, as torch wants to be told: from a launcher, from Slurm, or alone.
+
+``deepspeed`` and ``torchrun`` set ``RANK`` and its companions. ``srun`` starts a process for each task and sets ``SLURM_*``
+variables instead; running ranks by it directly lets the scheduler's signals reach every one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import MutableMapping
+
+from lisa_ds.errors import EngineError
+
+FIRST_PORT, NUM_PORTS = 20_000, 40_000
+
+
+def fill(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set ``RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT`` where no launcher has.
+
+    Inside a Slurm step they are those of the task; otherwise the process is a run on one rank.
+
+    Raises:
+        EngineError: The step has tasks on several hosts and the first host's name cannot be found out.
+    """
+    if "RANK" in environ:
+        return
+    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:  # a batch script has PROCID, too, but is no step
+        environ["RANK"] = environ["SLURM_PROCID"]
+        environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+        environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
+        environ["LOCAL_WORLD_SIZE"] = str(_tasks_on_this_node(environ))
+        environ.setdefault("MASTER_ADDR", first_host(environ))
+        environ.setdefault("MASTER_PORT", str(port_of_job(environ["SLURM_JOB_ID"])))
+        return
+    environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+
+
+def port_of_job(job_id: str) -> int:
+    """A port that all ranks of a Slurm job know without talking, and that two jobs on one host do not share.
+
+    Example:
+        >>> port_of_job("40012")
+        20012
+    """
+    return FIRST_PORT + int(job_id) % NUM_PORTS
+
+
+def first_host(environ: MutableMapping[str, str]) -> str:
+    """The host of rank 0 of a Slurm step."""
+    if environ.get("SLURM_STEP_NUM_NODES") == "1":
+        return "127.0.0.1"
+    nodes = environ.get("SLURM_STEP_NODELIST", "")
+    if not any(mark in nodes for mark in "[,"):
+        return nodes
+    if shutil.which("scontrol") is None:
+        raise EngineError(
+            f"SLURM_STEP_NODELIST is {nodes!r}, but there is no scontrol to read it with (in a container?); "
+            "set MASTER_ADDR to the first host in the batch script, as launch/train.sbatch does"
+        )
+    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return shown.stdout.split()[0]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _tasks_on_this_node(environ: MutableMapping[str, str]) -> int:
+    """From ``4(x2),3``: four tasks on each of the first two nodes, three on the next."""
+    counts: list[int] = []
+    for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts[int(environ["SLURM_NODEID"])]
