@@ -1,0 +1,14 @@
+"""The planner: bytes on one rank before anything is launched, from configs alone and without torch."""
+
+from __future__ import annotations
+
+from lisa_ds.memory.architectures import Architecture as Architecture
+from lisa_ds.memory.state import KINDS as KINDS
+from lisa_ds.memory.state import ModelShape as ModelShape
+from lisa_ds.memory.state import Plan as Plan
+from lisa_ds.memory.state import Precision as Precision
+from lisa_ds.memory.state import full_state_bytes as full_state_bytes
+from lisa_ds.memory.state import plan as plan
+from lisa_ds.memory.state import state_bytes as state_bytes
+
+__all__ = ["KINDS", "Architecture", "ModelShape", "Plan", "Precision", "full_state_bytes", "plan", "state_bytes"]

@@ -1,0 +1,255 @@
+"""From a model's ``config.json`` to the shape of each of its parameters, without torch.
+
+A model is its modules in the order in which they run. What follows from it: elements of each parameter (to plan state), which of
+them are matrices of what size (adapters, projections), and what a forward pass works with (activations). Shapes are held to
+transformers' own by tests, for every architecture here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lisa_ds.errors import ModelError
+from lisa_ds.memory.state import ModelShape
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module with parameters of its own."""
+
+    kind: str
+    """``embedding``, ``norm``, ``linear``, ``experts`` or ``head``."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    """Of its parameters: the weight first, then a bias."""
+
+    width: int = 0
+    """Of the tensor that goes in, in elements a token; 0 for an embedding."""
+
+    @property
+    def numels(self) -> tuple[int, ...]:
+        """Elements of each parameter."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a block works with, in elements a token."""
+
+    hidden: int
+    query: int
+    """Heads times their dimension."""
+
+    key: int
+    """Key-value heads times their dimension; values are as many."""
+
+    intermediate: int
+    num_heads: int
+    vocab: int
+    gated: bool
+    """Whether the MLP multiplies two projections (SwiGLU) instead of one."""
+
+    norm: str
+    """``rms`` (computed in fp32 from a copy) or ``layer``."""
+
+    active_experts: int = 1
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model, taken apart without being built."""
+
+    kind: str
+    """transformers' ``model_type``."""
+
+    embeddings: tuple[Module, ...]
+    block: tuple[Module, ...]
+    """The modules of one block; all blocks are alike."""
+
+    num_layers: int
+    final: tuple[Module, ...]
+    """What follows the blocks but the head."""
+
+    head: tuple[Module, ...]
+    """The output head; its weight is not in ``shapes`` if it is tied."""
+
+    tied: bool
+    sizes: Sizes
+
+    @property
+    def shape(self) -> ModelShape:
+        """Elements of each parameter, by unit."""
+
+        def numels(modules: tuple[Module, ...]) -> tuple[int, ...]:
+            return tuple(numel for module in modules for numel in module.numels)
+
+        return ModelShape(
+            layers=(numels(self.block),) * self.num_layers,
+            embeddings=numels(self.embeddings),
+            lm_head=numels(self.head),
+            rest=numels(self.final),
+            tied=self.tied,
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model, a tied weight once."""
+        return sum(self.shape.all())
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], where: str = "config.json") -> Architecture:
+        """Read a Hugging Face ``config.json``.
+
+        Args:
+            config: Its keys and values; those that it leaves out have transformers' defaults.
+            where: What it is called in messages.
+
+        Raises:
+            ModelError: It is of an architecture that is not known here, or lacks a size.
+        """
+        kind = str(config.get("model_type"))
+        if kind not in _READERS:
+            raise ModelError(
+                f"{where}: model_type: the planner knows {', '.join(sorted(_READERS))}, got {kind!r}; a run of any other "
+                "model is planned from the model itself by launch/train.py"
+            )
+        try:
+            return _READERS[kind](kind, config)
+        except KeyError as missing:
+            raise ModelError(f"{where}: {missing.args[0]}: required to plan a {kind!r} model, got nothing") from None
+        except (TypeError, ZeroDivisionError) as error:
+            raise ModelError(f"{where}: a size is not a number that fits the others: {error}") from None
+
+
+def _linear(into: int, out: int, bias: bool = False) -> Module:
+    return Module("linear", ((out, into), *(((out,),) if bias else ())), into)
+
+
+def _norm(width: int, bias: bool = False) -> Module:
+    return Module("norm", ((width,),) * (2 if bias else 1), width)
+
+
+def _head(config: Mapping[str, Any], hidden: int, vocab: int, *, tied: bool, bias: bool = False) -> Module:
+    weight = () if tied else ((vocab, hidden),)
+    return Module("head", (*weight, *(((vocab,),) if bias else ())), hidden)
+
+
+def _llama(kind: str, config: Mapping[str, Any]) -> Architecture:
+    """Llama and those built like it: RMS norms, rotary embeddings, grouped queries, a gated MLP."""
+    hidden, intermediate, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads = config["num_attention_heads"]
+    key_heads = config.get("num_key_value_heads") or heads
+    per_head = config.get("head_dim") or (256 if kind in ("gemma", "gemma2") else hidden // heads)
+    query, key = heads * per_head, key_heads * per_head
+    attention_bias = bool(config.get("attention_bias", False))
+    qkv_bias = attention_bias or kind == "qwen2"
+    mlp_bias = bool(config.get("mlp_bias", False)) and kind == "llama"
+    tied = bool(config.get("tie_word_embeddings", kind in ("gemma", "gemma2")))
+    if kind == "phi3":
+        attention = [_linear(hidden, query + 2 * key), _linear(query, hidden)]
+        mlp = [_linear(hidden, 2 * intermediate), _linear(intermediate, hidden)]
+    else:
+        attention = [_linear(hidden, query, qkv_bias), *(_linear(hidden, key, qkv_bias) for _ in range(2))]
+        attention += {"qwen3": [_norm(per_head)] * 2, "olmo2": [_norm(query), _norm(key)]}.get(kind, [])
+        attention.append(_linear(query, hidden, attention_bias))
+        mlp = [_linear(hidden, intermediate, mlp_bias) for _ in range(2)] + [_linear(intermediate, hidden, mlp_bias)]
+    experts = 1
+    if kind == "mixtral":
+        count, experts = config["num_local_experts"], config.get("num_experts_per_tok", 2)
+        weights = ((count, 2 * intermediate, hidden), (count, hidden, intermediate))
+        mlp = [_linear(hidden, count), Module("experts", weights, hidden)]
+    norm = _norm(hidden)
+    block = {
+        "gemma2": (norm, *attention, norm, norm, *mlp, norm),
+        "olmo2": (*attention, norm, *mlp, norm),
+    }.get(kind, (norm, *attention, norm, *mlp))
+    return Architecture(
+        kind=kind,
+        embeddings=(Module("embedding", ((vocab, hidden),)),),
+        block=block,
+        num_layers=config["num_hidden_layers"],
+        final=(norm,),
+        head=(_head(config, hidden, vocab, tied=tied),),
+        tied=tied,
+        sizes=Sizes(hidden, query, key, intermediate, heads, vocab, gated=True, norm="rms", active_experts=experts),
+    )
+
+
+def _gpt2(kind: str, config: Mapping[str, Any]) -> Architecture:
+    hidden, vocab, heads = config["n_embd"], config["vocab_size"], config["n_head"]
+    intermediate = config.get("n_inner") or 4 * hidden
+    tied = bool(config.get("tie_word_embeddings", True))
+    positions = config.get("n_positions", 1024)
+    return _plain(kind, config["n_layer"], hidden, heads, intermediate, vocab, tied, (positions,), fused=True)
+
+
+def _gpt_neox(kind: str, config: Mapping[str, Any]) -> Architecture:
+    sizes = (config["hidden_size"], config["num_attention_heads"], config["intermediate_size"], config["vocab_size"])
+    tied, bias = bool(config.get("tie_word_embeddings", False)), bool(config.get("attention_bias", True))
+    return _plain(kind, config["num_hidden_layers"], *sizes, tied, (), fused=True, attention_bias=bias)
+
+
+def _opt(kind: str, config: Mapping[str, Any]) -> Architecture:
+    hidden = config["hidden_size"]
+    if config.get("word_embed_proj_dim", hidden) != hidden or not config.get("do_layer_norm_before", True):
+        raise ModelError(
+            "config.json: word_embed_proj_dim: the planner knows OPT models without projections of the embeddings"
+        )
+    sizes = (hidden, config["num_attention_heads"], config["ffn_dim"], config["vocab_size"])
+    positions = config["max_position_embeddings"] + 2  # the first two are for padding
+    tied = bool(config.get("tie_word_embeddings", True))
+    return _plain(kind, config["num_hidden_layers"], *sizes, tied, (positions,), fused=False)
+
+
+def _phi(kind: str, config: Mapping[str, Any]) -> Architecture:
+    sizes = (config["hidden_size"], config["num_attention_heads"], config["intermediate_size"], config["vocab_size"])
+    tied = bool(config.get("tie_word_embeddings", False))
+    return _plain(
+        kind, config["num_hidden_layers"], *sizes, tied, (), fused=False, head_bias=True, norms=1,
+    )  # fmt: skip
+
+
+def _plain(
+    kind: str,
+    num_layers: int,
+    hidden: int,
+    heads: int,
+    intermediate: int,
+    vocab: int,
+    tied: bool,
+    positions: tuple[int, ...],
+    *,
+    fused: bool,
+    attention_bias: bool = True,
+    head_bias: bool = False,
+    norms: int = 2,
+) -> Architecture:
+    """GPT-2 and those built like it: layer norms, biases, an MLP of two matrices."""
+    norm = _norm(hidden, bias=True)
+    projections = [_linear(hidden, 3 * hidden, attention_bias)] if fused else [_linear(hidden, hidden, True)] * 3
+    attention = [*projections, _linear(hidden, hidden, attention_bias)]
+    mlp = [_linear(hidden, intermediate, True), _linear(intermediate, hidden, True)]
+    return Architecture(
+        kind=kind,
+        embeddings=tuple(Module("embedding", ((rows, hidden),)) for rows in (vocab, *positions)),
+        block=(norm, *attention, *[norm] * (norms - 1), *mlp),
+        num_layers=num_layers,
+        final=(norm,),
+        head=(_head({}, hidden, vocab, tied=tied, bias=head_bias),),
+        tied=tied,
+        sizes=Sizes(hidden, hidden, hidden, intermediate, heads, vocab, gated=False, norm="layer"),
+    )
+
+
+_READERS: dict[str, Callable[[str, Mapping[str, Any]], Architecture]] = {
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2"), _llama),
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "opt": _opt,
+    "phi": _phi,
+}
+KINDS_OF_MODEL = tuple(sorted(_READERS))
+"""Every ``model_type`` that can be planned from its config alone."""
