@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import NoReturn
 import lisa_ds
 from lisa_ds.config import ModelConfig
 from lisa_ds.errors import ConfigError, LisaError
+
+NOT_FITTING = 2
+"""Exit code of `plan` for a run that does not fit: a batch script can ask before it starts."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +47,33 @@ def _ops(arguments: argparse.Namespace) -> None:
     print("\n".join(report.lines(build=arguments.build)))
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    import json
+
+    from lisa_ds.config import load_config
+    from lisa_ds.memory import settings
+    from lisa_ds.report import plan
+
+    if arguments.lisa_config is None and arguments.model is None:
+        raise ConfigError("plan: say --lisa_config FILE for a run, or --model NAME for a model alone")
+    if arguments.lisa_config is not None:
+        overrides = [*arguments.overrides, *([f"model.name_or_path={arguments.model}"] if arguments.model else [])]
+        config = load_config(arguments.lisa_config, overrides)
+        architecture = settings.architecture_of(config.model)
+        name, run = config.model.name_or_path, settings.from_run(config, architecture, num_ranks=arguments.world_size)
+    elif arguments.overrides:
+        raise ConfigError(f"plan: {arguments.overrides[0]!r} overrides a run's file; say --lisa_config")
+    else:
+        name = arguments.model
+        architecture, run = settings.of_model(ModelConfig(name_or_path=name), num_ranks=arguments.world_size)
+    report = plan.make(name, architecture, run, arguments.gpu_memory)
+    print(json.dumps(plan.as_json(report), indent=2) if arguments.json else "\n".join(plan.lines(report)))
+    if arguments.figure:
+        plan.figure(report, arguments.figure)
+    if report.fits is False:
+        raise SystemExit(NOT_FITTING)
+
+
 def _generate(arguments: argparse.Namespace) -> None:
     import torch
     from transformers.utils import logging
@@ -55,6 +86,13 @@ def _generate(arguments: argparse.Namespace) -> None:
     model = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
     for prompt in arguments.prompt:
         print(answer(model, tokenizer, prompt, max_new_tokens=arguments.max_new_tokens))
+
+
+def _memory(text: str) -> int:
+    number = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(?:G|GB|GiB)?", text.strip(), re.IGNORECASE)
+    if number is None or not float(number[1]):
+        raise argparse.ArgumentTypeError(f"should be such as 80GB, got {text!r}")
+    return int(float(number[1]) * 2**30)  # as devices are sold
 
 
 def _count(text: str) -> int:
@@ -83,6 +121,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ops = commands.add_parser("ops", help="print which kernels can be used here, which not, and why")
     ops.add_argument("--build", action="store_true", help="compile those that are not compiled yet, as at first use")
     ops.set_defaults(command=_ops)
+
+    plan = commands.add_parser("plan", help="tell what a run will take on each rank, from its config alone")
+    plan.add_argument("--lisa_config", metavar="FILE", help="the run: a YAML or JSON file")
+    plan.add_argument("--model", metavar="NAME", help="a directory, a config.json, a built-in or hub name")
+    plan.add_argument("--world-size", type=_count, default=1, metavar="N", help="ranks in all; default: 1")
+    plan.add_argument("--gpu-memory", type=_memory, metavar="SIZE", help="of one device, such as 80GB (of 2^30 bytes)")
+    plan.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
+    plan.add_argument("--figure", type=Path, metavar="FILE", help="draw it as well: .png, .svg or .pdf")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.bf16=true")
+    plan.set_defaults(command=_plan)
 
     generate = commands.add_parser("generate", help="let a model answer prompts")
     generate.add_argument("model", help="a directory, a hub name or builtin:smollm2-135m")

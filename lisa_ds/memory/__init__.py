@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from lisa_ds.memory.architectures import Architecture as Architecture
+from lisa_ds.memory.forecast import Forecast as Forecast
+from lisa_ds.memory.forecast import RunSettings as RunSettings
+from lisa_ds.memory.forecast import forecast as forecast
 from lisa_ds.memory.state import KINDS as KINDS
 from lisa_ds.memory.state import ModelShape as ModelShape
 from lisa_ds.memory.state import Plan as Plan
 from lisa_ds.memory.state import Precision as Precision
+from lisa_ds.memory.state import default_bucket as default_bucket
 from lisa_ds.memory.state import full_state_bytes as full_state_bytes
 from lisa_ds.memory.state import plan as plan
 from lisa_ds.memory.state import state_bytes as state_bytes
 
-__all__ = ["KINDS", "Architecture", "ModelShape", "Plan", "Precision", "full_state_bytes", "plan", "state_bytes"]
+__all__ = [
+    "KINDS",
+    "Architecture",
+    "Forecast",
+    "ModelShape",
+    "Plan",
+    "Precision",
+    "RunSettings",
+    "default_bucket",
+    "forecast",
+    "full_state_bytes",
+    "plan",
+    "state_bytes",
+]

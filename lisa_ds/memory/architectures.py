@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lisa_ds.errors import ModelError
@@ -28,6 +28,9 @@ class Module:
 
     width: int = 0
     """Of the tensor that goes in, in elements a token; 0 for an embedding."""
+
+    by_row: bool = False
+    """Whether tensor parallelism cuts a linear by its inputs (the second of a pair) instead of by its outputs."""
 
     @property
     def numels(self) -> tuple[int, ...]:
@@ -95,6 +98,44 @@ class Architecture:
         )
 
     @property
+    def modules(self) -> tuple[Module, ...]:
+        """Each kind of module once."""
+        return (*self.embeddings, *self.block, *self.final, *self.head)
+
+    def split(self, ways: int) -> Architecture:
+        """One rank's share under tensor parallelism: the matrices of the blocks and their activations, cut ``ways`` times.
+
+        Raises:
+            ModelError: Heads or the intermediate size cannot be cut so.
+        """
+        if ways == 1:
+            return self
+        for name, size in (("attention heads", self.sizes.num_heads), ("intermediate size", self.sizes.intermediate)):
+            if size % ways:
+                raise ModelError(f"tensor_parallel: {size} {name} cannot be divided by {ways}")
+
+        def cut(module: Module) -> Module:
+            if module.kind != "linear":
+                return module
+            (out, into), *bias = module.shapes
+            if module.by_row:
+                return replace(module, shapes=((out, into // ways), *bias), width=into // ways)
+            return replace(module, shapes=((out // ways, into), *((size // ways,) for (size,) in bias)))
+
+        sizes = self.sizes
+        return replace(
+            self,
+            block=tuple(cut(module) for module in self.block),
+            sizes=replace(
+                sizes,
+                query=sizes.query // ways,
+                key=max(1, sizes.key // ways),
+                intermediate=sizes.intermediate // ways,
+                num_heads=sizes.num_heads // ways,
+            ),
+        )
+
+    @property
     def num_parameters(self) -> int:
         """Of the whole model, a tied weight once."""
         return sum(self.shape.all())
@@ -124,8 +165,8 @@ class Architecture:
             raise ModelError(f"{where}: a size is not a number that fits the others: {error}") from None
 
 
-def _linear(into: int, out: int, bias: bool = False) -> Module:
-    return Module("linear", ((out, into), *(((out,),) if bias else ())), into)
+def _linear(into: int, out: int, bias: bool = False, *, by_row: bool = False) -> Module:
+    return Module("linear", ((out, into), *(((out,),) if bias else ())), into, by_row)
 
 
 def _norm(width: int, bias: bool = False) -> Module:
@@ -149,13 +190,14 @@ def _llama(kind: str, config: Mapping[str, Any]) -> Architecture:
     mlp_bias = bool(config.get("mlp_bias", False)) and kind == "llama"
     tied = bool(config.get("tie_word_embeddings", kind in ("gemma", "gemma2")))
     if kind == "phi3":
-        attention = [_linear(hidden, query + 2 * key), _linear(query, hidden)]
-        mlp = [_linear(hidden, 2 * intermediate), _linear(intermediate, hidden)]
+        attention = [_linear(hidden, query + 2 * key), _linear(query, hidden, by_row=True)]
+        mlp = [_linear(hidden, 2 * intermediate), _linear(intermediate, hidden, by_row=True)]
     else:
         attention = [_linear(hidden, query, qkv_bias), *(_linear(hidden, key, qkv_bias) for _ in range(2))]
         attention += {"qwen3": [_norm(per_head)] * 2, "olmo2": [_norm(query), _norm(key)]}.get(kind, [])
-        attention.append(_linear(query, hidden, attention_bias))
-        mlp = [_linear(hidden, intermediate, mlp_bias) for _ in range(2)] + [_linear(intermediate, hidden, mlp_bias)]
+        attention.append(_linear(query, hidden, attention_bias, by_row=True))
+        mlp = [_linear(hidden, intermediate, mlp_bias) for _ in range(2)]
+        mlp.append(_linear(intermediate, hidden, mlp_bias, by_row=True))
     experts = 1
     if kind == "mixtral":
         count, experts = config["num_local_experts"], config.get("num_experts_per_tok", 2)
@@ -230,8 +272,8 @@ def _plain(
     """GPT-2 and those built like it: layer norms, biases, an MLP of two matrices."""
     norm = _norm(hidden, bias=True)
     projections = [_linear(hidden, 3 * hidden, attention_bias)] if fused else [_linear(hidden, hidden, True)] * 3
-    attention = [*projections, _linear(hidden, hidden, attention_bias)]
-    mlp = [_linear(hidden, intermediate, True), _linear(intermediate, hidden, True)]
+    attention = [*projections, _linear(hidden, hidden, attention_bias, by_row=True)]
+    mlp = [_linear(hidden, intermediate, True), _linear(intermediate, hidden, True, by_row=True)]
     return Architecture(
         kind=kind,
         embeddings=tuple(Module("embedding", ((rows, hidden),)) for rows in (vocab, *positions)),

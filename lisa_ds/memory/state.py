@@ -17,6 +17,7 @@ KINDS = ("weights", "gradients", "master", "exp_avg", "exp_avg_sq", "parked_host
 
 ROLES = ("embeddings", "lm_head", "rest")
 _FP32 = 4  # gradients on the host, whatever the weights are
+_SMALLEST_BUCKET = 2**24
 _QUANT_BLOCK = 256  # 8-bit moments that share an fp32 scale; as lisa_ds.ops.segments says
 
 
@@ -118,6 +119,15 @@ def state_bytes(
 def full_state_bytes(shape: ModelShape, *, world_size: int, precision: Precision | None = None) -> dict[str, int]:
     """Bytes on one rank when every parameter trains all the time, as in full fine-tuning under ZeRO-3."""
     return state_bytes(shape, sampled=range(len(shape.layers)), world_size=world_size, precision=precision)
+
+
+def default_bucket(shape: ModelShape) -> int:
+    """Elements of the reduce bucket where the config names none: the largest block, at least 2^24, at most the model.
+
+    DeepSpeed's own 5e8 elements would outweigh the whole sampled state.
+    """
+    trainable = (*shape.layers, shape.embeddings, shape.lm_head, shape.rest)
+    return min(max(*map(sum, shape.layers), _SMALLEST_BUCKET), sum(map(sum, trainable)))
 
 
 def plan(

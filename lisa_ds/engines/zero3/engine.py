@@ -21,13 +21,12 @@ from lisa_ds.engines.zero3.warm import load_weights
 from lisa_ds.engines.zero3.window import WindowedStage3, WindowPlan
 from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
-from lisa_ds.memory import ModelShape
+from lisa_ds.memory import ModelShape, default_bucket
 from lisa_ds.optim import StateFormat
 from lisa_ds.sampling import LayerSampler, resolve_interval_steps
 
 logger = logging.getLogger("lisa_ds")
 
-_SMALLEST_BUCKET = 2**24
 _STATE_KINDS = ("gradients", "master", "exp_avg", "exp_avg_sq")
 
 
@@ -189,17 +188,11 @@ class LisaEngine(DeepSpeedEngine):
         return not self._fuses and bool(super().zero_force_ds_cpu_optimizer())
 
     def zero_reduce_bucket_size(self) -> int:
-        """Elements of a reduce bucket: the config's, or one that fits what LISA reduces where the config names none.
-
-        DeepSpeed's default of 5e8 elements would outweigh the whole sampled state.
-        """
+        """Elements of a reduce bucket: the config's, or one that fits what LISA reduces where the config names none."""
         zero = self._config.zero_config
         if "reduce_bucket_size" in zero.model_fields_set:
             return int(zero.reduce_bucket_size)
-        numels = self._stack.numels()
-        largest_block = max(sum(numels[i]) for i in range(len(self._stack.layers)))
-        everything = sum(sum(unit) for unit in numels.values())
-        return min(max(largest_block, _SMALLEST_BUCKET), everything)
+        return default_bucket(ModelShape.from_numels(self._stack.numels()))
 
     # ---- training -------------------------------------------------------------------------------------------------
 

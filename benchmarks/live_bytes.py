@@ -1,0 +1,72 @@
+"""Bytes of all tensors that are alive, followed operation by operation: what a planner's peaks are held to."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages of every tensor that an operation returns until they are freed.
+
+    Temporaries inside of an operation and buffers of the communication library are not tensors here, and not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peaks: dict[str, int] = {}
+        self._known: dict[int, weakref.finalize] = {}
+        self._phase = ""
+
+    def adopt(self) -> None:
+        """Count what was alive before: tensors of every kind that Python knows of."""
+        gc.collect()
+        for thing in gc.get_objects():
+            if isinstance(thing, Tensor):
+                self._see(thing)
+                for extra in ("ds_tensor", "grad"):
+                    self._see(getattr(thing, extra, None))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            self._see(value)
+        return result
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Note the peak of what happens inside under ``name``."""
+        self._phase, self.peaks[name] = name, max(self.now, self.peaks.get(name, 0))
+        try:
+            yield
+        finally:
+            self._phase = ""
+
+    def _see(self, value: Any) -> None:
+        if not isinstance(value, Tensor) or value.device.type == "meta":
+            return
+        storage = value.untyped_storage()
+        key = id(storage)
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self.now += size
+        if self._phase and self.now > self.peaks[self._phase]:
+            self.peaks[self._phase] = self.now
+            self.at_peak()
+        self._known[key] = weakref.finalize(storage, self._forget, key, size)
+
+    def at_peak(self) -> None:
+        """Called at each new peak; to find out what it is made of."""
+
+    def _forget(self, key: int, size: int) -> None:
+        self.now -= size
+        self._known.pop(key, None)

@@ -1,0 +1,268 @@
+"""The planner's peaks against the tensors of real runs, phase by phase.
+
+Each run is a model of public size with random weights on real ZeRO-3 ranks: four steps, of which the third ends an interval. The
+live bytes of every tensor are followed operation by operation; the resident set of the process is reported beside them.
+
+    python benchmarks/plan_accuracy.py --out docs/results/plan_accuracy.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run from a checkout, installed or not
+
+from lisa_ds import records
+from lisa_ds.cluster.environment import free_port
+from lisa_ds.config import LisaConfig
+from lisa_ds.memory import Architecture, RunSettings, catalogue, forecast
+from lisa_ds.memory.gather import GatherSettings
+from lisa_ds.memory.state import Precision, full_state_bytes, state_bytes
+
+STEPS, INTERVAL = 4, 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the table."""
+
+    name: str
+    model: str | dict[str, Any]
+    world_size: int
+    method: str = "lisa"
+    batch: int = 1
+    sequence: int = 256
+    bf16: bool = True
+    checkpointing: bool = False
+    lisa: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+        return self.model if isinstance(self.model, dict) else catalogue.require(self.model)
+
+    @property
+    def lisa_config(self) -> LisaConfig:
+        """The run's LISA section."""
+        return LisaConfig.load({"num_sampled_layers": 2, "interval_steps": INTERVAL, **self.lisa})
+
+    def settings(self) -> RunSettings:
+        """The same run for the planner."""
+        width = 2 if self.bf16 else 4
+        keys = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+        gather = {key: self.zero[f"stage3_{key}"] for key in keys if f"stage3_{key}" in self.zero}
+        return RunSettings(
+            world_size=self.world_size,
+            micro_batch=self.batch,
+            sequence=self.sequence,
+            method=self.method,
+            lisa=self.lisa_config,
+            width=width,
+            gradient_width=width,
+            checkpointing=self.checkpointing,
+            bucket_size=self.zero.get("reduce_bucket_size"),
+            gather=GatherSettings(**gather),
+            on_cpu=True,
+        )
+
+
+BUCKET = {"reduce_bucket_size": 2**24}
+RUNS = [
+    Run("SmolLM2-135M, LISA, 2 ranks", "SmolLM2-135M", 2, batch=2),
+    Run("SmolLM2-135M, LISA, embeddings never, checkpointing, 2 ranks", "SmolLM2-135M", 2, batch=2, checkpointing=True,
+        lisa={"embeddings": "never"}),
+    Run("SmolLM2-135M, full, 2 ranks", "SmolLM2-135M", 2, "full", zero=BUCKET),
+    Run("SmolLM2-135M, LISA, 8-bit moments, checkpointing, 4 ranks", "SmolLM2-135M", 4, checkpointing=True,
+        lisa={"optimizer": {"moments": "int8"}}),
+    Run("Qwen2.5-0.5B, LISA, 16-bit without master, 1 rank", "Qwen2.5-0.5B", 1, sequence=128,
+        lisa={"num_sampled_layers": 4, "optimizer": {"precision": "stochastic_rounding", "moments": "bf16"}}),
+    Run("GPT-2, LISA, fp32, 3 ranks", "gpt2", 3, sequence=128, bf16=False),
+    Run("TinyLlama-1.1B, LISA, nothing held, 2 ranks", "TinyLlama-1.1B-Chat-v1.0", 2, sequence=128,
+        zero={"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 10_000_000}),
+    Run("TinyLlama-1.1B, LISA, all but blocks never, checkpointing, 2 ranks", "TinyLlama-1.1B-Chat-v1.0", 2,
+        sequence=256, checkpointing=True, lisa={"embeddings": "never", "lm_head": "never", "rest": "never"}),
+]  # fmt: skip
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """Train on this rank; peaks of live tensor bytes by phase, and the model state of the step before the switch."""
+    import deepspeed
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import lisa_ds
+    from benchmarks.live_bytes import LiveBytes
+    from lisa_ds.engines.zero3.live import memory_report
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    zero = {"stage": 3, **run.zero}
+    config = {
+        "train_micro_batch_size_per_gpu": run.batch,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": run.bf16},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+    }
+    model_config = AutoConfig.for_model(**run.config, use_cache=False)
+    live = LiveBytes()
+    with live:
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16 if run.bf16 else torch.float32)
+        model.train()
+        if run.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # as transformers' default
+        with live.phase("init"):
+            if run.method == "lisa":
+                engine, *_ = lisa_ds.initialize(
+                    model=model, optimizer=optimizer, config=config, lisa_config=run.lisa_config
+                )
+            else:
+                engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        if run.method == "lisa":
+            _follow_switch(engine, live)
+        ids = torch.randint(0, run.config["vocab_size"], (run.batch, run.sequence))
+        sampled: tuple[int, ...] = ()
+        state: dict[str, int] = {}
+        for step in range(STEPS):
+            # From the second step on DeepSpeed knows the order of the modules, and moments exist.
+            settled = step in (1, 2)
+            sampled = getattr(engine, "sampled_layers", ()) if step == 1 else sampled
+            with live.phase("forward" if settled else "-"):
+                loss = engine(input_ids=ids, labels=ids).loss
+            with live.phase("backward" if settled else "-"):
+                engine.backward(loss)
+            del loss
+            with live.phase("step" if step == 1 else "-"):
+                engine.step()
+            if step == 1:
+                state = memory_report(engine.optimizer, engine.module.parameters())
+    return {
+        "peaks": {phase: peak for phase, peak in live.peaks.items() if phase != "-"},
+        "state": state,
+        "sampled": sampled,
+        "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _follow_switch(engine: Any, live: Any) -> None:
+    switch = engine.optimizer.switch
+
+    def followed(layers: Any) -> None:
+        with live.phase("switch"):
+            switch(layers)
+
+    engine.optimizer.switch = followed
+
+
+def planned(run: Run, sampled: tuple[int, ...]) -> tuple[dict[str, int], dict[str, int]]:
+    """The planner's peaks by phase, and its model state, for the draw that was measured."""
+    architecture = Architecture.from_config(run.config)
+    settings = run.settings()
+    phases = forecast(architecture, settings, sampled if run.method == "lisa" else None).phases
+    optimizer = settings.lisa.optimizer
+    precision = Precision(
+        settings.width,
+        settings.gradient_width,
+        master_bytes=4 if optimizer.precision == "mixed" else 0,
+        moments=optimizer.moments,
+        bucket_bytes=phases["step"]["buckets"],
+    )
+    shape = architecture.shape
+    if run.method == "full":
+        state = full_state_bytes(shape, world_size=run.world_size, precision=precision)
+    else:
+        state = state_bytes(
+            shape, sampled=sampled, world_size=run.world_size, config=settings.lisa, precision=precision
+        )
+    return {phase: sum(parts.values()) for phase, parts in phases.items()}, state
+
+
+def on_ranks(run: Run, folder: Path) -> list[dict[str, Any]]:
+    """What each rank measured."""
+    port = str(free_port())
+    ranks = []
+    for rank in range(run.world_size):
+        environment = os.environ | {
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(run.world_size)},
+            **{"LOCAL_WORLD_SIZE": str(run.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            **{"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        }
+        command = [sys.executable, __file__, "--measure", str(RUNS.index(run)), "--into", str(folder / f"{rank}.json")]
+        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+    if any([process.wait() for process in ranks]):
+        raise SystemExit(f"{run.name}: a rank failed")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(run.world_size)]
+
+
+def main() -> None:
+    """Measure every run, or one on this rank."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="file of records")
+    parser.add_argument("--only", help="runs whose name contains this")
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure is not None:
+        arguments.into.write_text(json.dumps(measure(RUNS[arguments.measure])))
+        os._exit(0)  # threads of libraries may abort an orderly exit, with all work done
+    if arguments.out:
+        arguments.out.unlink(missing_ok=True)
+    for run in RUNS:
+        if arguments.only and arguments.only not in run.name:
+            continue
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            first, *_ = on_ranks(run, Path(folder))
+        phases, state = planned(run, tuple(first["sampled"]))
+        wrong = {kind: (state[kind], size) for kind, size in first["state"].items() if state[kind] != size}
+        print(f"{run.name} ({time.perf_counter() - start:.0f} s): model state {wrong or 'exact'}")
+        peaks = first["peaks"]
+        for phase, peak in peaks.items():
+            print(f"  {phase:9} planned {phases[phase] / 1e6:9.1f} MB, live {peak / 1e6:9.1f} MB, "
+                  f"{100 * (phases[phase] / peak - 1):+.2f} %")  # fmt: skip
+        most, live = max(phases[phase] for phase in peaks), max(peaks.values())
+        print(f"  peak      planned {most / 1e6:9.1f} MB, live {live / 1e6:9.1f} MB, {100 * (most / live - 1):+.2f} %; "
+              f"resident {first['resident'] / 1e6:.1f} MB", flush=True)  # fmt: skip
+        if arguments.out:
+            _record(arguments.out, run, phases, state, first)
+
+
+def _record(out: Path, run: Run, phases: dict[str, int], state: dict[str, int], measured: dict[str, Any]) -> None:
+    settings = {
+        **{key: getattr(run, key) for key in ("world_size", "method", "batch", "sequence", "bf16", "checkpointing")},
+        **{"model": run.config, "lisa": run.lisa, "zero": run.zero, "sampled": measured["sampled"]},
+    }
+    peaks = measured["peaks"]
+    values = {
+        **{f"peak_bytes/{phase}": (peak, phases[phase]) for phase, peak in peaks.items()},
+        "peak_bytes": (max(peaks.values()), max(phases[phase] for phase in peaks)),
+        **{f"state_bytes/{kind}": (size, state[kind]) for kind, size in measured["state"].items()},
+        "resident_bytes": (measured["resident"], None),
+    }
+    common = {"unit": "B", "device": f"{run.world_size} x CPU", "commit": records.commit()}
+    for name, (live, plan) in values.items():
+        for variant, value in (("live", live), ("planned", plan)):
+            if value is not None:
+                records.append(
+                    out,
+                    records.Record(
+                        name=name, variant=f"{run.name}, {variant}", value=value, versions=records.versions(),
+                        settings=settings, **common,
+                    ),
+                )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

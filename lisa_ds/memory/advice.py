@@ -1,0 +1,128 @@
+"""What to change in a run that does not fit, in the order of what it costs, and how many ranks it takes at least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lisa_ds.errors import LisaError
+from lisa_ds.memory.architectures import Architecture
+from lisa_ds.memory.forecast import RunSettings, forecast
+
+RESERVE = 0.06
+"""Share of a device's memory that is left to its context, the communication library and the allocator's fragmentation.
+An assumption, not a measurement."""
+
+MOST_RANKS = 4096
+_WORTHWHILE = 0.01
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change, on top of those before it."""
+
+    write: str
+    """As on the command line of ``launch/train.py``."""
+
+    costs: str
+    """What is paid for it."""
+
+    peak: int
+    """Bytes on a rank with it."""
+
+
+def usable(memory: int) -> int:
+    """Bytes of a device that a run may fill."""
+    return int(memory * (1 - RESERVE))
+
+
+def changes(architecture: Architecture, run: RunSettings, memory: int) -> list[Change]:
+    """The changes that make a run fit into ``memory`` bytes a rank, the cheapest first; what saves next to nothing is left out.
+
+    The last one's peak tells whether they are enough.
+    """
+    found: list[Change] = []
+    peak = forecast(architecture, run).peak
+    for write, costs, change in _candidates(run):
+        if peak <= usable(memory):
+            break
+        try:
+            changed = change(run)
+            after = forecast(architecture, changed).peak
+        except LisaError:
+            continue
+        if after < peak * (1 - _WORTHWHILE):
+            run, peak = changed, after
+            found.append(Change(write, costs, peak))
+    return found
+
+
+def fewest_ranks(architecture: Architecture, run: RunSettings, memory: int) -> int | None:
+    """The least power of two of data-parallel ranks with which a run fits, as it is; None if there is none up to 4096."""
+    ranks = 1
+    while ranks <= MOST_RANKS:
+        if forecast(architecture, replace(run, world_size=ranks)).peak <= usable(memory):
+            return ranks * run.tensor_parallel
+        ranks *= 2
+    return None
+
+
+def _candidates(run: RunSettings) -> Iterator[tuple[str, str, Callable[[RunSettings], RunSettings]]]:
+    def with_lisa(**fields: Any) -> Callable[[RunSettings], RunSettings]:
+        return lambda run: replace(run, lisa=run.lisa.model_copy(update=fields))
+
+    def gather(run: RunSettings) -> RunSettings:
+        return replace(run, gather=replace(run.gather, max_reuse_distance=0, prefetch_bucket_size=10_000_000))
+
+    zero = "deepspeed.zero_optimization"
+    yield (
+        f"{zero}.stage3_max_reuse_distance=0 {zero}.stage3_prefetch_bucket_size=10000000",
+        "weights are gathered again in backward",
+        gather,
+    )
+    if run.micro_batch > 1:
+        yield (
+            f"training.per_device_train_batch_size=1 training.gradient_accumulation_steps={run.micro_batch}",
+            "more, smaller steps for the same batch; gradients accumulate in fp32",
+            lambda run: replace(run, micro_batch=1, gradient_width=4 if run.method == "lisa" else run.gradient_width),
+        )
+    yield (
+        "training.gradient_checkpointing=true",
+        "blocks run twice: about a third more computing",
+        lambda run: replace(run, checkpointing=True),
+    )
+    if run.method == "lisa":
+        optimizer = run.lisa.optimizer
+        yield (
+            "lisa.optimizer.moments=int8",
+            "moments in 8 bits",
+            with_lisa(optimizer=optimizer.model_copy(update={"moments": "int8"})),
+        )
+        for role in ("embeddings", "lm_head"):
+            yield f"lisa.{role}=never", f"the {role.replace('_', ' ')} do not train", with_lisa(**{role: "never"})
+        if not run.lisa.sampler.layers and run.lisa.num_sampled_layers > 1 and run.lisa.sampling_ratio is None:
+            yield "lisa.num_sampled_layers=1", "one block at a time trains", with_lisa(num_sampled_layers=1)
+        if run.width == 2:
+            both = {"precision": "stochastic_rounding", "moments": "int8"}
+            yield (
+                "lisa.optimizer.precision=stochastic_rounding",
+                "no fp32 master copy; bf16 weights are rounded at random",
+                with_lisa(optimizer=optimizer.model_copy(update=both)),
+            )
+    if run.lisa.optimizer.precision == "mixed":
+        yield (
+            f"{zero}.offload_optimizer.device=cpu",
+            "the update is computed by the host",
+            lambda run: replace(run, offload_optimizer=run.lisa.optimizer.precision == "mixed"),
+        )
+    yield (
+        f"{zero}.offload_param.device=cpu",
+        "weights come from the host at every use",
+        lambda run: replace(run, offload_param=True),
+    )
+    yield (
+        f"data.max_length={run.sequence // 2}",
+        "shorter rows",
+        lambda run: replace(run, sequence=run.sequence // 2),
+    )

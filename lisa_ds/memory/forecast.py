@@ -1,0 +1,180 @@
+"""What a run takes on one rank in each of its phases, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from lisa_ds.config import LisaConfig
+from lisa_ds.memory import other_methods, residents
+from lisa_ds.memory.architectures import Architecture
+from lisa_ds.memory.gather import GatherSettings
+from lisa_ds.memory.state import ModelShape, default_bucket
+from lisa_ds.memory.step import StepSettings, step_peaks
+
+STATE = ("weights", "gradients", "master", "moments")
+WORK = ("buckets", "gathered", "activations", "logits", "gradients in flight", "scratch")
+PARTS = (*STATE, *WORK)
+"""What the bytes of a phase are: model state that stays, then what comes and goes."""
+
+PHASES = ("init", "forward", "backward", "step", "switch", "export")
+METHODS = ("lisa", "full", "lora", "galore")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What of a run decides its memory. See :func:`lisa_ds.memory.settings.from_run` for where it is read."""
+
+    world_size: int
+    """Ranks that share the state: all ranks, or those of one tensor-parallel share."""
+
+    micro_batch: int = 8
+    sequence: int = 1024
+    """Tokens of a row; a batch is planned as full of them."""
+
+    method: str = "lisa"
+    lisa: LisaConfig = field(default_factory=LisaConfig)
+    width: int = 2
+    """Bytes of an element of weights and activations."""
+
+    gradient_width: int = 2
+    """Bytes of an element of the gradient that waits for the step."""
+
+    checkpointing: bool = False
+    bucket_size: int | None = None
+    """Elements of the reduce bucket; None for the engine's own choice."""
+
+    gather: GatherSettings = field(default_factory=GatherSettings)
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    tensor_parallel: int = 1
+    on_cpu: bool = False
+    """Whether ranks compute on CPUs, where what DeepSpeed moves to the host while it builds counts, too."""
+
+    sub_group_size: int = 1_000_000_000
+    lora_rank: int = 16
+    galore_rank: int = 256
+
+    @property
+    def tokens(self) -> int:
+        """In a rank's micro-batch."""
+        return self.micro_batch * self.sequence
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes on one rank."""
+
+    phases: dict[str, dict[str, int]]
+    """Each phase's peak on the device, by part; see :data:`PARTS`."""
+
+    host: dict[str, int]
+    """What stays on the host, by part (offload), and what rank 0 collects there for an export."""
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of all phases."""
+        return max(sum(parts.values()) for parts in self.phases.values())
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that takes them."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+
+def forecast(architecture: Architecture, run: RunSettings, sampled: Collection[int] | None = None) -> Forecast:
+    """The peaks of a run under ZeRO-3.
+
+    The largest draw is planned for, and rows as long as they may be. Not in it: the device's own context, what the communication
+    library takes, and the fragmentation of the allocator.
+
+    Args:
+        architecture: The model.
+        run: Its settings.
+        sampled: LISA's blocks, to plan for one draw; None for the one that takes the most.
+
+    Raises:
+        ConfigError: The method's settings do not fit the model.
+    """
+    whole = architecture
+    architecture = architecture.split(run.tensor_parallel)
+    if run.method == "galore":
+        return other_methods.galore(architecture, run)
+    held = residents.of(architecture, run, sampled)
+    bucket = bucket_elements(architecture.shape, run)
+    settings = StepSettings(
+        tokens=run.tokens,
+        world_size=run.world_size,
+        width=run.width,
+        checkpointing=run.checkpointing,
+        bucket_size=bucket,
+        forgets_inputs=run.method == "lisa",
+        adapter_rank=run.lora_rank if run.method == "lora" else 0,
+        gather=run.gather,
+    )
+    peaks = step_peaks(architecture, settings, sampled=held.blocks, roles=held.roles)
+    state = {**held.state, "buckets": bucket * run.width}
+    host: dict[str, int] = {}
+    if run.offload_optimizer:
+        host = {part: state.pop(part) for part in ("gradients", "master", "moments")}
+        # The update is computed there, from an fp32 gradient beside the one that was reduced.
+        host["gradients"] += host["master"]
+    if run.offload_param:
+        host["weights"] = state.pop("weights")
+    small = {"gathered": peaks.persistent}
+    # Stock ZeRO-3 casts a sub-group's gradient to fp32; LISA's launch reads it as it is.
+    cast = 0 if run.method == "lisa" or run.offload_optimizer else (4 + run.width) * held.sub_group
+    phases = {
+        "init": _init(state, held, run),
+        "forward": _add(state, peaks.forward),
+        "backward": _add(state, peaks.backward),
+        "step": _add(state, small, {"scratch": cast}),
+    }
+    if run.method == "lisa":
+        phases["switch"] = max((phases["step"], _switch(state, small, held, run)), key=_total)
+    gathered = held.largest_parameter * run.width if run.world_size > 1 else 0
+    phases["export"] = _add(state, small, {"gathered": gathered})
+    host["export on rank 0"] = run.width * whole.num_parameters
+    return Forecast({name: _tidy(parts) for name, parts in phases.items()}, {k: v for k, v in host.items() if v})
+
+
+def bucket_elements(shape: ModelShape, run: RunSettings) -> int:
+    """Elements of the reduce bucket of a run."""
+    if run.bucket_size is not None:
+        return run.bucket_size
+    return default_bucket(shape) if run.method == "lisa" else 500_000_000
+
+
+def _init(state: Mapping[str, int], held: residents.Residents, run: RunSettings) -> dict[str, int]:
+    """What Stage 3 does one after the other: lays weights out, makes fp32 copies, a gradient to warm up with, hooks."""
+    weights = {"weights": state.get("weights", 0)}
+    masters = {**weights, "master": state.get("master", 0)}
+    everything = {part: size for part, size in state.items() if part != "moments"}
+    moments = [
+        {**weights, "scratch": run.width * held.trainable if run.on_cpu else 0},
+        {**masters, "scratch": 0 if run.offload_optimizer else 4 * held.sub_group},
+        # To hook into its gradient, each trainable parameter is gathered for a moment.
+        {**everything, "gathered": run.width * held.largest_trainable},
+    ]
+    return max(moments, key=_total)
+
+
+def _switch(
+    state: Mapping[str, int], small: Mapping[str, int], held: residents.Residents, run: RunSettings
+) -> dict[str, int]:
+    """After the old blocks' state is dropped: the new ones have an fp32 copy, but no moments before their first step."""
+    if run.offload_optimizer:
+        return _add(state, small)
+    return _add({**state, "moments": held.always_moments}, small, {"scratch": 4 * held.block})
+
+
+def _add(*tables: Mapping[str, int]) -> dict[str, int]:
+    return {part: sum(table.get(part, 0) for table in tables) for part in PARTS}
+
+
+def _total(parts: Mapping[str, int]) -> int:
+    return sum(parts.values())
+
+
+def _tidy(parts: Mapping[str, int]) -> dict[str, int]:
+    return {part: parts[part] for part in PARTS if parts.get(part)}

@@ -1,0 +1,138 @@
+"""From the file of a run to what decides its memory, as transformers, DeepSpeed and the engine read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lisa_ds.config import LisaConfig, ModelConfig, RunConfig
+from lisa_ds.config.files import read_mapping
+from lisa_ds.errors import ConfigError, ModelError
+from lisa_ds.memory import catalogue
+from lisa_ds.memory.architectures import Architecture
+from lisa_ds.memory.forecast import RunSettings
+from lisa_ds.memory.gather import GatherSettings
+
+_GATHER_KEYS = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+
+
+def architecture_of(model: ModelConfig) -> Architecture:
+    """The architecture that a run's model has: from its directory, the models that are built in here, or the hub.
+
+    Only ``config.json`` is read; a file of the hub that is in the local cache is not asked for again.
+
+    Raises:
+        ModelError: There is no such model, or its architecture is not known to the planner.
+    """
+    name = model.name_or_path
+    where = model.where("name_or_path")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.is_file():
+            raise ModelError(f"{where}: {path} holds no config.json, so it is not a Hugging Face model directory")
+        return Architecture.from_config(read_mapping(file), str(file))
+    if path.is_file():
+        return Architecture.from_config(read_mapping(path), str(path))
+    if (config := catalogue.find(name)) is not None:
+        return Architecture.from_config(config, name)
+    if name.startswith(("builtin:", "/", ".")) or name.count("/") != 1:
+        catalogue.require(name)
+    return Architecture.from_config(_from_hub(name, model.revision, where), f"{name}/config.json")
+
+
+def _from_hub(name: str, revision: str | None, where: str) -> Any:
+    from huggingface_hub import hf_hub_download  # a second to import, and rarely needed
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        file = hf_hub_download(name, "config.json", revision=revision)
+    except (OSError, HfHubHTTPError, EntryNotFoundError, HFValidationError, ValueError) as error:
+        raise ModelError(
+            f"{where}: {name} is not one of the models that are built in, no such directory is here, and the hub gave no "
+            f"config.json: {' '.join(str(error).split())[:200]}"
+        ) from None
+    return json.loads(Path(file).read_text())
+
+
+def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -> RunSettings:
+    """What of a run decides its memory.
+
+    Args:
+        config: The run.
+        architecture: Its model.
+        num_ranks: All ranks, those of tensor parallelism included.
+
+    Raises:
+        ConfigError: ``tensor_parallel`` does not divide the ranks, or a size is no number.
+    """
+    training, deepspeed = config.training, config.deepspeed_config()
+    zero = deepspeed.get("zero_optimization")
+    zero = zero if isinstance(zero, Mapping) else {}
+    ways = _tensor_parallel(config, deepspeed, num_ranks)
+    width = 2 if training.get("bf16") or training.get("fp16") else 4
+    hidden = architecture.sizes.hidden
+    bucket = _number(config, zero, "reduce_bucket_size", hidden**2)
+    if bucket is None and config.method == "full" and config.deepspeed is None:
+        bucket = hidden**2  # what transformers makes of the "auto" that launch/train.py writes
+    # What transformers makes of "auto": see its integrations/deepspeed.py, trainer_config_finalize.
+    automatic = {"prefetch_bucket_size": int(0.9 * hidden**2), "param_persistence_threshold": 10 * hidden}
+    given = {key: _number(config, zero, f"stage3_{key}", automatic.get(key)) for key in _GATHER_KEYS}
+    return RunSettings(
+        world_size=num_ranks // ways,
+        micro_batch=training.get("per_device_train_batch_size", 8),
+        sequence=config.data.max_length,
+        method=config.method,
+        lisa=config.lisa,
+        width=width,
+        gradient_width=_gradient_width(config, deepspeed, width),
+        checkpointing=bool(training.get("gradient_checkpointing") or training.get("activation_checkpointing")),
+        bucket_size=bucket,
+        gather=GatherSettings(**{key: value for key, value in given.items() if value is not None}),
+        offload_optimizer=_device(zero, "offload_optimizer") == "cpu",
+        offload_param=_device(zero, "offload_param") == "cpu",
+        sub_group_size=_number(config, zero, "sub_group_size", None) or 1_000_000_000,
+        tensor_parallel=ways,
+    )
+
+
+def of_model(model: ModelConfig, *, num_ranks: int, lisa: LisaConfig | None = None) -> tuple[Architecture, RunSettings]:
+    """A model alone, with the defaults of a 16-bit run of one row of 1,024 tokens."""
+    return architecture_of(model), RunSettings(num_ranks, micro_batch=1, lisa=lisa or LisaConfig())
+
+
+def _tensor_parallel(config: RunConfig, deepspeed: Mapping[str, Any], num_ranks: int) -> int:
+    section = deepspeed.get("tensor_parallel")
+    ways = section.get("autotp_size", 1) if isinstance(section, Mapping) else 1
+    if not isinstance(ways, int) or ways < 1 or num_ranks % ways:
+        raise ConfigError(
+            f"{config.where('deepspeed')}: tensor_parallel.autotp_size: must divide the {num_ranks} ranks, got {ways!r}"
+        )
+    return ways
+
+
+def _gradient_width(config: RunConfig, deepspeed: Mapping[str, Any], width: int) -> int:
+    asked = (deepspeed.get("data_types") or {}).get("grad_accum_dtype")
+    if asked is not None:
+        return 4 if asked in ("fp32", "float32") else 2
+    accumulates = config.training.get("gradient_accumulation_steps", 1) > 1
+    return 4 if config.method == "lisa" and accumulates else width
+
+
+def _number(config: RunConfig, zero: Mapping[str, Any], key: str, automatic: int | None) -> int | None:
+    value = zero.get(key)
+    if value == "auto":
+        return automatic
+    try:
+        return None if value is None else int(float(value))
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{config.where('deepspeed')}: zero_optimization.{key}: should be a number, got {value!r}"
+        ) from None
+
+
+def _device(zero: Mapping[str, Any], key: str) -> Any:
+    section = zero.get(key)
+    return section.get("device", "none") if isinstance(section, Mapping) else "none"

@@ -1,0 +1,281 @@
+"""One training step, followed from the first module to the last gradient: what is alive at each moment on one rank.
+
+The model's operations (:mod:`lisa_ds.memory.tape`) run forwards and backwards over a ledger, while ZeRO-3 gathers and releases
+parameters (:mod:`lisa_ds.memory.gather`) and reduces gradients by buckets. Only what comes and goes within a step is booked here;
+the state that stays is :mod:`lisa_ds.memory.state`'s.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from lisa_ds.memory.architectures import Architecture, Module
+from lisa_ds.memory.gather import Coordinator, GatherSettings
+from lisa_ds.memory.ledger import Ledger
+from lisa_ds.memory.tape import Tape, block, embedding, head
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step does, beside the model."""
+
+    tokens: int
+    """In a rank's micro-batch, padding included."""
+
+    world_size: int
+    width: int = 2
+    """Bytes of an element of weights and activations."""
+
+    labels: int | None = None
+    """Tokens that have logits; None for all."""
+
+    checkpointing: bool = False
+    """Whether blocks keep their input only, and run again in backward."""
+
+    bucket_size: int = 0
+    """Elements of the reduce bucket."""
+
+    forgets_inputs: bool = True
+    """Whether frozen linears keep no input (LISA's engine) or do (DeepSpeed's)."""
+
+    adapter_rank: int = 0
+    """Of LoRA adapters on every linear of the blocks; 0 for none."""
+
+    gather: GatherSettings = field(default_factory=GatherSettings)
+
+
+@dataclass(frozen=True)
+class StepPeaks:
+    """The most bytes of a step beyond the state that stays, and what they were."""
+
+    forward: dict[str, int]
+    backward: dict[str, int]
+    persistent: int
+    """Small parameters that are never released, whole."""
+
+
+@dataclass
+class _Section:
+    """A part of the model that runs as one: the embeddings, a block, or the head."""
+
+    name: str
+    tape: Tape
+    numbers: list[tuple[int, ...]]
+    """Of the parameters of each of the tape's modules."""
+
+    trains: bool
+    needs_input_grad: bool
+    records: bool
+    """Whether anything of it has a gradient at all."""
+
+    checkpointed: bool = False
+
+
+class _Step:
+    def __init__(
+        self, architecture: Architecture, settings: StepSettings, sampled: Collection[int], roles: Collection[str]
+    ) -> None:
+        self._settings = settings
+        self._ledger = Ledger()
+        self._numels: dict[int, int] = {}
+        self._sections = self._build(architecture, set(sampled), set(roles))
+        self._trainable = {
+            number for s in self._sections if s.trains for numbers in s.numbers for number in numbers
+        } | self._always
+        self._bucket: list[int] = []
+        visits = self._order()
+        self._visits = [numbers for _, _, numbers in visits]
+        self._coordinator = Coordinator(
+            self._numels, self._visits, settings.world_size, settings.width, settings.gather, self._ledger
+        )
+        self._visit = 0
+
+    def run(self) -> StepPeaks:
+        persistent = self._ledger.now
+        for section in self._sections:
+            self._forward(section, keep=section.records and not section.checkpointed)
+        forward = self._ledger.at_peak
+        self._ledger.restart()
+        for section in reversed(self._sections):
+            if section.records:
+                self._backward(section)
+        self._reduce()
+        return StepPeaks(forward, self._ledger.at_peak, persistent)
+
+    # ---- the model ------------------------------------------------------------------------------------------------
+
+    def _build(self, architecture: Architecture, sampled: set[int], roles: set[str]) -> list[_Section]:
+        settings = self._settings
+        labels = settings.tokens if settings.labels is None else settings.labels
+        self._always: set[int] = set()
+        frontier = "embeddings" in roles
+        start = self._tape(trains=frontier)
+        embedding(architecture, start)
+        self._hidden_bytes = start.ops[-1].size
+        sections = [self._section("embeddings", start, frontier, False)]
+        tied = sections[0].numbers[0]
+        grad = frontier or settings.adapter_rank > 0
+        for index in range(architecture.num_layers):
+            tape = self._tape(trains=index in sampled)
+            tape.adapter_rank = settings.adapter_rank
+            block(architecture, tape)
+            sections.append(self._section(f"block{index}", tape, index in sampled, grad))
+            sections[-1].checkpointed = settings.checkpointing and sections[-1].records
+            grad = grad or index in sampled
+        head_role = "embeddings" if architecture.tied else "lm_head"
+        tape = self._tape(trains=head_role in roles)
+        head(architecture, tape, labels=labels)
+        sections.append(self._section("head", tape, head_role in roles, grad or "rest" in roles or head_role in roles))
+        sections[-1].records = True
+        final, output = sections[-1].numbers[0], sections[-1].numbers[-1]
+        if "rest" in roles:
+            self._always.update(final)
+        if architecture.tied:
+            for number in output[:1]:
+                del self._numels[number]
+            sections[-1].numbers[-1] = (tied[0], *output[1:])
+        return sections
+
+    def _tape(self, *, trains: bool) -> Tape:
+        settings = self._settings
+        return Tape(settings.tokens, settings.width, trains, all_inputs=not settings.forgets_inputs)
+
+    def _section(self, name: str, tape: Tape, trains: bool, needs_input_grad: bool) -> _Section:
+        numbers = [self._number(module) for module in tape.modules]
+        return _Section(name, tape, numbers, trains, needs_input_grad, trains or needs_input_grad)
+
+    def _number(self, module: Module) -> tuple[int, ...]:
+        numbers = tuple(range(len(self._numels), len(self._numels) + len(module.numels)))
+        self._numels.update(zip(numbers, module.numels, strict=True))
+        return numbers
+
+    def _order(self) -> list[tuple[str, int, tuple[int, ...]]]:
+        """Section, module and parameters of each visit of a step."""
+        order = []
+        for section in self._sections:
+            order += [(section.name, i, numbers) for i, numbers in enumerate(section.numbers)]
+        for section in reversed(self._sections):
+            if not section.records:
+                continue
+            again = [(section.name, i, numbers) for i, numbers in enumerate(section.numbers)]
+            order += [*(again if section.checkpointed else ()), *reversed(again)]
+        return order
+
+    # ---- running it -----------------------------------------------------------------------------------------------
+
+    def _forward(self, section: _Section, *, keep: bool) -> None:
+        ops, ledger, place = section.tape.ops, self._ledger, self._place(section)
+        readers = Counter(name for op in ops for name in op.reads)
+        kept = {name for op in ops for name in op.keeps} if keep else set()
+        if section.checkpointed:
+            kept.add("x")
+        in_head = section.name == "head"
+        for position, op in enumerate(ops):
+            if op.module is not None:
+                self._fetch()
+            ledger.briefly(place("scratch"), op.scratch)
+            ledger.add(place(op.out), op.size)
+            for name in op.reads:
+                readers[name] -= 1
+                if not readers[name] and name not in kept and not (in_head and name == "logits"):
+                    ledger.drop(place(name))
+            if op.module is not None and op.module not in [later.module for later in ops[position + 1 : position + 4]]:
+                self._coordinator.release(self._visit - 1)
+        if in_head and "logits" not in kept:
+            ledger.drop(place("logits"))  # the model's output held them until the loss was known
+
+    def _place(self, section: _Section) -> Callable[[str], str]:
+        """A tensor's name in the ledger: a section's output is the next one's ``x``."""
+        index = self._sections.index(section)
+
+        def place(name: str) -> str:
+            if name == section.tape.out and index + 1 < len(self._sections):
+                return f"activations/{index + 1}/x"
+            return f"{'logits' if name.startswith(('logits', 'softmax')) else 'activations'}/{index}/{name}"
+
+        return place
+
+    def _fetch(self) -> None:
+        self._coordinator.fetch()
+        self._visit += 1
+
+    def _backward(self, section: _Section) -> None:
+        ledger, place, ops = self._ledger, self._place(section), section.tape.ops
+        if section.checkpointed:
+            self._forward(section, keep=True)
+            ledger.drop(place(section.tape.out))
+        sizes = {op.out: op.size for op in ops} | {"x": self._hidden_bytes}
+        left = Counter(name for op in ops for name in op.keeps)
+        for op in reversed(ops):
+            visit = self._visit
+            if op.module is not None:
+                self._fetch()
+            for name in dict.fromkeys(op.reads):
+                if name == "x" and not section.needs_input_grad:
+                    continue
+                gradient = f"{place(name)}.grad"
+                if gradient in ledger.sizes:
+                    ledger.briefly(gradient, sizes[name])  # another reader's share, added in place
+                else:
+                    ledger.add(gradient, sizes[name])
+            if op.module is not None:
+                self._weight_gradients(section, op.module)
+            ledger.drop(f"{place(op.out)}.grad")
+            for name in op.keeps:
+                left[name] -= 1
+                if not left[name]:
+                    ledger.drop(place(name))
+            if op.module is not None:
+                self._coordinator.release(visit)
+        ledger.drop(place("x"))
+
+    # ---- gradients of parameters ----------------------------------------------------------------------------------
+
+    def _weight_gradients(self, section: _Section, module: int) -> None:
+        for number in section.numbers[module]:
+            if number not in self._trainable:
+                continue
+            size = self._numels[number] * self._settings.width
+            name = f"gradients in flight/{number}"
+            if section.name == "head" and number in self._sections[0].numbers[0]:
+                self._ledger.add(name, size)  # tied: waits for the embeddings' share
+                continue
+            if name in self._ledger.sizes:
+                self._ledger.briefly(name, size)
+            else:
+                self._ledger.add(name, size)
+            elements = sum(self._numels[other] for other in self._bucket)
+            if self._bucket and elements + self._numels[number] > self._settings.bucket_size:
+                self._reduce()
+                elements = 0
+            self._bucket.append(number)
+            if elements + self._numels[number] <= self._settings.bucket_size:
+                self._ledger.drop(name)  # copied into the bucket
+
+    def _reduce(self) -> None:
+        """Reduce and scatter the bucket: through a copy of it in which each rank's part lies together."""
+        if not self._bucket:
+            return
+        world = self._settings.world_size
+        padded = sum(-(-self._numels[number] // world) * world for number in self._bucket)
+        alone = len(self._bucket) == 1 and self._numels[self._bucket[0]] % world == 0
+        self._ledger.briefly("gradients in flight/reduce", 0 if alone else padded * self._settings.width)
+        for number in self._bucket:
+            self._ledger.drop(f"gradients in flight/{number}")
+        self._bucket.clear()
+
+
+def step_peaks(
+    architecture: Architecture, settings: StepSettings, *, sampled: Collection[int], roles: Collection[str]
+) -> StepPeaks:
+    """What a step takes beyond the state that stays.
+
+    Args:
+        architecture: The model.
+        settings: Batch, ranks, and how ZeRO-3 works.
+        sampled: Blocks that train.
+        roles: Which of ``embeddings``, ``lm_head``, ``rest`` train.
+    """
+    return _Step(architecture, settings, sampled, roles).run()

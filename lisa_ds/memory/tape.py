@@ -1,0 +1,214 @@
+"""A model's forward pass as a list of operations: what each makes, and what autograd keeps of it.
+
+The operations are those of transformers' own modules, with attention that keeps no scores (``sdpa``, flash). Sizes are in
+bytes. Nothing here knows of ranks; :mod:`lisa_ds.memory.step` runs the list forwards and backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from lisa_ds.memory.architectures import Architecture, Module
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation."""
+
+    out: str
+    size: int
+    """Bytes of its output."""
+
+    reads: tuple[str, ...]
+    """Tensors that get a gradient from it."""
+
+    keeps: tuple[str, ...] = ()
+    """What backward will read, of its inputs and its output."""
+
+    scratch: int = 0
+    """Bytes that only live inside of it, beside the output."""
+
+    module: int | None = None
+    """Index of the module whose parameters it works with."""
+
+
+@dataclass
+class Tape:
+    """Operations on ``x``, of which the last one's output goes on."""
+
+    tokens: int
+    width: int
+    """Bytes of an element of the model's type."""
+
+    trains: bool
+    """Whether the parameters get a gradient."""
+
+    all_inputs: bool = False
+    """Whether linears keep their input also where the weight is frozen, as DeepSpeed's own do."""
+
+    adapter_rank: int = 0
+    """Of the LoRA adapter beside each linear; 0 for none."""
+
+    ops: list[Op] = field(default_factory=list)
+    modules: list[Module] = field(default_factory=list)
+
+    @property
+    def out(self) -> str:
+        """What the last operation makes."""
+        return self.ops[-1].out
+
+    def add(self, name: str, elements: int, reads: tuple[str, ...], keeps: tuple[str, ...] = (), **more: int) -> str:
+        """An element-wise operation or the like, in the model's type; ``elements`` a token."""
+        self.ops.append(Op(name, self.tokens * elements * self.width, reads, keeps, **more))
+        return name
+
+    def linear(self, name: str, module: Module, reads: str) -> str:
+        """A matrix product, of which backward needs the input if the weight trains."""
+        keeps = (reads,) if self.trains or self.all_inputs else ()
+        self.modules.append(module)
+        out = module.shapes[0][0]
+        if not self.adapter_rank:
+            return self.add(name, out, (reads,), keeps, module=len(self.modules) - 1)
+        base = self.add(f"{name}.base", out, (reads,), keeps, module=len(self.modules) - 1)
+        down = self.add(f"{name}.down", self.adapter_rank, (reads,), (reads,))
+        up = self.add(f"{name}.up", out, (down,), (down,))
+        return self.add(name, out, (base, up))
+
+    def norm(self, name: str, module: Module, reads: str, kind: str, elements: int) -> str:
+        """A norm over the last dimension; ``elements`` a token in all."""
+        self.modules.append(module)
+        place, size = len(self.modules) - 1, self.tokens * elements
+        if kind == "layer":
+            return self.add(name, elements, (reads,), (reads,), module=place)
+        groups = self.tokens * max(1, elements // module.width) * FP32
+        source = reads
+        if self.width != FP32:  # computed in fp32, from a copy
+            source = f"{name}.fp32"
+            self.ops.append(Op(source, size * FP32, (reads,)))
+        scale, scaled = f"{name}.scale", f"{name}.scaled"
+        self.ops.append(Op(scale, groups, (source,), (source, scale), scratch=size * FP32))
+        self.ops.append(Op(scaled, size * FP32, (source, scale), (source, scale)))
+        if self.width != FP32:
+            scaled = self.add(f"{name}.cast", elements, (scaled,))
+        return self.add(name, elements, (scaled,), (scaled,) if self.trains else (), module=place)
+
+
+def embedding(architecture: Architecture, tape: Tape) -> None:
+    """Token (and position) embeddings: ``hidden`` elements a token."""
+    hidden = architecture.sizes.hidden
+    for number, module in enumerate(architecture.embeddings):
+        tape.modules.append(module)
+        tape.add(f"embedding{number}", hidden, (), module=number)
+    if len(architecture.embeddings) > 1:
+        tape.add("sum", hidden, tuple(f"embedding{i}" for i in range(len(architecture.embeddings))))
+
+
+def block(architecture: Architecture, tape: Tape) -> None:
+    """One block, from ``x`` to its output."""
+    sizes, modules = architecture.sizes, iter(architecture.block)
+    norm_kind, hidden, kind = sizes.norm, sizes.hidden, architecture.kind
+
+    def norm(name: str, reads: str, elements: int = hidden) -> str:
+        return tape.norm(name, next(modules), reads, norm_kind, elements)
+
+    parallel = kind in ("phi", "gpt_neox")  # attention and MLP read the same residual
+    source = "x" if kind == "olmo2" else norm("norm1", "x")
+    attended = _attention(architecture, tape, modules, source)
+    if kind in ("gemma2", "olmo2"):
+        attended = norm("norm2", attended)
+    if parallel:
+        inner = source if kind == "phi" else norm("norm2", "x")
+        fed = _mlp(architecture, tape, modules, inner)
+        tape.add("out", hidden, (tape.add("both", hidden, (attended, fed)), "x"))
+        return
+    tape.add("middle", hidden, ("x", attended))
+    inner = "middle" if kind == "olmo2" else norm("norm3", "middle")
+    fed = _mlp(architecture, tape, modules, inner)
+    if kind in ("gemma2", "olmo2"):
+        fed = norm("norm4", fed)
+    tape.add("out", hidden, ("middle", fed))
+
+
+def _attention(architecture: Architecture, tape: Tape, modules: Iterator[Module], source: str) -> str:
+    sizes = architecture.sizes
+    fused = architecture.kind in ("phi3", "gpt2", "gpt_neox")
+    if fused:
+        qkv = tape.linear("qkv", next(modules), source)
+        query, key, value = qkv, qkv, qkv
+    else:
+        query, key, value = (tape.linear(name, next(modules), source) for name in "qkv")
+    if architecture.kind in ("qwen3", "olmo2"):
+        query = tape.norm("q.norm", next(modules), query, sizes.norm, sizes.query)
+        key = tape.norm("k.norm", next(modules), key, sizes.norm, sizes.key)
+    if architecture.kind not in ("gpt2", "opt"):  # rotary: x * cos + rotate(x) * sin, whose factors all blocks share
+        query = _rotate(tape, query, sizes.query)
+        key = _rotate(tape, key, sizes.key)
+    read = tuple(dict.fromkeys((query, key, value)))
+    logsumexp = tape.tokens * sizes.num_heads * FP32
+    tape.ops.append(Op("attention", tape.tokens * sizes.query * tape.width + logsumexp, read, (*read, "attention")))
+    return tape.linear("o", next(modules), "attention")
+
+
+def _rotate(tape: Tape, name: str, elements: int) -> str:
+    first = tape.add(f"{name}.cos", elements, (name,))
+    turned = tape.add(f"{name}.turned", elements, (name,), scratch=tape.tokens * elements * tape.width // 2)
+    second = tape.add(f"{name}.sin", elements, (turned,))
+    return tape.add(f"{name}.rotated", elements, (first, second))
+
+
+def _mlp(architecture: Architecture, tape: Tape, modules: Iterator[Module], source: str) -> str:
+    sizes = architecture.sizes
+    width = sizes.intermediate * sizes.active_experts
+    if architecture.kind == "mixtral":
+        tape.linear("router", next(modules), source)
+        experts = next(modules)
+        tape.modules.append(experts)
+        place = len(tape.modules) - 1
+        chosen = tape.add("chosen", sizes.hidden * sizes.active_experts, (source,))
+        both = tape.add("up", 2 * width, (chosen,), (chosen,) if tape.trains or tape.all_inputs else (), module=place)
+        act = tape.add("act", width, (both,), (both,))
+        product = tape.add("product", width, (act, both), (act, both))
+        keeps = (product,) if tape.trains or tape.all_inputs else ()
+        down = tape.add("down", sizes.hidden * sizes.active_experts, (product,), keeps, module=place)
+        return tape.add("mixed", sizes.hidden, (down,), (down,))
+    if not sizes.gated:
+        up = tape.linear("up", next(modules), source)
+        if architecture.kind in ("gpt2", "phi"):  # gelu_new, written out in element-wise operations
+            half = tape.add("half", width, (up,))
+            bent = tape.add("tanh", width, (up,), (up, "tanh"), scratch=tape.tokens * width * tape.width)
+            more = tape.add("more", width, (bent,))
+            act = tape.add("act", width, (half, more), (half, more))
+        else:
+            act = tape.add("act", width, (up,), (up,))
+        return tape.linear("down", next(modules), act)
+    if architecture.kind == "phi3":
+        both = tape.linear("up", next(modules), source)
+        act = tape.add("act", width, (both,), (both,))
+        product = tape.add("product", width, (act, both), (act, both))
+    else:
+        gate = tape.linear("gate", next(modules), source)
+        act = tape.add("act", width, (gate,), (gate,))
+        up = tape.linear("up", next(modules), source)
+        product = tape.add("product", width, (act, up), (act, up))
+    return tape.linear("down", next(modules), product)
+
+
+def head(architecture: Architecture, tape: Tape, *, labels: int) -> None:
+    """From the last block's output ``x`` to the loss: final norm, logits of ``labels`` tokens, softmax in fp32."""
+    sizes = architecture.sizes
+    normed = tape.norm("final", architecture.final[0], "x", sizes.norm, sizes.hidden)
+    tokens, tape.tokens = tape.tokens, labels
+    if labels < tokens:
+        normed = tape.add("labelled", sizes.hidden, (normed,))
+    (module,) = architecture.head
+    shapes = module.shapes if not architecture.tied else ((sizes.vocab, sizes.hidden), *module.shapes)
+    logits = tape.linear("logits", Module("head", shapes, sizes.hidden), normed)
+    if tape.width != FP32:
+        tape.ops.append(Op("logits.fp32", labels * sizes.vocab * FP32, (logits,)))
+    source = "logits.fp32" if tape.width != FP32 else logits
+    tape.ops.append(Op("softmax", labels * sizes.vocab * FP32, (source,), ("softmax",)))
+    tape.ops.append(Op("loss", FP32, ("softmax",), ("softmax",)))
+    tape.tokens = tokens

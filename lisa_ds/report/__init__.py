@@ -1,0 +1,1 @@
+"""Tables and figures, drawn from plans and records; no torch here."""
