@@ -8,9 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+
+def _adds_weight_gradients(args: tuple[Any, ...]) -> bool:
+    """Whether autograd adds the two gradients of a tied weight: in place, but for a mode like this one looking on."""
+    in_backward = torch._C._current_graph_task_id() != -1
+    return in_backward and all(isinstance(a, Tensor) and a.dim() == 2 for a in args) and args[0].shape == args[1].shape
 
 
 class LiveBytes(TorchDispatchMode):
@@ -36,6 +43,8 @@ class LiveBytes(TorchDispatchMode):
                     self._see(getattr(thing, extra, None))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.add.Tensor and _adds_weight_gradients(args):
+            return args[0].add_(args[1])
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
             self._see(value)

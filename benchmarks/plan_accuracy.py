@@ -99,6 +99,7 @@ def measure(run: Run) -> dict[str, Any]:
     """Train on this rank; peaks of live tensor bytes by phase, and the model state of the step before the switch."""
     import deepspeed
     import torch
+    import torch._dynamo  # what imports it late finds tensors' constructors replaced by zero.Init
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import lisa_ds

@@ -99,8 +99,8 @@ def _candidates(run: RunSettings) -> Iterator[tuple[str, str, Callable[[RunSetti
             "moments in 8 bits",
             with_lisa(optimizer=optimizer.model_copy(update={"moments": "int8"})),
         )
-        for role in ("embeddings", "lm_head"):
-            yield f"lisa.{role}=never", f"the {role.replace('_', ' ')} do not train", with_lisa(**{role: "never"})
+        for role, what in (("embeddings", "the embeddings do not train"), ("lm_head", "the head does not train")):
+            yield f"lisa.{role}=never", what, with_lisa(**{role: "never"})
         if not run.lisa.sampler.layers and run.lisa.num_sampled_layers > 1 and run.lisa.sampling_ratio is None:
             yield "lisa.num_sampled_layers=1", "one block at a time trains", with_lisa(num_sampled_layers=1)
         if run.width == 2:

@@ -115,6 +115,16 @@ def skeleton(config: ModelConfig) -> Any:
         return _KINDS[config.task].from_config(shape, trust_remote_code=config.trust_remote_code)
 
 
+def model_config(config: ModelConfig) -> dict[str, Any]:
+    """The keys of the model's ``config.json``, with transformers' defaults for those that it leaves out.
+
+    Raises:
+        ModelError: As :func:`load_model`.
+    """
+    fields: dict[str, Any] = _config_of(config)[1].to_dict()
+    return fields
+
+
 def _config_of(config: ModelConfig) -> tuple[str, Any]:
     path = _resolve(config)
     with _explained(config, "model"):

@@ -130,12 +130,12 @@ def figure(report: PlanReport, path: Path) -> None:
     own = report.own
     bars = [(phase, parts) for phase, parts in own.phases.items()]
     bars += [
-        (f"{_METHOD_NAMES[method]}\n({plan.peak_phase})", plan.phases[plan.peak_phase])
+        (_METHOD_NAMES[method], plan.phases[plan.peak_phase])
         for method, plan in report.forecasts.items()
         if method != report.run.method
     ]
     places = [i + (0.6 if i >= len(own.phases) else 0) for i in range(len(bars))]
-    drawing, axes = plt.subplots(figsize=(10, 5), layout="constrained")
+    drawing, axes = plt.subplots(figsize=(11, 5.5), layout="constrained")
     bottoms = [0.0] * len(bars)
     for part in PARTS:
         heights = [parts.get(part, 0) / 1e9 for _, parts in bars]
@@ -151,8 +151,9 @@ def figure(report: PlanReport, path: Path) -> None:
     axes.set_ylabel("GB on one rank")
     axes.set_ylim(top=1.08 * max(*bottoms, (report.memory or 0) / 1e9))
     method = _METHOD_NAMES[report.run.method]
-    axes.set_title(f"{report.name}: phases of a {method} run, and peaks of other methods\n{_settings(report.run)}",
-                   fontsize=10)  # fmt: skip
+    setting, what = _settings(report.run).split("; ")
+    title = f"{report.name}: phases of a {method} run, and the peaks of other methods\n{setting}"
+    axes.set_title(title if what == method else f"{title}\n{what}", fontsize=10)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

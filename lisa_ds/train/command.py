@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from lisa_ds.train.run import run
 
-        run(config, resume=arguments.resume)
+        run(config, resume=arguments.resume, force=arguments.force)
     except LisaError as error:
         return tell(error)
     torch.distributed.destroy_process_group()
@@ -69,6 +69,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", metavar="auto|PATH", help="continue from the last complete checkpoint of output_dir, or from PATH"
     )
+    parser.add_argument("--force", action="store_true", help="try a run that the planner says cannot fit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.learning_rate=1e-4")
     parser.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; always on")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="instead of the run's deepspeed section")

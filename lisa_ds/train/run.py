@@ -24,12 +24,13 @@ from lisa_ds.layers import LayerStack
 from lisa_ds.memory import ModelShape, full_state_bytes
 from lisa_ds.models import load_model, load_tokenizer
 from lisa_ds.train import arguments
+from lisa_ds.train.preflight import check_memory
 from lisa_ds.train.summary import Summary
 
 _log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, *, resume: str | None = None) -> Summary:
+def run(config: RunConfig, *, resume: str | None = None, force: bool = False) -> Summary:
     """Train as ``config`` says, evaluate before and after, and export the model to ``output_dir/model``.
 
     Every rank calls it; the summary goes to ``output_dir/records.jsonl`` and, by rank 0, to the console.
@@ -37,6 +38,7 @@ def run(config: RunConfig, *, resume: str | None = None) -> Summary:
     Args:
         config: The run.
         resume: ``auto`` for the last complete checkpoint in ``output_dir`` if there is one, or the path of a checkpoint.
+        force: Whether to try a run that the planner says cannot fit.
 
     Raises:
         LisaError: Something is wrong with config, data, model or checkpoint. Nothing has been written.
@@ -46,6 +48,7 @@ def run(config: RunConfig, *, resume: str | None = None) -> Summary:
     if given.get("fp16"):
         hf.check_fp16(config.where("training.fp16"))
     methods.check(config)
+    check_memory(config, force=force)
     checkpoint = _find_checkpoint(config, resume)
     tokenizer = load_tokenizer(config.model)
     rows = data.load_dataset(config.data, tokenizer, task=config.model.task)

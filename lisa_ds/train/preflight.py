@@ -1,0 +1,118 @@
+"""Whether a run can fit, asked before its weights or data are read."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+
+import torch
+
+from lisa_ds.config import RunConfig
+from lisa_ds.errors import ConfigError, ModelError
+from lisa_ds.layers import LayerStack
+from lisa_ds.memory import Architecture, ModelShape, Precision, full_state_bytes, settings
+from lisa_ds.memory import plan as plan_state
+from lisa_ds.memory.advice import usable
+from lisa_ds.memory.architectures import Module
+from lisa_ds.models import model_config, skeleton
+from lisa_ds.report import plan
+
+_log = logging.getLogger(__name__)
+
+
+def check_memory(config: RunConfig, *, force: bool = False) -> None:
+    """Refuse a run that cannot fit into this machine's devices, or whose export cannot fit into the host.
+
+    A model whose architecture the planner does not know is held to the size of its weights and optimizer state alone.
+
+    Args:
+        config: The run.
+        force: Warn instead.
+
+    Raises:
+        ConfigError: It does not fit; says by how much, and what to change.
+    """
+    problem = _problem(config)
+    if problem is None:
+        return
+    if not force:
+        raise ConfigError(f"{config.where('model.name_or_path')}: {problem}")
+    _log.warning("going on all the same, as --force says: %s", problem)
+
+
+def _problem(config: RunConfig) -> str | None:
+    device, memory = _device()
+    name = config.model.name_or_path
+    try:
+        architecture = _architecture(config)
+    except ModelError:
+        return _state_alone(config, memory, device)
+    run = replace(
+        settings.from_run(config, architecture, num_ranks=int(os.environ.get("WORLD_SIZE", "1"))),
+        on_cpu=not torch.cuda.is_available(),
+    )
+    report = plan.make(name, architecture, run, memory)
+    own = report.own
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"planned: {own.peak / 1e9:.2f} GB on a rank at most, in {own.peak_phase}; {device} has {memory / 1e9:.2f} GB"
+        )
+    if not report.fits:
+        return plan.too_little_memory(report, device)
+    host = own.host["export on rank 0"] + sum(own.host.values()) * _local_ranks()
+    if torch.cuda.is_available() and host > _host_memory():
+        return (
+            f"the run needs {host / 1e9:.1f} GB on rank 0's host (offloaded state, and the model that is exported at the end), "
+            f"which has {_host_memory() / 1e9:.1f} GB\nTo try it all the same: --force"
+        )
+    return None
+
+
+def _architecture(config: RunConfig) -> Architecture:
+    architecture = Architecture.from_config(model_config(config.model), config.model.name_or_path)
+    if config.model.task == "causal_lm":
+        return architecture
+    labels, hidden = config.model.num_labels or 2, architecture.sizes.hidden
+    sizes = replace(architecture.sizes, vocab=labels)
+    return replace(architecture, head=(Module("head", ((labels, hidden),), hidden),), tied=False, sizes=sizes)
+
+
+def _state_alone(config: RunConfig, memory: int, device: str) -> str | None:
+    stack = LayerStack.from_model(skeleton(config.model), config.lisa.layers_path)
+    shape = ModelShape.from_numels(stack.numels(), tied=stack.tied)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    width = 2 if config.training.get("bf16") or config.training.get("fp16") else 4
+    needed = sum(_partitions(shape, ranks, config, width).values())
+    if needed <= usable(memory):
+        return None
+    return (
+        f"weights and optimizer state alone are {needed / 1e9:.2f} GB on a rank, and {device} has {memory / 1e9:.2f} GB; "
+        "use more ranks\nTo try it all the same: --force"
+    )
+
+
+def _partitions(shape: ModelShape, ranks: int, config: RunConfig, width: int) -> dict[str, int]:
+    optimizer = config.lisa.optimizer
+    precision = Precision(width, width)
+    if config.method == "full":
+        return full_state_bytes(shape, world_size=ranks, precision=precision)
+    master = 4 if optimizer.precision == "mixed" else 0
+    precision = replace(precision, master_bytes=master, moments=optimizer.moments)
+    return plan_state(shape, config.lisa, world_size=ranks, precision=precision).most
+
+
+def _device() -> tuple[str, int]:
+    """What a rank computes on, in words, and its bytes."""
+    if torch.cuda.is_available():
+        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        return torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).total_memory
+    return f"each of {_local_ranks()} CPU ranks here", _host_memory() // _local_ranks()
+
+
+def _local_ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
