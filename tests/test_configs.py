@@ -12,6 +12,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
+from lisa_ds.cli import main
 from lisa_ds.config import DataConfig, LisaConfig, ModelConfig, OptimizerConfig, RunConfig, SamplerConfig, load_config
 from lisa_ds.config.files import read_mapping
 from lisa_ds.train import arguments
@@ -19,12 +20,35 @@ from lisa_ds.train import arguments
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+RECIPES = sorted(CONFIGS.glob("recipes/*.yaml"))
+
+
+@pytest.mark.parametrize("path", [*sorted(CONFIGS.glob("*.yaml")), *RECIPES], ids=lambda path: path.name)
 def test_a_run_config_is_valid_down_to_its_training_arguments(path: Path) -> None:
     config = load_config(path)
     assert arguments.check(config)
     assert arguments.deepspeed_config(config)["zero_optimization"]["stage"] == 3
     assert LisaConfig.load(path) == config.lisa
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_fits_where_it_says_and_takes_what_it_says(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = path.read_text()
+    (command,) = re.findall(r"^# lisa-ds (plan .*)$", text, re.MULTILINE)
+    assert f"--lisa_config configs/recipes/{path.name} " in command
+    assert main([*command.replace(f"configs/recipes/{path.name}", str(path)).split(), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] is True
+    own = told["methods"]["lisa"]
+    planned = f"# Planned: {own['peak'] / 1e9:.1f} GB on a rank at most, in {own['peak_phase']}. Not measured on a GPU."
+    assert planned in text.splitlines()
+
+
+def test_recipes_cover_the_models_and_machines_they_are_for() -> None:
+    names = {path.stem for path in RECIPES}
+    for model in ("tinyllama", "llama-2-7b", "llama-3.1-8b"):
+        assert {f"{model}-24gb", f"{model}-80gb"} <= names
+    assert {"llama-2-70b-4x80gb", "llama-2-70b-2x8x80gb", "llama-3.1-70b-2x8x80gb", "paper-llama-2-7b-4l"} <= names
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.name)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from lisa_ds import records
 from lisa_ds.config import load_config
+from lisa_ds.memory import catalogue
 from lisa_ds.train import arguments, command
 from lisa_ds.train.summary import Summary
 from tests import tiny
@@ -143,6 +144,25 @@ def test_resume_is_exact_and_passes_over_what_is_incomplete(finished: tuple[Path
     assert all(weight.equal(again[name]) for name, weight in first.items())
     (summary,) = [line for line in output.splitlines() if line.startswith("held-out loss")]
     assert summary in done.stdout.splitlines()
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    huge = catalogue.require(
+        "meta-llama/Llama-3.1-405B"
+    )  # no weights: had they been looked for, that would be the error
+    (tmp_path / "model/config.json").write_text(json.dumps(huge))
+    done = launch(tmp_path, "training.report_to=none", launcher=[sys.executable])
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "error: run.yaml: model.name_or_path: the run needs " in done.stderr
+    assert "What to change first" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    forced = launch(tmp_path, "training.report_to=none", "--force", launcher=[sys.executable])
+    assert "going on all the same, as --force says: the run needs " in forced.stderr
+    assert "no tokenizer could be loaded" in forced.stderr  # further than the memory's check
 
 
 @pytest.mark.multirank

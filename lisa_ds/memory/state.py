@@ -17,7 +17,7 @@ KINDS = ("weights", "gradients", "master", "exp_avg", "exp_avg_sq", "parked_host
 
 ROLES = ("embeddings", "lm_head", "rest")
 _FP32 = 4  # gradients on the host, whatever the weights are
-_SMALLEST_BUCKET = 2**24
+_SMALLEST_BUCKET, _LARGEST_BUCKET = 2**24, 5 * 10**8
 _QUANT_BLOCK = 256  # 8-bit moments that share an fp32 scale; as lisa_ds.ops.segments says
 
 
@@ -122,12 +122,12 @@ def full_state_bytes(shape: ModelShape, *, world_size: int, precision: Precision
 
 
 def default_bucket(shape: ModelShape) -> int:
-    """Elements of the reduce bucket where the config names none: the largest block, at least 2^24, at most the model.
+    """Elements of the reduce bucket where the config names none: the largest block, at least 2^24, at most the model or 5e8.
 
-    DeepSpeed's own 5e8 elements would outweigh the whole sampled state.
+    Those 5e8 are DeepSpeed's default. It would outweigh the whole sampled state; a block of a 70B model is larger still.
     """
     trainable = (*shape.layers, shape.embeddings, shape.lm_head, shape.rest)
-    return min(max(*map(sum, shape.layers), _SMALLEST_BUCKET), sum(map(sum, trainable)))
+    return min(max(*map(sum, shape.layers), _SMALLEST_BUCKET), sum(map(sum, trainable)), _LARGEST_BUCKET)
 
 
 def plan(

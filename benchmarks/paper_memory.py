@@ -1,0 +1,75 @@
+"""The LISA paper's first table, as the planner has it.
+
+    python benchmarks/paper_memory.py --out docs/results/paper_memory.jsonl
+
+The paper (arXiv:2403.17919, table 1) trains in bf16 throughout: weights, gradients and both moments are of 2 bytes, and there is
+no fp32 master copy. It does not say how long its rows are; 1,024 tokens are planned here, one row a batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run from a checkout, installed or not
+
+from lisa_ds import records
+from lisa_ds.config import LisaConfig
+from lisa_ds.memory import Architecture, RunSettings, catalogue, forecast
+
+BF16 = {"optimizer": {"precision": "stochastic_rounding", "moments": "bf16"}}
+COLUMNS = ("vanilla", "E+H", "E+H+2L", "E+H+4L")
+# Model, ranks, and the paper's figures in GB for the columns above.
+ROWS = [
+    ("GPT2-Small", "gpt2", 1, (3.8, 3.3, 3.3, 3.4)),
+    ("TinyLlama", "TinyLlama-1.1B-Chat-v1.0", 1, (13, 7.4, 8.0, 8.3)),
+    ("Phi-2", "phi-2", 1, (28, 13.5, 14.6, 15)),
+    ("Mistral-7B", "Mistral-7B-v0.1", 1, (59, 21, 23, 24)),
+    ("LLaMA-2-7B", "Llama-2-7b-hf", 1, (59, 21, 23, 24)),
+    ("LLaMA-2-70B", "Llama-2-70b-hf", 4, (None, 71, 75, 79)),
+]
+
+
+def planned(model: str, ranks: int) -> dict[str, float]:
+    """GB on a rank, by column."""
+    architecture = Architecture.from_config(catalogue.require(model))
+
+    def run(lisa: LisaConfig, method: str = "lisa") -> RunSettings:
+        # One rank reduces nothing: the bucket is left out as the paper's code has none.
+        return RunSettings(ranks, 1, 1024, method, lisa, bucket_size=0 if ranks == 1 else None)
+
+    full = forecast(architecture, run(LisaConfig(), "full")).phases["backward"]
+    fp32 = full["master"] + full["moments"]
+    found = {"vanilla": sum(full.values()) - fp32 + 4 * architecture.num_parameters // ranks}
+    for count, column in zip((0, 2, 4), COLUMNS[1:], strict=True):
+        lisa = LisaConfig.load(BF16 | {"num_sampled_layers": max(count, 1)})
+        found[column] = forecast(architecture, run(lisa), sampled=range(count)).peak
+    return {column: size / 1e9 for column, size in found.items()}
+
+
+def main() -> None:
+    """Print the table, and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="file of records")
+    out = parser.parse_args().out
+    if out:
+        out.unlink(missing_ok=True)
+    print(f"| GB, planned (paper) | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
+    for name, model, ranks, paper in ROWS:
+        found = planned(model, ranks)
+        cells = [
+            f"{found[column]:.1f} ({figure or 'out of memory'})" for column, figure in zip(COLUMNS, paper, strict=True)
+        ]
+        print(f"| {name}{f', {ranks} ranks' if ranks > 1 else ''} | {' | '.join(cells)} |")
+        for column, figure in zip(COLUMNS, paper, strict=True):
+            if out:
+                record = records.Record(
+                    name="planned_peak", variant=f"{name}, {column}", value=found[column], unit="GB", device="none",
+                    commit=records.commit(), versions=records.versions(), settings={"ranks": ranks, "paper": figure},
+                )  # fmt: skip
+                records.append(out, record)
+
+
+if __name__ == "__main__":
+    main()
