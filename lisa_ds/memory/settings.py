@@ -52,7 +52,7 @@ def _from_hub(name: str, revision: str | None, where: str) -> Any:
     except (OSError, HfHubHTTPError, EntryNotFoundError, HFValidationError, ValueError) as error:
         raise ModelError(
             f"{where}: {name} is not one of the models that are built in, no such directory is here, and the hub gave no "
-            f"config.json: {' '.join(str(error).split())[:200]}"
+            f"config.json ({type(error).__name__}): check the name, the connection, and for a gated model HF_TOKEN"
         ) from None
     return json.loads(Path(file).read_text())
 
