@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import lisa_ds
-from lisa_ds.config import ModelConfig
+from lisa_ds.cluster import environment
+from lisa_ds.config import ModelConfig, load_config
 from lisa_ds.errors import ConfigError, LisaError
 
 NOT_FITTING = 2
@@ -25,11 +27,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parse(argv)
-        arguments.command(arguments)
+        code: int | None = arguments.command(arguments)
     except LisaError as error:
         print(f"lisa-ds: error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
+    return code or 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.lisa_config, arguments.overrides) if arguments.lisa_config else None
+    if arguments.overrides and not config:
+        raise ConfigError(f"command line: {arguments.overrides[0]!r} is a key of a run: give its file, --lisa_config")
+    environment.fill()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what torch would log, with stacks, is told in words
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a collective that hangs is to raise, not to abort
+
+    from lisa_ds.cluster import check, deadline, hosts, paths
+
+    options = check.Options(paths.targets(config), arguments.timeout, arguments.hostfile, arguments.json)
+    try:
+        return deadline.leave(check.check(hosts.place(os.environ), os.environ, options))
+    except LisaError as error:
+        print(f"lisa-ds: error: {error}", file=sys.stderr)
+        return deadline.leave(error.exit_code)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -101,6 +121,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"should be seconds, more than 0 and at most 3600, got {text!r}")
+    return seconds
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}\n{self.format_usage().strip()}")
@@ -109,7 +139,17 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="lisa-ds", description="LISA fine-tuning under DeepSpeed ZeRO-3.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"lisa-ds {lisa_ds.__version__}")
+    # `deepspeed --no_python lisa-ds check` puts it here.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    check = commands.add_parser("check", help="see, before a run, whether its hosts fit together; on every rank")
+    check.add_argument("--lisa_config", type=Path, metavar="FILE", help="the run whose paths are checked, too")
+    check.add_argument("overrides", nargs="*", metavar="key=value", help="as for the run")
+    check.add_argument("--timeout", type=_seconds, default=20.0, metavar="S", help="seconds a step may wait: 20")
+    check.add_argument("--hostfile", type=Path, metavar="FILE", help="names hosts whose ranks do not arrive")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    check.set_defaults(command=_check)
 
     export = commands.add_parser("export", help="turn a training checkpoint into a Hugging Face model directory")
     export.add_argument("checkpoint", type=Path, help="such as runs/demo/checkpoint-40; read only those you trust")
@@ -138,3 +178,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     generate.add_argument("--max_new_tokens", type=_count, default=128, metavar="N")
     generate.set_defaults(command=_generate)
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # `deepspeed --module lisa_ds.cli check`
+    sys.exit(main())

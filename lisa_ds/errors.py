@@ -27,3 +27,7 @@ class CheckpointError(LisaError):
 
 class EngineError(LisaError):
     """DeepSpeed is out of the supported range, or one of its options does not go with LISA."""
+
+
+class ClusterError(LisaError):
+    """Hosts or ranks do not fit together, or one of them cannot be reached; the message names it."""

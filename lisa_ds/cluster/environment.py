@@ -73,10 +73,19 @@ def free_port() -> int:
         return port
 
 
-def _tasks_on_this_node(environ: MutableMapping[str, str]) -> int:
-    """From ``4(x2),3``: four tasks on each of the first two nodes, three on the next."""
-    counts: list[int] = []
-    for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
+def tasks_per_node(counts: str) -> list[int]:
+    """What Slurm writes as ``4(x2),3``: four tasks on each of the first two nodes, three on the next.
+
+    Example:
+        >>> tasks_per_node("4(x2),3")
+        [4, 4, 3]
+    """
+    tasks: list[int] = []
+    for part in counts.split(","):
         count, _, times = part.partition("(x")
-        counts += [int(count)] * int(times.rstrip(")") or 1)
-    return counts[int(environ["SLURM_NODEID"])]
+        tasks += [int(count)] * int(times.rstrip(")") or 1)
+    return tasks
+
+
+def _tasks_on_this_node(environ: MutableMapping[str, str]) -> int:
+    return tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])[int(environ["SLURM_NODEID"])]

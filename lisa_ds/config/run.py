@@ -143,6 +143,11 @@ class RunConfig(Section):
             raise mistake("training.deepspeed: DeepSpeed's config has a section of its own, deepspeed")
         return self
 
+    def output_dir(self) -> Path:
+        """Where the run writes: ``training.output_dir``, or ``runs/`` and the name of its config file."""
+        given = self.training.get("output_dir")
+        return Path(given).expanduser() if given else Path("runs") / (Path(self.source).stem or "run")
+
     def deepspeed_config(self) -> dict[str, Any]:
         """DeepSpeed's keys and values, read from their file if a path is given; empty if there are none.
 

@@ -166,8 +166,7 @@ def _try_scheduler(args: TrainingArguments) -> None:
 
 def output_dir(config: RunConfig) -> Path:
     """Where a run writes: ``training.output_dir``, or ``runs/`` and the name of its config file."""
-    given = config.training.get("output_dir")
-    return Path(given).expanduser() if given else Path("runs") / (Path(config.source).stem or "run")
+    return config.output_dir()
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
