@@ -19,7 +19,7 @@ import torch
 
 from lisa_ds.cluster import facts, links, paths, probes
 from lisa_ds.cluster.deadline import TookTooLong, watch, within
-from lisa_ds.cluster.exchange import Exchange, NotMet, first_line, meet
+from lisa_ds.cluster.exchange import GRACE_S, Exchange, NotMet, first_line, meet
 from lisa_ds.cluster.findings import Finding, Report
 from lisa_ds.cluster.hosts import Place, expected
 from lisa_ds.errors import ClusterError
@@ -201,7 +201,7 @@ class _Asking:
     def _gather(self, name: str, mine: Any, ranks: Iterable[int], what: str, *, late: bool = False) -> dict[int, Any]:
         """Those answers that came, after an error for each that did not."""
         ranks = list(ranks)
-        told = self._exchange.gather(name, mine, ranks)
+        told = self._exchange.gather(name, mine, ranks, grace=0.0 if late else GRACE_S)
         lost = [rank for rank in ranks if rank not in told]
         remedy = "see whether it has started, and what it says" if late else "see what hangs there"
         self._report.add(
@@ -245,9 +245,11 @@ def _answer(exchange: Exchange, options: Options, mine: facts.Facts) -> int:
 
 def _look(place: Place, options: Options, token: str, lost: Mapping[str, str]) -> dict[str, Any] | str:
     """What this host sees of the folders, or that they hang."""
-    patience = max(options.timeout, paths.PATIENCE_S + 1)
+    patience = min(paths.PATIENCE_S, options.timeout / 2)
     try:
-        return asdict(within(patience, lambda: paths.look(options.targets, token, lost, place.rank), "no answer"))
+        return asdict(
+            within(options.timeout, lambda: paths.look(options.targets, token, lost, place.rank, patience), "no answer")
+        )
     except TookTooLong as error:
         return f"a file system gives {error}"
 
@@ -287,13 +289,17 @@ def _show(report: Report, options: Options) -> None:
     else:
         print(*report.lines(), sep="\n", flush=True)
     if report.errors:
-        count = f"{len(report.errors)} {'error' if len(report.errors) == 1 else 'errors'}"
+        count = _count(len(report.errors), "error")
         print(
-            f"lisa-ds: error: {count} on {report.world_size} ranks",
+            f"lisa-ds: error: {count} on {_count(report.world_size, 'rank')}",
             *report.errors,
             sep="\n",
             file=sys.stderr,
             flush=True,
         )
     elif not options.as_json:
-        print(f"ok: {report.world_size} ranks on {len(report.hosts)} hosts")
+        print(f"ok: {_count(report.world_size, 'rank')} on {_count(len(report.hosts), 'host')}")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

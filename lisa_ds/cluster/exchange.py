@@ -22,6 +22,9 @@ from lisa_ds.cluster.hosts import Place
 from lisa_ds.errors import ClusterError
 
 CLOCK_SAMPLES = 8
+GRACE_S = 2.0
+"""What rank 0 waits longer than others, who may have to say that something on their host took too long."""
+
 _RETRY_S = 0.2
 
 
@@ -89,7 +92,7 @@ class Exchange:
         """A store for a process group, beside what the check itself says."""
         return PrefixStore(prefix, self._store)
 
-    def gather(self, name: str, mine: Any, ranks: Iterable[int]) -> dict[int, Any]:
+    def gather(self, name: str, mine: Any, ranks: Iterable[int], grace: float = GRACE_S) -> dict[int, Any]:
         """Leave this rank's answer, and on rank 0 wait for those of ``ranks``.
 
         Returns:
@@ -98,7 +101,7 @@ class Exchange:
         self._put(f"{name}/{self.place.rank}", mine)
         if self.place.rank != 0:
             return {}
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + self._timeout + grace
         answers = {}
         for rank in ranks:
             value = self._take(f"{name}/{rank}", deadline - time.monotonic())

@@ -17,7 +17,7 @@ from lisa_ds.cluster.findings import Finding, named
 from lisa_ds.config import RunConfig
 
 PATIENCE_S = 5.0
-"""How long a host waits for another's file to appear: network file systems cache."""
+"""Seconds that a host waits at most for another's file to appear: network file systems cache."""
 
 _FILES_OPENED = 100
 _DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt"}
@@ -98,7 +98,7 @@ class Seen:
     """Bytes on the file systems of the folders."""
 
 
-def look(targets: Targets, token: str, lost: Mapping[str, str], rank: int) -> Seen:
+def look(targets: Targets, token: str, lost: Mapping[str, str], rank: int, patience: float = PATIENCE_S) -> Seen:
     """What this host sees, which it looks at now for the first time: a network file system remembers what was not there.
 
     Args:
@@ -106,9 +106,10 @@ def look(targets: Targets, token: str, lost: Mapping[str, str], rank: int) -> Se
         token: What rank 0 has written.
         lost: Folders where it could not.
         rank: This one's, whose own file is removed again.
+        patience: Seconds to wait for rank 0's files.
     """
     unshared, unwritable = [], {}
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience
     for name, folder in targets.written.items():
         if name not in lost:
             while not (shared := _reads(folder, token)) and time.monotonic() < deadline:
