@@ -147,7 +147,18 @@ def test_a_host_alone_is_a_table(folder: Path) -> None:
         timeout=SEEN_S,
     )
     assert (done.returncode, done.stderr) == (0, ""), done
-    assert done.stdout.splitlines()[0].split() == ["host", "ranks", "GPUs", "memory", "free", "disk", "free", "clock", "copy", "matmul"]
+    assert done.stdout.splitlines()[0].split() == [
+        "host",
+        "ranks",
+        "GPUs",
+        "memory",
+        "free",
+        "disk",
+        "free",
+        "clock",
+        "copy",
+        "matmul",
+    ]
     assert done.stdout.endswith("ok: 1 rank on 1 host\n")
 
 

@@ -40,6 +40,7 @@ def launch(folder: Path, *more: str, launcher: list[str] | None = None) -> subpr
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
+        "LISA_DS_PEAK_TFLOPS": "0.01",  # no CPU is in the table
     }
     command = [*(launcher or deepspeed), str(ROOT / "launch/train.py"), "--lisa_config", "run.yaml", *more]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
@@ -106,12 +107,34 @@ def test_records_hold_what_was_printed_and_what_full_fine_tuning_would_take(fini
 
 
 @pytest.mark.multirank
+def test_speed_is_in_every_log_entry_in_the_records_and_on_the_console(finished: tuple[Path, str]) -> None:
+    folder, output = finished
+    history = json.loads((folder / "out/checkpoint-6/trainer_state.json").read_text())["log_history"]
+    entries = [entry for entry in history if "loss" in entry]
+    assert len(entries) == 6
+    for entry in entries:
+        assert entry["tokens_per_second"] == pytest.approx(2 * entry["tokens_per_second_per_gpu"], abs=0.2)
+        assert 0 < entry["mfu"] < entry["hfu"] < 1  # padding and checkpointing
+        assert entry["max_rank_memory_gb"] > 0.1
+    assert "'mfu': " in output
+    read = {record.name: record for record in records.read(folder / "out/records.jsonl")}
+    assert 0 < read["mfu"].value < read["hfu"].value
+    assert read["max_rank_memory_gb"].value == entries[-1]["max_rank_memory_gb"] or (
+        read["max_rank_memory_gb"].value > entries[-1]["max_rank_memory_gb"]  # exporting took more
+    )
+    rate = read["tokens_per_second_per_gpu"].value
+    (line,) = [line for line in output.splitlines() if line.startswith("on each rank: ")]
+    assert line.startswith(f"on each rank: {rate:.0f} tokens a second, MFU {read['mfu'].value:.1%}, HFU ")
+
+
+@pytest.mark.multirank
 def test_trackers_see_lisa(finished: tuple[Path, str]) -> None:
     read_events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = next((finished[0] / "out").rglob("events.*"))
     read = read_events.EventAccumulator(str(events.parent)).Reload()
     intervals = [scalar.value for scalar in read.Scalars("train/lisa/interval")]
     assert intervals == [0, 0, 1, 1, 2, 2]
+    assert all(scalar.value > 0 for scalar in read.Scalars("train/tokens_per_second"))
 
 
 @pytest.mark.multirank
@@ -352,6 +375,14 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert rest or err == f"[rank 0] error: {message}\n"
     assert out == ""
     assert [path for path in sorted(folder.rglob("*")) if "cache" not in path.parts] == before
+
+
+def test_a_peak_that_is_no_number_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LISA_DS_PEAK_TFLOPS", "fast")
+    assert command.main(["--lisa_config", "run.yaml"]) == 2
+    assert "error: LISA_DS_PEAK_TFLOPS: should be the dense TFLOP/s of one GPU, a number" in capsys.readouterr().err
 
 
 def write_checkpoint_of_two_ranks(checkpoint: Path) -> None:

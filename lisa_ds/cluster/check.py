@@ -6,8 +6,6 @@ does not answer in time is named and asked no more; what needs every rank is the
 
 from __future__ import annotations
 
-import json
-import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -57,7 +55,7 @@ def check(place: Place, environ: Mapping[str, str], options: Options) -> int:
         except NotMet as error:
             if place.rank != 0:
                 raise
-            _show(Report(place.world_size, [error.finding]), options)
+            Report(place.world_size, [error.finding]).show(as_json=options.as_json)
             return 2
         if place.rank == 0:
             return _Asking(exchange, options, names).run(mine)
@@ -85,7 +83,7 @@ class _Asking:
         self._links(leaders)
         self._speed()
         bad = bool(self._report.errors)
-        _show(self._report, self._options)
+        self._report.show(as_json=self._options.as_json)
         # Only now: a launcher ends all ranks when the first has failed.
         self._exchange.tell("verdict", 2 if bad else 0)
         self._exchange.gather("bye", None, self._ranks)  # the store ends with this process
@@ -281,25 +279,3 @@ def _measure(exchange: Exchange, options: Options, kind: str, together: bool) ->
     except (RuntimeError, TookTooLong) as error:
         answer["problem"] = first_line(error)
     return answer
-
-
-def _show(report: Report, options: Options) -> None:
-    if options.as_json:
-        print(json.dumps(report.as_dict()), flush=True)
-    else:
-        print(*report.lines(), sep="\n", flush=True)
-    if report.errors:
-        count = _count(len(report.errors), "error")
-        print(
-            f"lisa-ds: error: {count} on {_count(report.world_size, 'rank')}",
-            *report.errors,
-            sep="\n",
-            file=sys.stderr,
-            flush=True,
-        )
-    elif not options.as_json:
-        print(f"ok: {_count(report.world_size, 'rank')} on {_count(len(report.hosts), 'host')}")
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -87,6 +89,16 @@ class Report:
         lines += [f"note: {note}" for note in self.notes]
         return lines + [f"warning: {warning}" for warning in self.warnings]
 
+    def show(self, *, as_json: bool) -> None:
+        """Print it: the errors on stderr, everything else on stdout."""
+        print(json.dumps(self.as_dict()) if as_json else "\n".join(self.lines()), flush=True)
+        ranks = _count(self.world_size, "rank")
+        if self.errors:
+            first = f"lisa-ds: error: {_count(len(self.errors), 'error')} on {ranks}"
+            print(first, *self.errors, sep="\n", file=sys.stderr, flush=True)
+        elif not as_json:
+            print(f"ok: {ranks} on {_count(len(self.hosts), 'host')}", flush=True)
+
 
 def odd_ones(values: Mapping[str, Any], what: str, remedy: str) -> list[Finding]:
     """A finding for each host that differs from most of the others (from the first, if there are as many of each).
@@ -132,6 +144,10 @@ def _row(name: str, host: Mapping[str, Any]) -> tuple[str, ...]:
         f"{host['copy_gb_per_s']:.1f} GB/s" if "copy_gb_per_s" in host else "-",
         f"{host['matmul_tflops']:.3g} TFLOP/s" if "matmul_tflops" in host else "-",
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _ranges(ranks: list[int]) -> str:

@@ -34,8 +34,8 @@ class LabelLogitsTrainer(Trainer):
             and kwargs.get("compute_loss_func") is None
             and not self.args.use_liger_kernel  # it brings a fused head and loss
         )
-        self.tokens: Tensor | int = 0
-        """Tokens this rank has trained on, padding not counted."""
+        self.work = Work()
+        """What this rank has trained on."""
         self._kept: Tensor | None = None
         if head is not None and self.labelled_only:
             head.register_forward_pre_hook(self._keep_labelled)
@@ -44,10 +44,14 @@ class LabelLogitsTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """See ``Trainer.training_step``; counts tokens."""
-        mask = inputs.get("attention_mask")
-        self.tokens = self.tokens + (inputs["input_ids"].numel() if mask is None else mask.sum())
+        self.work.add(inputs, labelled_only=self.labelled_only)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
+
+    @property
+    def tokens(self) -> Tensor | float:
+        """Tokens this rank has trained on, padding not counted."""
+        return self.work.counts[0]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """See ``Trainer.compute_loss``."""
@@ -75,6 +79,32 @@ class LabelLogitsTrainer(Trainer):
             return None
         hidden, *others = inputs
         return (hidden[self._kept], *others)
+
+
+class Work:
+    """Counts what a rank trains on, without a wait for its device."""
+
+    def __init__(self) -> None:
+        self.counts: Tensor = torch.zeros(5, dtype=torch.float64)
+        """Tokens, padding not counted; pairs of tokens of a row (a row of t has t * t); positions with logits; and all
+        positions and pairs of positions, padding included."""
+
+    def add(self, inputs: dict[str, Any], *, labelled_only: bool) -> None:
+        """Count a batch: ``input_ids``, and if it has them ``attention_mask`` and ``labels``, all ``(B, T)``.
+
+        Args:
+            inputs: The batch.
+            labelled_only: Whether logits are computed where there are labels only.
+        """
+        ids = inputs["input_ids"]
+        rows, length = ids.shape
+        mask = inputs.get("attention_mask")
+        lengths = ids.new_full((rows,), length) if mask is None or mask.dim() != 2 else mask.sum(-1)
+        labels = inputs.get("labels") if labelled_only else None
+        logits = ids.new_full((), rows * length) if labels is None else labelled_positions(labels).sum()
+        seen = torch.stack([lengths.sum(), lengths.square().sum(), logits]).double()
+        whole = [seen.new_full((1,), size) for size in (rows * length, rows * length * length)]  # a copy would wait
+        self.counts = self.counts.to(seen.device) + torch.cat([seen, *whole])
 
 
 class Clock(TrainerCallback):

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
-from lisa_ds import data, methods
+from lisa_ds import data, flops, methods
 from lisa_ds.config import RunConfig
 from lisa_ds.errors import CheckpointError, ConfigError
 from lisa_ds.integrations import hf
+from lisa_ds.integrations.throughput import Throughput
 from lisa_ds.integrations.trainer import Clock, LabelLogitsTrainer
 from lisa_ds.layers import LayerStack
 from lisa_ds.memory import ModelShape, full_state_bytes
@@ -48,6 +49,7 @@ def run(config: RunConfig, *, resume: str | None = None, force: bool = False) ->
     if given.get("fp16"):
         hf.check_fp16(config.where("training.fp16"))
     methods.check(config)
+    peak = flops.peak_flops(_device_name(), os.environ)
     check_memory(config, force=force)
     checkpoint = _find_checkpoint(config, resume)
     tokenizer = load_tokenizer(config.model)
@@ -59,13 +61,15 @@ def run(config: RunConfig, *, resume: str | None = None, force: bool = False) ->
     hf.join_process_group()
     with _removed_if_left_empty(Path(args.output_dir)):
         trainer, clock = _build_trainer(config, given, args, tokenizer, *rows)
+        throughput = Throughput(trainer, clock, peak, config.lisa.layers_path)
+        trainer.callback_handler.callbacks.insert(0, throughput)
         methods.prepare(trainer, config)
         _restore_patience(trainer, checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     loss_before, loss_after = _held_out_losses(trainer)
     model = Path(args.output_dir) / "model"
     _export(trainer, model)
-    summary = _summarise(config, trainer, clock, loss_before, loss_after, model)
+    summary = _summarise(config, trainer, clock, throughput, loss_before, loss_after, model)
     if trainer.is_world_process_zero():
         summary.write(model.parent / "records.jsonl", {"config": config.model_dump(mode="json"), "seed": args.seed})
         print(*summary.lines(), sep="\n", flush=True)
@@ -262,6 +266,7 @@ def _summarise(
     config: RunConfig,
     trainer: LabelLogitsTrainer,
     clock: Clock,
+    throughput: Throughput,
     loss_before: float | None,
     loss_after: float | None,
     model: Path,
@@ -275,7 +280,6 @@ def _summarise(
         live, trained = callback.memory, callback.trained
     else:
         live, trained = hf.live_state(trainer), [tuple(range(len(stack.layers)))]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return Summary(
         method=config.method,
         steps=trainer.state.global_step,
@@ -289,6 +293,11 @@ def _summarise(
         tokens=int(tokens),
         seconds=clock.seconds,
         world_size=world_size,
-        device=f"{world_size} x {device}",
+        device=f"{world_size} x {_device_name()}",
+        throughput=throughput.total(),
         model=model,
     )
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

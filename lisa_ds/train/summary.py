@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lisa_ds import records
 from lisa_ds.integrations.hf import STATE_KINDS
+from lisa_ds.integrations.throughput import UNITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,9 @@ class Summary:
     model: Path
     """Where the exported model is."""
 
+    throughput: Mapping[str, float] = field(default_factory=dict)
+    """Of the training steps together, by the keys that log entries have too."""
+
     def lines(self) -> list[str]:
         """The summary to be read."""
         live, full = (sum(table[kind] for kind in STATE_KINDS) for table in (self.live, self.full))
@@ -62,6 +66,11 @@ class Summary:
             lines.append(
                 f"tokens/s: {self.tokens / self.seconds:.0f} ({self.tokens:,} tokens in {self.seconds:.0f} s of training steps)"
             )
+        if self.throughput:
+            shares = [f"{key.upper()} {self.throughput[key]:.1%}" for key in ("mfu", "hfu") if key in self.throughput]
+            memory = f"at most {self.throughput['max_rank_memory_gb']:.2f} GB"
+            rate = self.throughput.get("tokens_per_second_per_gpu", 0.0)
+            lines.append(", ".join([f"on each rank: {rate:.0f} tokens a second", *shares, memory]))
         return [*lines, f"model: {self.model}"]
 
     def write(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -72,6 +81,11 @@ class Summary:
             *((f"live_bytes/{kind}", self.method, size, "B", None) for kind, size in self.live.items()),
             *((f"live_bytes/{kind}", "full, planned", size, "B", None) for kind, size in self.full.items()),
             ("tokens_per_second", self.method, self.tokens / self.seconds if self.seconds else None, "1/s", None),
+            *(
+                (key, self.method, value, UNITS[key], None)
+                for key, value in self.throughput.items()
+                if key != "tokens_per_second"
+            ),
             ("layers_visited", self.method, len(self.layers_visited), "layers", None),
         ]
         commit, versions = records.commit(), records.versions()
