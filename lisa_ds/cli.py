@@ -70,7 +70,6 @@ def _ops(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     import json
 
-    from lisa_ds.config import load_config
     from lisa_ds.memory import settings
     from lisa_ds.report import plan
 

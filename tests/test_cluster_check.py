@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -74,6 +75,9 @@ class Job:
             )
         )
         return self
+
+    def kill(self, rank: int) -> None:
+        self._ranks[rank].kill()
 
     def end(self) -> list[subprocess.CompletedProcess[str]]:
         """What became of the ranks, in the order of their start."""
@@ -258,6 +262,22 @@ def test_a_rank_that_cannot_reach_the_master_says_from_where(folder: Path, addre
     (done,) = Job(folder, 2, "--timeout", "2", port=port, address=address).start(1, "gpu7").end()
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"lisa-ds: error: gpu7 (rank 1): cannot reach rank 0 at {address}:{port}: {reason}; ")
+
+
+def test_a_rank_0_that_dies_ends_the_others(folder: Path) -> None:
+    port = free_port()
+    job = Job(folder, 3, "--timeout", "20", port=port).start(0, "gpu1").start(1, "gpu7")  # rank 0 waits for the third
+    for _ in range(600):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.1)
+    time.sleep(2)  # for rank 1 to come
+    job.kill(0)
+    done = job.end()
+    assert done[1].returncode == 2
+    assert re.match(r"lisa-ds: error: gpu7 \(rank 1\): (the connection to|cannot reach rank 0 at) 127", done[1].stderr)
+    assert "Traceback" not in done[1].stderr
 
 
 @pytest.mark.skipif(shutil.which("faketime") is None, reason="needs faketime (Debian: apt install faketime)")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import DistNetworkError
 
 from lisa_ds.cluster import facts, links, paths, probes
 from lisa_ds.cluster.deadline import TookTooLong, watch, within
@@ -60,6 +61,11 @@ def check(place: Place, environ: Mapping[str, str], options: Options) -> int:
         if place.rank == 0:
             return _Asking(exchange, options, names).run(mine)
         return _answer(exchange, options, mine)
+    except DistNetworkError:
+        raise ClusterError(
+            f"{place.who}: the connection to {place.address}:{place.port} is lost: rank 0 has ended, and its own message or its "
+            "launcher's says why"
+        ) from None
     finally:
         timer.cancel()
 
@@ -237,7 +243,8 @@ def _answer(exchange: Exchange, options: Options, mine: facts.Facts) -> int:
     speed = exchange.tell("speed")
     exchange.gather("measured", _measure(exchange, options, plan["device"], speed["all_reduce"]), [])
     verdict: int = exchange.tell("verdict")
-    exchange.gather("bye", None, [])
+    with suppress(DistNetworkError):  # rank 0 has waited enough
+        exchange.gather("bye", None, [])
     return verdict
 
 
