@@ -127,6 +127,11 @@ def test_what_saves_memory_does() -> None:
     )  # with 128k tokens, embeddings and head outweigh two layers
 
 
+def test_second_copies_near_by_are_counted() -> None:
+    without, with_copies = (of("Llama-2-7b-hf", world_size=16, second_copies=n) for n in (1, 8))
+    assert with_copies.peak - without.peak == 2 * 6_738_415_616 // 8
+
+
 def test_tensor_parallel_shares_add_up() -> None:
     whole = Architecture.from_config(catalogue.require("Qwen2.5-7B"))
     half = whole.split(2)

@@ -48,6 +48,9 @@ class RunSettings:
     offload_optimizer: bool = False
     offload_param: bool = False
     tensor_parallel: int = 1
+    second_copies: int = 1
+    """In how many parts hpZ keeps every weight a second time; 1 for not at all."""
+
     on_cpu: bool = False
     """Whether ranks compute on CPUs, where what DeepSpeed moves to the host while it builds counts, too."""
 
@@ -119,6 +122,8 @@ def forecast(architecture: Architecture, run: RunSettings, sampled: Collection[i
         host = {part: state.pop(part) for part in ("gradients", "master", "moments")}
         # The update is computed there, from an fp32 gradient beside the one that was reduced.
         host["gradients"] += host["master"]
+    if run.second_copies > 1:
+        state["weights"] += run.width * -(-sum(architecture.shape.all()) // run.second_copies)
     if run.offload_param:
         host["weights"] = state.pop("weights")
     small = {"gathered": peaks.persistent}

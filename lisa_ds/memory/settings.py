@@ -95,6 +95,7 @@ def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -
         offload_param=_device(zero, "offload_param") == "cpu",
         sub_group_size=_number(config, zero, "sub_group_size", None) or 1_000_000_000,
         tensor_parallel=ways,
+        second_copies=_number(config, zero, "zero_hpz_partition_size", None) or 1,
     )
 
 
