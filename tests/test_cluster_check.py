@@ -6,12 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,75 +21,9 @@ from lisa_ds.cluster import hosts, probes
 from lisa_ds.cluster.findings import odd_ones
 from lisa_ds.errors import ClusterError
 from tests import tiny
-
-ROOT = Path(__file__).parent.parent
-TIMEOUT_S = 10
-SEEN_S = 60  # torch is loaded, on a busy machine slowly
+from tests.cluster_jobs import ROOT, SEEN_S, Job, errors, free_port, mounted, needs_mounts, read_only, two_hosts
 
 pytestmark = pytest.mark.multirank
-
-needs_mounts = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare, to mount for one rank alone"
-)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-class Job:
-    """Ranks that are started one by one, as a launcher on each host would."""
-
-    def __init__(
-        self, folder: Path, world_size: int, *arguments: str, port: int = 0, address: str = "127.0.0.1"
-    ) -> None:
-        self._folder = folder
-        self._arguments = ["check", "--timeout", str(TIMEOUT_S), *arguments]
-        self._common = {
-            "PYTHONPATH": str(ROOT),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": address,
-            "MASTER_PORT": str(port or free_port()),
-            "LISA_DS_CACHE": str(folder / "cache"),
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-        }
-        self._ranks: list[subprocess.Popen[str]] = []
-
-    def start(self, rank: int, host: str, *before: str, **environment: str) -> Job:
-        """Start a rank; ``before`` is a command that runs the rest of its line."""
-        slurm = {"SLURMD_NODENAME": host} if host else {}
-        self._ranks.append(
-            subprocess.Popen(
-                [*before, sys.executable, "-m", "lisa_ds.cli", *self._arguments],
-                cwd=self._folder,
-                env=os.environ | self._common | {"RANK": str(rank)} | slurm | environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-        return self
-
-    def kill(self, rank: int) -> None:
-        self._ranks[rank].kill()
-
-    def end(self) -> list[subprocess.CompletedProcess[str]]:
-        """What became of the ranks, in the order of their start."""
-        done = []
-        deadline = time.monotonic() + SEEN_S
-        try:
-            for rank in self._ranks:
-                out, err = rank.communicate(timeout=deadline - time.monotonic())
-                done.append(subprocess.CompletedProcess(rank.args, rank.returncode, out, err))
-        finally:
-            for rank in self._ranks:
-                rank.kill()
-        return done
 
 
 @pytest.fixture
@@ -103,22 +36,6 @@ def folder(tmp_path: Path) -> Path:
     run = {"model": {"name_or_path": "model"}, "data": {"path": "rows.jsonl"}, "training": {"output_dir": "out"}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     return tmp_path
-
-
-def mounted(*commands: str) -> tuple[str, ...]:
-    """A command that sees other mounts than everybody else."""
-    return ("unshare", "--mount", "sh", "-ec", "\n".join((*commands, 'exec "$@"')), "sh")
-
-
-def read_only(path: str) -> tuple[str, str]:
-    return (f"mount --bind {path} {path}", f"mount -o remount,bind,ro {path}")
-
-
-def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """What rank 0 printed of errors, without the line that counts them."""
-    first, *lines = done.stderr.splitlines()
-    assert first.startswith(f"lisa-ds: error: {len(lines)} error"), done.stderr
-    return lines
 
 
 def test_ranks_that_fit_together(folder: Path) -> None:
@@ -264,20 +181,24 @@ def test_a_rank_that_cannot_reach_the_master_says_from_where(folder: Path, addre
     assert done.stderr.startswith(f"lisa-ds: error: gpu7 (rank 1): cannot reach rank 0 at {address}:{port}: {reason}; ")
 
 
-def test_a_rank_0_that_dies_ends_the_others(folder: Path) -> None:
+@pytest.mark.parametrize("fate", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])
+def test_a_rank_0_that_is_gone_ends_the_others(folder: Path, fate: str) -> None:
     port = free_port()
-    job = Job(folder, 3, "--timeout", "20", port=port).start(0, "gpu1").start(1, "gpu7")  # rank 0 waits for the third
+    job = Job(folder, 3, "--timeout", "8", port=port).start(0, "gpu1").start(1, "gpu7")  # rank 0 waits for the third
     for _ in range(600):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 break
         time.sleep(0.1)
     time.sleep(2)  # for rank 1 to come
-    job.kill(0)
-    done = job.end()
-    assert done[1].returncode == 2
-    assert re.match(r"lisa-ds: error: gpu7 \(rank 1\): (the connection to|cannot reach rank 0 at) 127", done[1].stderr)
-    assert "Traceback" not in done[1].stderr
+    job.signal(0, signal.SIGKILL if fate == "dies" else signal.SIGSTOP)
+    done = job.end_of(1)
+    assert done.returncode == 2
+    assert re.match(
+        r"lisa-ds: error: gpu7 \(rank 1\): (the connection to|cannot reach rank 0 at|rank 0 at|127.0.0.1:\d+ takes) ",
+        done.stderr,
+    )
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("faketime") is None, reason="needs faketime (Debian: apt install faketime)")
@@ -318,33 +239,6 @@ def test_launchers(folder: Path, launcher: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (report,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert (report["ok"], report["world_size"]) == (True, 2)
-
-
-@contextmanager
-def two_hosts() -> Iterator[tuple[list[str], str]]:
-    """Two network namespaces on a bridge: the commands that enter them, and the address of the first."""
-    tag, net = "lisachk", "10.231.9"
-    made: list[list[str]] = []
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True)
-
-    try:
-        made.append(["ip", "link", "del", f"{tag}br"])
-        ip("link", "add", f"{tag}br", "type", "bridge")
-        ip("link", "set", f"{tag}br", "up")
-        for i in ("1", "2"):
-            made.append(["ip", "netns", "del", f"{tag}{i}"])
-            ip("netns", "add", f"{tag}{i}")
-            ip("link", "add", f"{tag}v{i}", "type", "veth", "peer", "name", "eth0", "netns", f"{tag}{i}")
-            ip("link", "set", f"{tag}v{i}", "master", f"{tag}br", "up")
-            ip("-n", f"{tag}{i}", "addr", "add", f"{net}.{i}/24", "dev", "eth0")
-            ip("-n", f"{tag}{i}", "link", "set", "eth0", "up")
-            ip("-n", f"{tag}{i}", "link", "set", "lo", "up")
-        yield [f"{tag}1", f"{tag}2"], f"{net}.1"
-    finally:
-        for command in reversed(made):
-            subprocess.run(command, capture_output=True)
 
 
 @pytest.mark.cluster

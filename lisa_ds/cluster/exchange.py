@@ -156,12 +156,18 @@ class Exchange:
         self._store.set(name, json.dumps(value))
 
     def _take(self, name: str, seconds: float) -> bytes | None:
-        try:
-            self._store.wait([name], timedelta(seconds=max(0.01, seconds)))
-        except DistStoreError:  # too late
-            return None
-        value: bytes = self._store.get(name)
-        return value
+        seconds = max(0.01, seconds)
+
+        def take() -> bytes | None:
+            try:
+                self._store.wait([name], timedelta(seconds=seconds))
+            except DistStoreError:  # too late
+                return None
+            value: bytes = self._store.get(name)
+            return value
+
+        # When its time is over, the store asks the server to forget the question, and waits for that without an end.
+        return within(seconds + 5, take, f"{self.place.who}: rank 0 at {self.place.address} does not answer at all")
 
 
 def _check_free(place: Place, here: str) -> None:
