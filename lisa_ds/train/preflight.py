@@ -21,7 +21,7 @@ from lisa_ds.report import plan
 _log = logging.getLogger(__name__)
 
 
-def check_memory(config: RunConfig, *, force: bool = False) -> None:
+def check_memory(config: RunConfig, *, force: bool = False) -> str | None:
     """Refuse a run that cannot fit into this machine's devices, or whose export cannot fit into the host.
 
     A model whose architecture the planner does not know is held to the size of its weights and optimizer state alone.
@@ -30,43 +30,47 @@ def check_memory(config: RunConfig, *, force: bool = False) -> None:
         config: The run.
         force: Warn instead.
 
+    Returns:
+        The plan in a line, where the planner knows the architecture.
+
     Raises:
         ConfigError: It does not fit; says by how much, and what to change.
     """
-    problem = _problem(config)
-    if problem is None:
-        return
-    if not force:
-        raise ConfigError(f"{config.where('model.name_or_path')}: {problem}")
-    _log.warning("going on all the same, as --force says: %s", problem)
+    planned, problem = _plan(config)
+    if problem is not None:
+        if not force:
+            raise ConfigError(f"{config.where('model.name_or_path')}: {problem}")
+        _log.warning("going on all the same, as --force says: %s", problem)
+    return planned
 
 
-def _problem(config: RunConfig) -> str | None:
+def _plan(config: RunConfig) -> tuple[str | None, str | None]:
+    """The plan in a line, and what is wrong with it."""
     device, memory = _device()
     name = config.model.name_or_path
     try:
         architecture = _architecture(config)
     except ModelError:
-        return _state_alone(config, memory, device)
+        return None, _state_alone(config, memory, device)
     run = replace(
         settings.from_run(config, architecture, num_ranks=int(os.environ.get("WORLD_SIZE", "1"))),
         on_cpu=not torch.cuda.is_available(),
     )
     report = plan.make(name, architecture, run, memory)
     own = report.own
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            f"planned: {own.peak / 1e9:.2f} GB on a rank at most, in {own.peak_phase}; {device} has {memory / 1e9:.2f} GB"
-        )
+    planned = (
+        f"planned: {own.peak / 1e9:.2f} GB on a rank at most, in {own.peak_phase}; {device} has {memory / 1e9:.2f} GB"
+    )
     if not report.fits:
-        return plan.too_little_memory(report, device)
-    host = own.host["export on rank 0"] + sum(own.host.values()) * _local_ranks()
+        return planned, plan.too_little_memory(report, device)
+    exported = own.host["export on rank 0"]
+    host = exported + (sum(own.host.values()) - exported) * _local_ranks()
     if torch.cuda.is_available() and host > _host_memory():
-        return (
+        return planned, (
             f"the run needs {host / 1e9:.1f} GB on rank 0's host (offloaded state, and the model that is exported at the end), "
             f"which has {_host_memory() / 1e9:.1f} GB\nTo try it all the same: --force"
         )
-    return None
+    return planned, None
 
 
 def _architecture(config: RunConfig) -> Architecture:

@@ -50,7 +50,7 @@ def run(config: RunConfig, *, resume: str | None = None, force: bool = False) ->
         hf.check_fp16(config.where("training.fp16"))
     methods.check(config)
     peak = flops.peak_flops(_device_name(), os.environ)
-    check_memory(config, force=force)
+    planned = check_memory(config, force=force)
     checkpoint = _find_checkpoint(config, resume)
     tokenizer = load_tokenizer(config.model)
     rows = data.load_dataset(config.data, tokenizer, task=config.model.task)
@@ -59,6 +59,8 @@ def run(config: RunConfig, *, resume: str | None = None, force: bool = False) ->
     _check_writable(config)
     args = arguments.build(config, given, resumed=checkpoint is not None)
     hf.join_process_group()
+    if planned and args.process_index == 0:
+        print(planned)
     with _removed_if_left_empty(Path(args.output_dir)):
         trainer, clock = _build_trainer(config, given, args, tokenizer, *rows)
         throughput = Throughput(trainer, clock, peak, config.lisa.layers_path)
