@@ -6,7 +6,7 @@ moments of layers that leave, and steps ``torch.optim.AdamW``. Both sides build 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,9 @@ class Case:
     drop_update_at: int | None = None
     direct_backward: bool = False  # loss.backward() in place of engine.backward(loss)
     width: int = 1  # times the model's usual one
+    heads: int = 1  # of the model's usual width each
+    zero: dict[str, Any] = field(default_factory=dict)  # more keys of zero_optimization
+    autotp: int = 1  # ranks that share a layer
     masked: dict[str, Any] | None = None  # give a MaskedAdamW with these arguments in place of torch's AdamW
     lisa: dict[str, Any] = field(default_factory=dict)
 
@@ -60,17 +63,17 @@ class Outcome:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def build_model(tied: bool = False, layers: int = LAYERS, width: int = 1) -> nn.Module:
+def build_model(tied: bool = False, layers: int = LAYERS, width: int = 1, heads: int = 1) -> nn.Module:
     """A Llama whose parameters divide by neither 2 nor 3: biases of 37, norms of 26."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=101,
-        hidden_size=26 * width,
-        intermediate_size=37 * width,
+        hidden_size=26 * width * heads,
+        intermediate_size=37 * width * heads,
         num_hidden_layers=layers,
-        num_attention_heads=1,
-        num_key_value_heads=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         attention_bias=True,
         mlp_bias=True,
         tie_word_embeddings=tied,
@@ -116,16 +119,19 @@ def units(model: nn.Module) -> dict[str, int | str]:
     return result
 
 
-def reference(case: Case, world_size: int, layers: list[tuple[int, ...]]) -> Outcome:
+def reference(
+    case: Case, world_size: int, layers: list[tuple[int, ...]], build: Callable[[], nn.Module] | None = None
+) -> Outcome:
     """The run in one process: plain torch, AdamW, fp32 master weights of 16-bit models kept only while sampled.
 
     Args:
         case: What to run.
         world_size: Ranks whose micro-batches make up one step.
         layers: Blocks trained in each interval.
+        build: Makes the model, if it is not ``case``'s own.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
-    model = build_model(case.tied).to(dtype)
+    model = (build() if build else build_model(case.tied, width=case.width, heads=case.heads)).to(dtype)
     model.train()
     unit_of = units(model)
     named = dict(model.named_parameters())
@@ -187,6 +193,7 @@ def deepspeed_config(case: Case, world_size: int) -> dict[str, Any]:
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
         "stage3_prefetch_bucket_size": 20_000 if case.prefetch else 0,
+        **case.zero,
     }
     if case.small_buckets:
         zero["reduce_bucket_size"] = 2_000
@@ -203,6 +210,8 @@ def deepspeed_config(case: Case, world_size: int) -> dict[str, Any]:
         "zero_optimization": zero,
         "steps_per_print": None,
     }
+    if case.autotp > 1:
+        config["tensor_parallel"] = {"autotp_size": case.autotp}
     if case.dtype == "bf16":
         config["bf16"] = {"enabled": True}
     if case.dtype == "fp16":

@@ -26,7 +26,7 @@ def build_engine(case: Case, *, shift: float = 0.0) -> Any:
     if case.dtype == "fp16":
         type(deepspeed.accelerator.get_accelerator()).is_fp16_supported = lambda self: True
     with deepspeed.zero.Init(config_dict_or_path=config) if case.zero_init else contextlib.nullcontext():
-        model = trajectory.build_model(case.tied, width=case.width)
+        model = trajectory.build_model(case.tied, width=case.width, heads=case.heads)
     if case.zero_init:
         _load_seeded_weights(model, case)
     with torch.no_grad():
@@ -55,22 +55,24 @@ def _load_seeded_weights(model: Any, case: Case) -> None:
     """zero.Init scatters random numbers in its own order: give it the weights the reference starts from."""
     if not hasattr(_load_seeded_weights, "weights"):
         raise AssertionError("call seed_weights() before any zero.Init")
-    weights = _load_seeded_weights.weights[case.tied]  # type: ignore[attr-defined]
+    weights = _load_seeded_weights.weights[case.tied, case.heads]  # type: ignore[attr-defined]
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if dist.get_rank() == 0:
                 parameter.data.copy_(weights[name])
 
 
-def seed_weights() -> None:
+def seed_weights(heads: int = 1) -> None:
     _load_seeded_weights.weights = {  # type: ignore[attr-defined]
-        tied: {n: p.detach().clone() for n, p in trajectory.build_model(tied).named_parameters()}
+        (tied, heads): {n: p.detach().clone() for n, p in trajectory.build_model(tied, heads=heads).named_parameters()}
         for tied in (False, True)
     }
 
 
 def full_parameters(engine: Any) -> dict[str, Tensor]:
-    """Every parameter, gathered, fp32."""
+    """Every parameter, gathered, fp32; of a model whose layers are shared, on rank 0 alone."""
+    if engine.autotp_size() > 1:
+        return {n: p.float() for n, p in (engine._zero3_consolidated_16bit_state_dict() or {}).items()}
     result = {}
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
@@ -94,25 +96,36 @@ def counted_reduce_scatter() -> Iterator[list[int]]:
         coalesced_collectives.dist.reduce_scatter_fn = stock
 
 
+LossOf = Callable[[Any, Tensor], Tensor]
+"""From an engine and the micro-batch of all ranks to this rank's loss."""
+
+
+def own_loss(engine: Any, batch: Tensor) -> Tensor:
+    """The loss on this rank's rows; ranks that share a layer have the same ones."""
+    rank = dist.get_rank(engine.data_parallel_group)
+    rows = batch[rank * MICRO_BATCH : (rank + 1) * MICRO_BATCH]
+    loss: Tensor = engine(input_ids=rows, labels=rows).loss
+    return loss
+
+
 def train(
     engine: Any,
     case: Case,
     *,
     first: int = 0,
+    loss_of: LossOf = own_loss,
     on_step: Callable[[int], None] = lambda step: None,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> Outcome:
     """Run ``case`` on this rank from step ``first``; losses are means over ranks."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     losses, norms, layers = [], [], []
-    for step, micro in enumerate(trajectory.micro_batches(case, world_size)):
+    for step, micro in enumerate(trajectory.micro_batches(case, int(engine.dp_world_size))):
         if step < first:
             continue
         layers.append(engine.sampled_layers)
         total = 0.0
         for batch in micro:
-            rows = batch[rank * MICRO_BATCH : (rank + 1) * MICRO_BATCH]
-            loss = engine(input_ids=rows, labels=rows).loss
+            loss = loss_of(engine, batch)
             total += loss.item() / case.accumulation
             if case.direct_backward:
                 loss.backward()
@@ -123,15 +136,15 @@ def train(
             engine.step()
         mean = torch.tensor([total])
         dist.all_reduce(mean)
-        losses.append(mean.item() / world_size)
+        losses.append(mean.item() / dist.get_world_size())
         norms.append(float(engine.get_global_grad_norm()))
         after_step(step)
     return Outcome(losses, norms, full_parameters(engine), layers)
 
 
-def run_case(case: Case) -> Outcome:
+def run_case(case: Case, engine: Any = None, loss_of: LossOf = own_loss) -> Outcome:
     """One trajectory, with the counters that its tests read in ``extra``."""
-    engine = build_engine(case)
+    engine = engine or build_engine(case)
     coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
     invalidations, in_flight = [0], [0]
     stock_invalidate, stock_fetch = coordinator._invalidate_trace, coordinator.fetch_sub_module
@@ -195,7 +208,7 @@ def run_case(case: Case) -> Outcome:
                 frozen_moved.append((step, name))
 
     with counted_reduce_scatter() as count:
-        outcome = train(engine, case, on_step=on_step, after_step=after_step)
+        outcome = train(engine, case, loss_of=loss_of, on_step=on_step, after_step=after_step)
     for handle in handles:
         handle.remove()
     outcome.extra = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_config
 
 from lisa_ds.config import LisaConfig
-from lisa_ds.engines.zero3 import LisaEngine, armed, compat
+from lisa_ds.engines.zero3 import LisaEngine, armed, compat, parallel
 from lisa_ds.engines.zero3.live import memory_report
 from lisa_ds.errors import ConfigError, EngineError
-from lisa_ds.memory import Precision
+from lisa_ds.layers import LayerStack
+from lisa_ds.memory import Precision, full_state_bytes
 from lisa_ds.optim import StateFormat
 
 STATE_KINDS = ("gradients", "master", "exp_avg", "exp_avg_sq")
@@ -73,6 +76,27 @@ def join_process_group() -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """Inside the ``with``, models are loaded as without AutoTP, which splits their layers when the engine is built.
+
+    Transformers refuses to load under ZeRO-3 and AutoTP, for the sake of weights that it would convert on the way.
+    """
+    fields = deepspeed_config() or {}
+    section = fields.pop("tensor_parallel", None)
+    try:
+        yield
+    finally:
+        if section is not None:
+            fields["tensor_parallel"] = section
+
+
+def tensor_parallel_size(args: Any) -> int:
+    """Ranks that share each layer of the model, by a trainer's arguments."""
+    plugin = args.deepspeed_plugin
+    return 1 if plugin is None else parallel.tensor_parallel_size(plugin.hf_ds_config.config)
+
+
 def check_deepspeed(fields: Mapping[str, Any], source: str, *, lisa: bool) -> None:
     """Hold a DeepSpeed config against DeepSpeed's own classes, and LISA's engine, before anything is loaded.
 
@@ -99,7 +123,7 @@ def check_deepspeed(fields: Mapping[str, Any], source: str, *, lisa: bool) -> No
     if not lisa:
         return
     compat.check_deepspeed()
-    problems = compat.zero_problems(zero)
+    problems = compat.zero_problems(zero) + parallel.problems(fields)
     if (fields.get("compile") or {}).get("deepcompile"):
         problems.append(compat.DEEPCOMPILE)
     if problems:
@@ -122,6 +146,13 @@ def check_fp16(source: str) -> None:
 def live_state(trainer: Any) -> dict[str, int]:
     """Bytes of model state alive on this rank by kind, as ``engine.memory_report()`` has them; for stock ZeRO-3 as well."""
     return memory_report(trainer.deepspeed.optimizer, trainer.deepspeed.module.parameters())
+
+
+def full_state(trainer: Any, stack: LayerStack) -> dict[str, int]:
+    """Bytes that full fine-tuning of ``stack`` would keep alive on this rank, by the planner, in ``trainer``'s precision."""
+    ranks = parallel.data_parallel_size(trainer.deepspeed)
+    shape = parallel.model_shape(stack, ranks, frozen=False)
+    return full_state_bytes(shape, world_size=ranks, precision=precision(trainer))
 
 
 def precision(trainer: Any) -> Precision:

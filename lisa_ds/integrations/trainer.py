@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from lisa_ds.integrations import hf
+
 IGNORED = -100
 
 
 class LabelLogitsTrainer(Trainer):
     """A ``Trainer`` for causal language models that computes logits of labelled positions only.
 
-    Models without a plain output head, and label smoothing, take the stock way. ``labelled_only`` tells which it is.
+    Models without a plain output head, or with one shared by several ranks, and label smoothing, take the stock way.
+    ``labelled_only`` tells which it is.
     """
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -33,6 +36,7 @@ class LabelLogitsTrainer(Trainer):
             and self.label_smoother is None
             and kwargs.get("compute_loss_func") is None
             and not self.args.use_liger_kernel  # it brings a fused head and loss
+            and hf.tensor_parallel_size(self.args) == 1  # AutoTP replaces the head, and may the loss
         )
         self.work = Work()
         """What this rank has trained on."""

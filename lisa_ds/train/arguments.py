@@ -89,9 +89,31 @@ def check(config: RunConfig) -> dict[str, Any]:
         config.deepspeed_config(),
         training_source=config.where("training"),
         deepspeed_source=source,
-        world_size=int(ranks) if (ranks := os.environ.get("WORLD_SIZE")) else None,
+        world_size=_data_parallel_size(config, source),
     )
     return given
+
+
+def _data_parallel_size(config: RunConfig, source: str) -> int | None:
+    """Ranks with rows of their own, if the launcher has told how many ranks there are.
+
+    Raises:
+        ConfigError: ``tensor_parallel.autotp_size`` is not a divisor of their number.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE") or 0)
+    shared = _autotp_size(config.deepspeed_config())
+    if not isinstance(shared, int) or shared < 1 or ranks % shared:
+        on = f" of this run's {ranks} ranks" if ranks else ""
+        raise ConfigError(
+            f"{source}: tensor_parallel.autotp_size: so many{on} share each layer, got {shared!r}; choose a number that "
+            "divides them, or leave it out"
+        )
+    return ranks // shared if ranks else None
+
+
+def _autotp_size(deepspeed: Mapping[str, Any]) -> Any:
+    section = deepspeed.get("tensor_parallel")
+    return section.get("autotp_size", 1) if isinstance(section, Mapping) else 1
 
 
 def _check_optimizer(config: RunConfig, given: Mapping[str, Any], origin: Origin) -> None:
@@ -192,6 +214,9 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     # What the config leaves out DeepSpeed would take from its own defaults: fp32, one micro-batch, no clipping.
     fields = {**from_training, **copy.deepcopy(config.deepspeed_config())}
     source = config.deepspeed if isinstance(config.deepspeed, str) else config.where("deepspeed")
+    if _autotp_size(fields) != 1:
+        # It would have to count the ranks that share a layer as if they had rows of their own: let DeepSpeed work it out.
+        fields.pop("train_batch_size", None)
     zero = fields.setdefault("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         stage = zero.get("stage") if isinstance(zero, dict) else zero

@@ -22,7 +22,6 @@ from lisa_ds.integrations import hf
 from lisa_ds.integrations.throughput import Throughput
 from lisa_ds.integrations.trainer import Clock, LabelLogitsTrainer
 from lisa_ds.layers import LayerStack
-from lisa_ds.memory import ModelShape, full_state_bytes
 from lisa_ds.models import load_model, load_tokenizer
 from lisa_ds.train import arguments
 from lisa_ds.train.preflight import check_memory
@@ -92,7 +91,8 @@ def _build_trainer(
     set_seed(args.seed)  # a new head is drawn at random
     # `args` keeps transformers' HfDeepSpeedConfig alive, under which a model is built partitioned.
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    model = load_model(model_config, dtype)
+    with hf.loading():
+        model = load_model(model_config, dtype)
     if task == "sequence_classification" and (names := data.label_names(train_rows)):
         names += [f"LABEL_{i}" for i in range(len(names), model.config.num_labels)]  # of a head with room for more
         model.config.id2label = dict(enumerate(names))
@@ -275,8 +275,8 @@ def _summarise(
 ) -> Summary:
     world_size = trainer.args.world_size
     stack = LayerStack.from_model(trainer.model, config.lisa.layers_path)
-    shape = ModelShape.from_numels(stack.numels(), tied=stack.tied)
     tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens, device=trainer.args.device), "sum")
+    tokens = int(tokens) // hf.tensor_parallel_size(trainer.args)  # ranks that share a layer see the same ones
     if config.method == "lisa":
         callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, hf.LisaCallback))
         live, trained = callback.memory, callback.trained
@@ -288,11 +288,11 @@ def _summarise(
         loss_before=loss_before,
         loss_after=loss_after,
         live=live or hf.live_state(trainer),
-        full=full_state_bytes(shape, world_size=world_size, precision=hf.precision(trainer)),
+        full=hf.full_state(trainer, stack),
         num_layers=len(stack.layers),
         layers_visited=tuple(sorted(set().union(*trained))),
         num_intervals=len(trained),
-        tokens=int(tokens),
+        tokens=tokens,
         seconds=clock.seconds,
         world_size=world_size,
         device=f"{world_size} x {_device_name()}",

@@ -54,7 +54,9 @@ def latest_tag(load_dir: Path) -> str:
     return path.read_text().strip()
 
 
-def peek(files: Sequence[Path], num_layers: int, policies: dict[str, str], *, world_size: int) -> Progress:
+def peek(
+    files: Sequence[Path], num_layers: int, policies: dict[str, str], *, world_size: int, tensor_size: int = 1
+) -> Progress:
     """Check this rank's checkpoint files and read where the saved run stood.
 
     All ranks agree on the outcome: if one finds a bad file, every rank raises.
@@ -64,11 +66,12 @@ def peek(files: Sequence[Path], num_layers: int, policies: dict[str, str], *, wo
         num_layers: Blocks of the model to be resumed.
         policies: The run's policies.
         world_size: Ranks of the run to be resumed.
+        tensor_size: How many of them share each layer.
 
     Raises:
         CheckpointError: Names the file and what is wrong with it.
     """
-    progress, problem = _read(files, num_layers, policies, world_size)
+    progress, problem = _read(files, num_layers, policies, world_size, tensor_size)
     problems: list[str | None] = [None] * world_size
     dist.all_gather_object(problems, problem)
     found = sorted({p for p in problems if p is not None})
@@ -77,13 +80,23 @@ def peek(files: Sequence[Path], num_layers: int, policies: dict[str, str], *, wo
     return progress
 
 
+def ranks_that_share_layers(tag: Path) -> int:
+    """On how many ranks each layer lay when ``tag`` was saved: 1 without tensor parallelism."""
+    return max(1, len({path.name.partition("mp_rank_")[2] for path in tag.glob("*mp_rank_*_optim_states.pt")}))
+
+
 def _read(
-    files: Sequence[Path], num_layers: int, policies: dict[str, str], world_size: int
+    files: Sequence[Path], num_layers: int, policies: dict[str, str], world_size: int, tensor_size: int
 ) -> tuple[Progress | None, str | None]:
     tag = files[0].parent
     if not tag.is_dir():
         return None, f"{tag}: no such checkpoint directory"
     ranks = len(list(tag.glob("*zero_pp_rank_*_optim_states.pt")))
+    if ranks and (sharing := ranks_that_share_layers(tag)) != tensor_size:
+        return None, (
+            f"{tag}: was saved with each layer on {sharing} ranks and cannot be resumed with it on {tensor_size}; set "
+            f"tensor_parallel.autotp_size (or the mpu's size) to {sharing}"
+        )
     if ranks not in (0, world_size):
         return None, (
             f"{tag}: was saved on {ranks} ranks and cannot be resumed on {world_size}; run on {ranks} ranks, or export "

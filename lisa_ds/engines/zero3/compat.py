@@ -15,6 +15,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import stage3
 from packaging.version import Version
 
+from lisa_ds.engines.zero3 import parallel
 from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
 
@@ -143,7 +144,7 @@ def check_options(config: Any) -> None:
     Raises:
         EngineError: Lists every option that cannot be combined with LISA.
     """
-    problems = zero_problems(config.zero_config)
+    problems = zero_problems(config.zero_config) + parallel.problems(getattr(config, "_param_dict", {}))
     if getattr(getattr(config, "compile_config", None), "deepcompile", False):
         problems.append(DEEPCOMPILE)
     if getattr(config, "load_universal_checkpoint", False):
@@ -165,6 +166,12 @@ def zero_problems(zero: Any) -> list[str]:
         problems.append(
             "zero_optimization.zero_quantized_nontrainable_weights: would quantise layers that train later; set it to false"
         )
+    for key, what in (("zero_quantized_weights", "weights"), ("zero_quantized_gradients", "gradients")):
+        if getattr(zero, key, False):
+            problems.append(
+                f"zero_optimization.{key}: would round {what} on their way between ranks, by kernels for GPUs that this engine "
+                "was not run with; set it to false"
+            )
     offload = zero.offload_optimizer
     if _device(offload) != "none":
         if _device(offload) == "nvme":
@@ -178,10 +185,6 @@ def zero_problems(zero: Any) -> list[str]:
             )
     if _device(zero.offload_param) == "nvme":
         problems.append("zero_optimization.offload_param.device: 'nvme' is not supported; use 'cpu' or 'none'")
-    if int(zero.zero_hpz_partition_size) > 1:
-        problems.append(
-            f"zero_optimization.zero_hpz_partition_size: is not supported, got {zero.zero_hpz_partition_size}; set it to 1"
-        )
     if int(getattr(zero, "mics_shard_size", -1)) > 0:
         problems.append(f"zero_optimization.mics_shard_size: is not supported, got {zero.mics_shard_size}; remove it")
     if getattr(zero, "elastic_checkpoint", False):

@@ -14,12 +14,12 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import stage3
 
 from lisa_ds.config import LisaConfig
-from lisa_ds.engines.zero3 import checkpoint, compat, fused, linear, policies
+from lisa_ds.engines.zero3 import checkpoint, compat, fused, linear, parallel, policies
 from lisa_ds.engines.zero3.frontier import BackwardFrontier
 from lisa_ds.engines.zero3.live import memory_report
 from lisa_ds.engines.zero3.warm import load_weights
 from lisa_ds.engines.zero3.window import WindowedStage3, WindowPlan
-from lisa_ds.errors import EngineError
+from lisa_ds.errors import CheckpointError, EngineError
 from lisa_ds.layers import LayerStack
 from lisa_ds.memory import ModelShape, default_bucket
 from lisa_ds.optim import StateFormat
@@ -77,7 +77,10 @@ class LisaEngine(DeepSpeedEngine):
 
     @property
     def model_shape(self) -> ModelShape:
-        """Elements of each parameter by unit, for the planner; what was frozen beforehand is apart."""
+        """Elements of each parameter by unit on this rank, for the planner; what was frozen beforehand is apart.
+
+        Where ranks share layers, ``world_size`` of the planner is the number of those that hold the same ones.
+        """
         return self._shape
 
     @property
@@ -134,14 +137,11 @@ class LisaEngine(DeepSpeedEngine):
     def _configure_zero_optimizer(self, optimizer: Any) -> Any:
         # Here and not earlier: AutoTP replaces parameters before the optimizer is built.
         compat.check_optimizer(optimizer)
+        parallel.check(self)
         if self._fuses:
             fused.check_optimizer(optimizer, self.state_format)
         self._stack = LayerStack.from_model(self.module, self._lisa.layers_path)
-        self._shape = ModelShape.from_numels(
-            self._stack.numels(trainable=True),
-            tied=self._stack.tied,
-            frozen=[numel for unit in self._stack.numels(trainable=False).values() for numel in unit],
-        )
+        self._shape = parallel.model_shape(self._stack, parallel.data_parallel_size(self), frozen=True)
         groups = getattr(optimizer, "param_groups", [])
         policies.apply(self._stack, self._lisa, {id(p) for group in groups for p in group["params"]})
         compat.check_leaf_modules(self.module, self._stack)
@@ -220,7 +220,9 @@ class LisaEngine(DeepSpeedEngine):
         if missing and self._backward_may_stop:
             raise EngineError(
                 f"layers {list(missing)} are sampled, but backward gave them no gradient. With frozen embeddings, reentrant "
-                "checkpointing that is not transformers' own cuts them off: use use_reentrant=False"
+                "checkpointing that is not transformers' own (torch's, deepspeed.checkpointing) cuts them off: use "
+                "torch.utils.checkpoint with use_reentrant=False, or let the embeddings' output require grad: "
+                "embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())"
             )
 
     def _switch(self, layers: tuple[int, ...]) -> None:
@@ -293,13 +295,20 @@ class LisaEngine(DeepSpeedEngine):
         """
         tag = str(tag or checkpoint.latest_tag(Path(load_dir)))
         if load_module_only or not load_optimizer_states:
+            self._check_warm_start(Path(load_dir) / tag)
+            self.optimizer.forget_second_copies()
             load_weights(self.module, Path(load_dir) / tag)
             self._begin_anew()
             return str(Path(load_dir) / tag), {}
         files = [Path(self._get_ckpt_name(load_dir, tag)), Path(self._get_zero_ckpt_name(load_dir, tag))]
         progress = checkpoint.peek(
-            files, len(self._stack.layers), policies.describe(self._lisa), world_size=dist.get_world_size()
+            files,
+            len(self._stack.layers),
+            policies.describe(self._lisa),
+            world_size=dist.get_world_size(),
+            tensor_size=self.mp_world_size,
         )
+        self.optimizer.forget_second_copies()
         # Frozen parameters are read by name from the file: the frozen set must be the saved one before they are.
         if progress.sampled != self.sampled_layers:
             self._point_at(progress.sampled)
@@ -319,6 +328,13 @@ class LisaEngine(DeepSpeedEngine):
             )
         self._log_interval()
         return result
+
+    def _check_warm_start(self, directory: Path) -> None:
+        if self.mp_world_size > 1:
+            raise CheckpointError(
+                f"{directory}: without optimizer states a checkpoint is read by whole layers, but here {self.mp_world_size} ranks "
+                "share each; load its weights into the model before initialize"
+            )
 
     def _begin_anew(self) -> None:
         self._step_in_lisa, self._history = 0, []

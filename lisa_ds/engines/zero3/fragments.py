@@ -12,7 +12,7 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
-from lisa_ds.engines.zero3.checkpoint import latest_tag
+from lisa_ds.engines.zero3.checkpoint import latest_tag, ranks_that_share_layers
 from lisa_ds.errors import CheckpointError
 
 
@@ -26,7 +26,7 @@ def read_weights(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         dtype: What parameters are cast to. Those that were training are stored in fp32, the others as the model holds them.
 
     Raises:
-        CheckpointError: A file is missing, truncated or not DeepSpeed's. Names it.
+        CheckpointError: A file is missing, truncated or not DeepSpeed's, or several ranks shared each layer. Names it.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory (looked from {Path.cwd()})")
@@ -56,6 +56,11 @@ def _check_files(tag: Path) -> None:
     state = sorted(tag.glob("*_optim_states.pt"))
     if not state:
         raise CheckpointError(f"{tag}: holds no *_optim_states.pt, so it is not a checkpoint of DeepSpeed ZeRO")
+    if (sharing := ranks_that_share_layers(tag)) > 1:
+        raise CheckpointError(
+            f"{tag}: holds layers in parts of {sharing} ranks, which the ranks themselves put together: resume it as it was "
+            "saved (launch/train.py --resume auto writes output_dir/model), or call engine.save_16bit_model(directory)"
+        )
     models = sorted(tag.glob("*_model_states.pt"))
     # Frozen parameters lie in the model files, a part of each in every rank's.
     if len(models) != len(state):

@@ -18,7 +18,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.zero.stage3 import OPTIMIZER_STEP_TIMER
 from torch import Tensor
 
-from lisa_ds.engines.zero3 import compat
+from lisa_ds.engines.zero3 import compat, parallel
 from lisa_ds.engines.zero3.window import WindowedStage3
 from lisa_ds.errors import EngineError
 from lisa_ds.ops import Hyper, Segment, SegmentTable, default_backend, masked_adamw_, sum_of_squares
@@ -220,7 +220,7 @@ class FusedStage3(WindowedStage3):
                     exp_avg_scale=state["exp_avg_scale"][scaled] if "exp_avg_scale" in state else None,
                     exp_avg_sq_scale=state["exp_avg_sq_scale"][scaled] if "exp_avg_sq_scale" in state else None,
                     step=state["step"],
-                    stream=(dist.get_rank() << 32) + self._number_of[parameter.ds_id],
+                    stream=(parallel.stream_rank(parameter) << 32) + self._number_of[parameter.ds_id],
                 )
             )
             offset, scales = offset + size, scaled.stop

@@ -19,7 +19,7 @@ def memory_report(optimizer: Any, parameters: Iterable[Any]) -> dict[str, int]:
         parameters: All parameters of the model, partitioned.
 
     Returns:
-        ``weights`` (the partitions, sampled and frozen), ``gradients`` (partitions; with CPU offload also their fp32 copy),
+        ``weights`` (the partitions, sampled and frozen, with hpZ's second ones), ``gradients`` (partitions; with CPU offload also their fp32 copy),
         ``master``, ``exp_avg``, ``exp_avg_sq`` (with the scales of 8-bit moments), ``parked_host``, ``parked_nvme`` (state of
         frozen layers) and ``buckets`` (the reduce buckets), in bytes.
     """
@@ -29,7 +29,9 @@ def memory_report(optimizer: Any, parameters: Iterable[Any]) -> dict[str, int]:
     masters = [master for master in optimizer.fp32_partitioned_groups_flat if master.data_ptr() not in weights]
     host_gradients = [master.grad for master in masters]
     return {
-        "weights": storage_bytes(parameter.ds_tensor for parameter in parameters),
+        "weights": storage_bytes(
+            part for p in parameters for part in (p.ds_tensor, getattr(p, "ds_secondary_tensor", None))
+        ),
         "gradients": storage_bytes([optimizer.grad_partitions_flat_buffer, *host_gradients]),
         "master": storage_bytes(masters),
         **{

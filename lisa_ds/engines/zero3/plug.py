@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from lisa_ds.config import LisaConfig
@@ -93,11 +94,17 @@ def initialize(
         engine, *_ = lisa_ds.initialize(model=model, config="ds_zero3.json", lisa_config={"num_sampled_layers": 2})
     """
     config = LisaConfig.load(lisa_config)
+    if isinstance(model, PipelineModule):
+        raise EngineError(
+            "model: a PipelineModule does not go with ZeRO-3; use the Megatron engine for pipeline stages"
+        )
     if optimizer is None and model_parameters is None and model is not None:
         model_parameters = list(model.parameters())
 
     def steps_per_epoch(engine: Any) -> int | None:
-        return None if training_data is None else math.ceil(len(training_data) / engine.train_batch_size())
+        # Under AutoTP the engine's batch size counts the ranks that share a layer, and so their rows, twice.
+        rows = engine.train_batch_size() // max(1, engine.autotp_size())
+        return None if training_data is None else math.ceil(len(training_data) / rows)
 
     with armed(lambda candidate: candidate is model, config, steps_per_epoch):
         result = deepspeed.initialize(

@@ -258,6 +258,11 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
         """Drop the moments of every sampled sub-group; they start at zero at the next step."""
         self.optimizer.state.clear()
 
+    def forget_second_copies(self) -> None:
+        """Drop what hpZ keeps of every weight, after weights have been read; a step drops that of the window alone."""
+        for parameter in self.module.parameters():
+            parameter.ds_secondary_tensor = None
+
     def owned(self) -> set[int]:
         """``id`` of every parameter that trains when its unit is sampled."""
         return {id(parameter) for group in self._all["fp16_groups"] for parameter in group}

@@ -1,0 +1,135 @@
+"""Ranks that share layers or sequences, beside the ranks that share the data.
+
+Note on who holds what.
+    Under tensor parallelism a rank holds a part of most layers, and ZeRO-3 partitions that part over the *data-parallel*
+    ranks, those that hold the same one. What is not split (norms, mostly) each of its peers holds as a copy, and copies stay
+    alike only if they are updated alike. A model built under ``deepspeed.zero.Init`` has those copies partitioned over all
+    ranks, as they were before the layers were split.
+    Under sequence parallelism every rank holds everything, and ZeRO-3 partitions it over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.runtime.utils import is_model_parallel_parameter
+
+from lisa_ds.errors import EngineError
+from lisa_ds.layers import LayerStack
+from lisa_ds.memory import ModelShape
+
+_MEGATRON = "for experts or pipeline stages of their own on each rank use the Megatron engine"
+
+
+def problems(fields: Mapping[str, Any]) -> list[str]:
+    """What of a DeepSpeed config's parallelism cannot be combined with LISA: key, value and remedy of each.
+
+    Args:
+        fields: The config's own keys; values may still be ``auto``.
+    """
+    found = []
+    if _section(fields, "expert_parallel").get("enabled"):
+        found.append(
+            f"expert_parallel.enabled: AutoEP keeps experts in groups of ranks of their own; set it to false, or {_MEGATRON}"
+        )
+    if "sequence_parallel_size" in fields and "data_parallel_size" in fields:
+        found.append(f"sequence_parallel_size, data_parallel_size: {_MESH}")
+    hpz = _section(fields, "zero_optimization").get("zero_hpz_partition_size", 1)
+    if tensor_parallel_size(fields) > 1 and isinstance(hpz, int) and hpz > 1:
+        found.append(_hpz_problem(hpz, f"tensor_parallel.autotp_size {tensor_parallel_size(fields)}"))
+    return found
+
+
+def tensor_parallel_size(fields: Mapping[str, Any]) -> int:
+    """Ranks that share each layer by DeepSpeed's AutoTP, as a DeepSpeed config says; 1 where it does not."""
+    size = _section(fields, "tensor_parallel").get("autotp_size", 1)
+    return size if isinstance(size, int) and size > 1 else 1
+
+
+def check(engine: Any) -> None:
+    """Refuse groups of ranks, of a half-built engine, under which gradients would be wrong.
+
+    Raises:
+        EngineError: Names the option and the remedy.
+    """
+    zero = engine._config.zero_config
+    hpz = int(zero.zero_hpz_partition_size)
+    if hpz > 1 and engine.mp_world_size > 1:
+        raise EngineError(f"deepspeed config: {_hpz_problem(hpz, f'layers shared by {engine.mp_world_size} ranks')}")
+    if engine.sequence_parallel_size <= 1:
+        return
+    if engine.autotp_size() > 1:
+        raise EngineError(
+            f"deepspeed config: tensor_parallel.autotp_size: does not go with sequence parallelism, got "
+            f"{engine.autotp_size()}; remove it, or split the layers of the sequence's ranks no further"
+        )
+    if not hasattr(engine.mpu, "get_sequence_data_parallel_group"):
+        raise EngineError(f"mesh_param, or sequence_parallel_size and data_parallel_size: {_MESH}")
+    if not zero.reduce_scatter:
+        raise EngineError(
+            f"deepspeed config: zero_optimization.reduce_scatter: with sequences shared by {engine.sequence_parallel_size} "
+            "ranks DeepSpeed adds their gradients up here but takes the mean where it is true; got False, set it to true"
+        )
+
+
+def data_parallel_size(engine: Any) -> int:
+    """Ranks that ZeRO-3 partitions over."""
+    return int(dist.get_world_size(engine.seq_data_parallel_group))
+
+
+def stream_rank(parameter: Any) -> int:
+    """A number for this rank's random stream in ``parameter``: that of its peers where they hold a copy of it.
+
+    Copies that are rounded at random must be rounded alike.
+    """
+    own = is_model_parallel_parameter(parameter)
+    return int(dist.get_rank() if own else dist.get_rank(parameter.ds_process_group))
+
+
+def model_shape(stack: LayerStack, world_size: int, *, frozen: bool) -> ModelShape:
+    """Elements of each parameter by unit, such that ``ceil(numel / world_size)`` of them are on this rank.
+
+    Args:
+        stack: The model, partitioned.
+        world_size: Ranks that ZeRO-3 partitions over.
+        frozen: Whether parameters that never train are told apart from those that do.
+    """
+
+    def numels(*, trainable: bool | None) -> dict[Any, tuple[int, ...]]:
+        whole = stack.numels(trainable=trainable)
+        for unit, sizes in whole.items():
+            parameters = [p for p in stack.parameters(unit) if trainable in (None, p.requires_grad)]
+            whole[unit] = tuple(_share(p, size, world_size) for p, size in zip(parameters, sizes, strict=True))
+        return whole
+
+    if not frozen:
+        return ModelShape.from_numels(numels(trainable=None), tied=stack.tied)
+    apart = [numel for unit in numels(trainable=False).values() for numel in unit]
+    return ModelShape.from_numels(numels(trainable=True), tied=stack.tied, frozen=apart)
+
+
+def _share(parameter: Any, numel: int, world_size: int) -> int:
+    group = getattr(parameter, "ds_process_group", None)
+    if group is None or dist.get_world_size(group) == world_size:
+        return numel
+    return -(-numel // int(dist.get_world_size(group))) * world_size  # partitioned over others: see zero.Init above
+
+
+def _section(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = fields.get(key)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _hpz_problem(size: int, beside: str) -> str:
+    return (
+        f"zero_optimization.zero_hpz_partition_size: keeps second copies within consecutive ranks, which with {beside} hold "
+        f"different layers, got {size}; set it to 1"
+    )
+
+
+_MESH = (
+    "DeepSpeed's mesh reduces gradients over the data-parallel ranks alone, so that ranks with one sequence would drift "
+    "apart; pass mpu=UlyssesSPAttentionHF.register_with_transformers(...) instead"
+)
