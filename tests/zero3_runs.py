@@ -119,7 +119,8 @@ def train(
 ) -> Outcome:
     """Run ``case`` on this rank from step ``first``; losses are means over ranks."""
     losses, norms, layers = [], [], []
-    for step, micro in enumerate(trajectory.micro_batches(case, int(engine.dp_world_size))):
+    with_own_rows = dist.get_world_size(engine.data_parallel_group) // engine.sequence_parallel_size
+    for step, micro in enumerate(trajectory.micro_batches(case, with_own_rows)):
         if step < first:
             continue
         layers.append(engine.sampled_layers)

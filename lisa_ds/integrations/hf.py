@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.integrations.deepspeed import deepspeed_config
 
 from lisa_ds.config import LisaConfig
 from lisa_ds.engines.zero3 import LisaEngine, armed, compat, parallel
 from lisa_ds.engines.zero3.live import memory_report
 from lisa_ds.errors import ConfigError, EngineError
+from lisa_ds.integrations.sharing import count_rows_once
 from lisa_ds.layers import LayerStack
 from lisa_ds.memory import Precision, full_state_bytes
 from lisa_ds.optim import StateFormat
@@ -63,6 +62,7 @@ def attach(trainer: Any, lisa_config: LisaConfig | Mapping[str, Any] | str | Pat
             return train(*args, **kwargs)
 
     trainer.train = train_by_lisa
+    count_rows_once(trainer)
     # First of all callbacks, so that the trackers behind it see what it adds to the logs.
     trainer.callback_handler.callbacks.insert(0, LisaCallback(trainer, each_step=config.interval_steps == 1))
 
@@ -74,27 +74,6 @@ def join_process_group() -> None:
     believe itself alone.
     """
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-
-
-@contextmanager
-def loading() -> Iterator[None]:
-    """Inside the ``with``, models are loaded as without AutoTP, which splits their layers when the engine is built.
-
-    Transformers refuses to load under ZeRO-3 and AutoTP, for the sake of weights that it would convert on the way.
-    """
-    fields = deepspeed_config() or {}
-    section = fields.pop("tensor_parallel", None)
-    try:
-        yield
-    finally:
-        if section is not None:
-            fields["tensor_parallel"] = section
-
-
-def tensor_parallel_size(args: Any) -> int:
-    """Ranks that share each layer of the model, by a trainer's arguments."""
-    plugin = args.deepspeed_plugin
-    return 1 if plugin is None else parallel.tensor_parallel_size(plugin.hf_ds_config.config)
 
 
 def check_deepspeed(fields: Mapping[str, Any], source: str, *, lisa: bool) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from lisa_ds.integrations import hf
+from lisa_ds.integrations.sharing import count_rows_once, tensor_parallel_size
 
 IGNORED = -100
 
@@ -30,13 +30,14 @@ class LabelLogitsTrainer(Trainer):
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         self._uses_cache = getattr(model.config, "use_cache", None)
         super().__init__(model, *args, **kwargs)
+        count_rows_once(self)
         head = _plain_head(self.model)
         self.labelled_only = (
             head is not None
             and self.label_smoother is None
             and kwargs.get("compute_loss_func") is None
             and not self.args.use_liger_kernel  # it brings a fused head and loss
-            and hf.tensor_parallel_size(self.args) == 1  # AutoTP replaces the head, and may the loss
+            and tensor_parallel_size(self.args) == 1  # AutoTP replaces the head, and may the loss
         )
         self.work = Work()
         """What this rank has trained on."""

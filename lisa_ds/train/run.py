@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from lisa_ds import data, flops, methods
 from lisa_ds.config import RunConfig
 from lisa_ds.errors import CheckpointError, ConfigError
-from lisa_ds.integrations import hf
+from lisa_ds.integrations import hf, sharing
 from lisa_ds.integrations.throughput import Throughput
 from lisa_ds.integrations.trainer import Clock, LabelLogitsTrainer
 from lisa_ds.layers import LayerStack
@@ -91,7 +91,7 @@ def _build_trainer(
     set_seed(args.seed)  # a new head is drawn at random
     # `args` keeps transformers' HfDeepSpeedConfig alive, under which a model is built partitioned.
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    with hf.loading():
+    with sharing.loading():
         model = load_model(model_config, dtype)
     if task == "sequence_classification" and (names := data.label_names(train_rows)):
         names += [f"LABEL_{i}" for i in range(len(names), model.config.num_labels)]  # of a head with room for more
@@ -276,7 +276,7 @@ def _summarise(
     world_size = trainer.args.world_size
     stack = LayerStack.from_model(trainer.model, config.lisa.layers_path)
     tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens, device=trainer.args.device), "sum")
-    tokens = int(tokens) // hf.tensor_parallel_size(trainer.args)  # ranks that share a layer see the same ones
+    tokens = int(tokens) // sharing.tensor_parallel_size(trainer.args)  # ranks that share a layer see the same ones
     if config.method == "lisa":
         callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, hf.LisaCallback))
         live, trained = callback.memory, callback.trained
