@@ -302,6 +302,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "command line: deepspeed: train_batch_size: contradicts run.yaml: training, where per_device_train_batch_size x "
             'gradient_accumulation_steps on 1 ranks is 4, got 7; write "auto" here',
         ),
+        (
+            ["deepspeed={tensor_parallel: {autotp_size: 2}}"],
+            "command line: deepspeed: tensor_parallel.autotp_size: so many of this run's 1 ranks share each layer, got 2; "
+            "choose a number that divides them, or leave it out",
+        ),
+        (
+            ["deepspeed={zero_optimization: {stage: 3}, expert_parallel: {enabled: true}}"],
+            "command line: deepspeed: expert_parallel.enabled: AutoEP keeps experts in groups of ranks of their own; *",
+        ),
         (["training.report_to=[1]"], "command line: training.report_to: 1 is not installed or not known to transformers; *"),
         (
             ["training.metric_for_best_model=accuracy"],

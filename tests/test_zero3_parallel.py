@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import socket
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from lisa_ds import records
 from lisa_ds.config import LisaConfig
 from lisa_ds.engines.zero3.fragments import read_weights
 from lisa_ds.errors import CheckpointError
 from lisa_ds.memory import Precision, state_bytes
 from tests import parallel_model, trajectory
 from tests.ranks import run_ranks
+from tests.test_train import launch, write_run
 from tests.test_zero3_trajectory import BOUNDS, _layers, differences
 from tests.trajectory import Case, Outcome
 from tests.zero3_parallel_runs import Shared, run_all
@@ -219,3 +226,44 @@ def test_what_does_not_combine_is_refused_by_name(runs: Any, name: str, parts: l
         message = rank["refusals"][name]
         assert message.startswith("EngineError: ")
         assert all(part in message for part in parts), message
+
+
+@pytest.mark.slow
+def test_a_run_file_with_shared_layers_tells_and_exports_what_one_without_does(tmp_path: Path) -> None:
+    told, models = {}, {}
+    uneven = {"path": "rows.jsonl", "eval_fraction": 0.3, "max_length": 64}  # 7 rows held out, for two groups
+    for name, ranks, sharing in (("shared", 4, {"tensor_parallel": {"autotp_size": 2}}), ("whole", 2, {})):
+        (tmp_path / name).mkdir()
+        zero3 = {"train_batch_size": 2 * 2 * 2, "zero_optimization": {"stage": 3}, **sharing}
+        write_run(tmp_path / name, data=uneven, deepspeed=zero3)
+        done = launch(tmp_path / name, *IN_FP32, launcher=_on(ranks))
+        assert done.returncode == 0, done.stdout + done.stderr
+        told[name] = [line for line in done.stdout.splitlines() if line.startswith(("held-out loss", "{'loss'"))]
+        told[name] = [re.sub(r", 'lisa/state_mb.*", "", line) for line in told[name]]
+        told[name] += re.findall(r"\(([\d,]+) tokens", done.stdout)
+        models[name] = load_file(tmp_path / name / "out/model/model.safetensors")
+        read = {(r.name, r.variant): r.value for r in records.read(tmp_path / name / "out/records.jsonl")}
+        assert read["live_bytes/weights", "lisa"] == read["live_bytes/weights", "full, planned"]
+    assert told["shared"] == told["whole"]
+    assert len(told["whole"]) == 6 + 1 + 1
+    assert models["shared"].keys() == models["whole"].keys()
+    # Near-zero gradients through Adam at its usual eps of 1e-8, at a learning rate of 1e-2.
+    assert all(torch.allclose(value, models["whole"][name], atol=1e-3) for name, value in models["shared"].items())
+
+    out = tmp_path / "shared/out"
+    for gone in ("model", "checkpoint-6"):
+        shutil.rmtree(out / gone)
+    done = launch(tmp_path / "shared", *IN_FP32, "--resume", "auto", launcher=_on(4))
+    assert done.returncode == 0, done.stdout + done.stderr
+    resumed = load_file(out / "model/model.safetensors")
+    assert all(torch.equal(value, resumed[name]) for name, value in models["shared"].items())
+
+
+IN_FP32 = ["training.bf16=false", "training.report_to=none", "training.per_device_eval_batch_size=2"]
+
+
+def _on(ranks: int) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", port]

@@ -61,7 +61,6 @@ def _refusals() -> dict[str, str]:
     attempt("quantised", lambda c: c[zero].update(zero_quantized_nontrainable_weights=True))
     attempt("nvme", lambda c: c[zero].update(offload_optimizer={"device": "nvme", "nvme_path": "x"}))
     attempt("partial", lambda c: c[zero].update(offload_optimizer={"device": "cpu", "ratio": 0.5}))
-    attempt("hpz", lambda c: c[zero].update(zero_hpz_partition_size=2))
     attempt("universal", lambda c: c.update(checkpoint={"load_universal": True}))
     leaf = trajectory.build_model(layers=3)
     set_z3_leaf_modules(leaf, [LlamaMLP])
@@ -154,7 +153,6 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("quantised", ["EngineError", "zero_quantized_nontrainable_weights", "set it to false"]),
         ("nvme", ["EngineError", "offload_optimizer.device", "'nvme'", "use 'cpu'"]),
         ("partial", ["EngineError", "offload_optimizer.ratio", "got 0.5"]),
-        ("hpz", ["EngineError", "zero_hpz_partition_size", "got 2"]),
         ("universal", ["EngineError", "checkpoint.load_universal"]),
         ("leaf", ["EngineError", "model.layers.0.mlp (LlamaMLP)", "leaf module"]),
         ("no blocks", ["ModelError", "no stack of blocks", "wrap the blocks"]),

@@ -58,6 +58,11 @@ def check(engine: Any) -> None:
     hpz = int(zero.zero_hpz_partition_size)
     if hpz > 1 and engine.mp_world_size > 1:
         raise EngineError(f"deepspeed config: {_hpz_problem(hpz, f'layers shared by {engine.mp_world_size} ranks')}")
+    if engine.autotp_size() > 1 and engine.mp_world_size != engine.autotp_size():
+        raise EngineError(
+            f"deepspeed config: tensor_parallel.autotp_size: got {engine.autotp_size()}, but DeepSpeed keeps the groups of this "
+            f"process's first engine, in which {engine.mp_world_size} ranks share each layer; use that number, or a new process"
+        )
     if engine.sequence_parallel_size <= 1:
         return
     if engine.autotp_size() > 1:
