@@ -26,7 +26,7 @@ from tests.ranks import run_ranks
 from tests.test_train import launch, write_run
 from tests.test_zero3_trajectory import BOUNDS, _layers, differences
 from tests.trajectory import Case, Outcome
-from tests.zero3_parallel_runs import Shared, run_all
+from tests.zero3_parallel_runs import Shared, run_all, run_trainer
 
 pytestmark = pytest.mark.multirank
 
@@ -218,6 +218,8 @@ def test_a_reentrant_checkpoint_over_frozen_embeddings_is_refused(runs: Any) -> 
         ("autotp and hpz", ["zero_hpz_partition_size", "tensor_parallel.autotp_size 2", "set it to 1"]),
         ("mpu and hpz", ["zero_hpz_partition_size", "layers shared by 2 ranks", "set it to 1"]),
         ("all-reduce", ["zero_optimization.reduce_scatter", "got False", "set it to true"]),
+        ("too few heads", ["tensor_parallel.autotp_size", "got 2", "at most the number of key-value heads"]),
+        ("another size", ["tensor_parallel.autotp_size", "got 4", "2 ranks share each layer", "a new process"]),
         ("stages", ["PipelineModule", "the Megatron engine"]),
     ],
 )
@@ -226,6 +228,17 @@ def test_what_does_not_combine_is_refused_by_name(runs: Any, name: str, parts: l
         message = rank["refusals"][name]
         assert message.startswith("EngineError: ")
         assert all(part in message for part in parts), message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_attached_trainer_with_shared_layers_is_the_one_without(tmp_path: Path, tied: bool) -> None:
+    (shared, held_out), *_ = run_ranks(4, run_trainer, tmp_path, tmp_path, 2, tied)
+    (whole, expected), *_ = run_ranks(2, run_trainer, tmp_path, tmp_path, 1, tied)
+    assert len(whole) == 4
+    for ours, theirs in zip(shared, whole, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert held_out == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.slow

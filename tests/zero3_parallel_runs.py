@@ -18,12 +18,13 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lisa_ds
 from lisa_ds.engines.zero3 import fused, parallel, window
 from lisa_ds.errors import LisaError
-from tests import parallel_model, trajectory, zero3_runs
+from tests import parallel_model, tiny, trajectory, zero3_runs
 from tests.parallel_model import Mpu
 from tests.trajectory import MICRO_BATCH, SEQUENCE, Case, Outcome
 from tests.zero3_checkpoint_runs import moments
@@ -272,19 +273,24 @@ def run_second_copies(case: Case) -> Outcome:
 # ---- refusals -----------------------------------------------------------------------------------------------------
 
 
+def refusal(change: Callable[[dict[str, Any]], Any], *, model: Any = None, **kwargs: Any) -> str:
+    """The message with which a changed config is refused."""
+    config = trajectory.deepspeed_config(Case("refused"), 4)
+    change(config)
+    model = model or trajectory.build_model(layers=2, heads=2)
+    try:
+        lisa_ds.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config, **kwargs)
+        return "nothing was refused"
+    except LisaError as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def run_refusals() -> dict[str, str]:
     """What groups of ranks are refused for, once the engine knows them."""
     messages = {}
 
     def attempt(name: str, change: Callable[[dict[str, Any]], Any], **kwargs: Any) -> None:
-        config = trajectory.deepspeed_config(Case(name), 4)
-        change(config)
-        model = kwargs.pop("model", None) or trajectory.build_model(layers=2, heads=2)
-        try:
-            lisa_ds.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config, **kwargs)
-            messages[name] = "nothing was refused"
-        except LisaError as error:
-            messages[name] = f"{type(error).__name__}: {error}"
+        messages[name] = refusal(change, **kwargs)
 
     zero = "zero_optimization"
     mesh = {"sequence_parallel_size": 2, "data_parallel_size": 2}
@@ -305,6 +311,42 @@ def run_refusals() -> dict[str, str]:
     stages = deepspeed.pipe.PipelineModule(layers=[torch.nn.Linear(4, 4)] * 2, num_stages=2)
     attempt("stages", lambda c: None, model=stages)
     return messages
+
+
+# ---- trainers -----------------------------------------------------------------------------------------------------
+
+
+def run_trainer(folder: Path, sharing: int, tied: bool) -> tuple[list[tuple[float, float]], float]:
+    """Losses and gradient norms of an attached trainer, and its held-out loss over rows that do not divide evenly."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny.config(tie_word_embeddings=tied))  # before the arguments: not partitioned
+    keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config: dict[str, Any] = {**dict.fromkeys(keys, "auto"), "zero_optimization": {"stage": 3}}
+    if sharing > 1:
+        config["tensor_parallel"] = {"autotp_size": sharing}
+    arguments = TrainingArguments(
+        str(folder),
+        deepspeed=config,
+        use_cpu=True,
+        max_steps=4,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        adam_epsilon=trajectory.EPS,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randint(4, 200, (16, 12), generator=draw)
+    rows: Any = [{"input_ids": row, "labels": row} for row in tokens]
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:7])
+    lisa_ds.attach(trainer, {"num_sampled_layers": 1, "interval_steps": 2})
+    trainer.train()
+    history = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    return history, trainer.evaluate()["eval_loss"]
 
 
 # ---- all of it ----------------------------------------------------------------------------------------------------
@@ -341,4 +383,11 @@ def run_all(
     result |= {case.name: run_autotp(case) for case in autotp}
     result["resumed"] = run_resume(replace(autotp[0], steps=5), folder / "autotp", 3)
     result["not shared"] = refused_resume(replace(autotp[0], autotp=1), folder / "autotp", 3)
+    # AutoTP by two is what this process knows now.
+    for name, size, heads in (("too few heads", 2, 1), ("another size", 4, 4)):
+        with fresh_groups():
+            result["refusals"][name] = refusal(
+                lambda config, size=size: config.update(tensor_parallel={"autotp_size": size}),
+                model=trajectory.build_model(layers=2, heads=heads),
+            )
     return result

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 
@@ -58,11 +59,8 @@ def check(engine: Any) -> None:
     hpz = int(zero.zero_hpz_partition_size)
     if hpz > 1 and engine.mp_world_size > 1:
         raise EngineError(f"deepspeed config: {_hpz_problem(hpz, f'layers shared by {engine.mp_world_size} ranks')}")
-    if engine.autotp_size() > 1 and engine.mp_world_size != engine.autotp_size():
-        raise EngineError(
-            f"deepspeed config: tensor_parallel.autotp_size: got {engine.autotp_size()}, but DeepSpeed keeps the groups of this "
-            f"process's first engine, in which {engine.mp_world_size} ranks share each layer; use that number, or a new process"
-        )
+    if engine.autotp_size() > 1:
+        _check_autotp(engine)
     if engine.sequence_parallel_size <= 1:
         return
     if engine.autotp_size() > 1:
@@ -76,6 +74,23 @@ def check(engine: Any) -> None:
         raise EngineError(
             f"deepspeed config: zero_optimization.reduce_scatter: with sequences shared by {engine.sequence_parallel_size} "
             "ranks DeepSpeed adds their gradients up here but takes the mean where it is true; got False, set it to true"
+        )
+
+
+def _check_autotp(engine: Any) -> None:
+    size, key = engine.autotp_size(), "deepspeed config: tensor_parallel.autotp_size"
+    if engine.mp_world_size != size:
+        raise EngineError(
+            f"{key}: got {size}, but DeepSpeed keeps the groups of this process's first engine, in which {engine.mp_world_size} "
+            "ranks share each layer; use that number, or a new process"
+        )
+    empty = any(getattr(parameter, "ds_numel", parameter.numel()) == 0 for parameter in engine.module.parameters())
+    anywhere = torch.tensor(float(empty), device=engine.device)
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+    if anywhere > 0:
+        raise EngineError(
+            f"{key}: got {size}, which leaves a rank without any part of some layer (attention is split by its key-value "
+            "heads), and ZeRO-3 cannot gather nothing; choose at most the number of key-value heads"
         )
 
 
