@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lisa_ds.flops import ComputeShape, Cost, Trained, cost
+from lisa_ds.integrations.sharing import tensor_parallel_size
 from lisa_ds.integrations.trainer import Clock
 from lisa_ds.layers import LayerStack
 
@@ -30,7 +31,7 @@ UNITS = {
 class Throughput(TrainerCallback):
     """Adds the keys of :data:`UNITS` to the entries of training steps.
 
-    ``mfu`` and ``hfu`` are missing where the device's peak or the model's arithmetic is not known.
+    ``mfu`` and ``hfu`` are missing where the device's peak or the model's arithmetic is not known, or ranks share layers.
 
     Args:
         trainer: A :class:`~lisa_ds.integrations.trainer.LabelLogitsTrainer`. This goes before its other callbacks, so that
@@ -43,7 +44,9 @@ class Throughput(TrainerCallback):
     def __init__(self, trainer: Any, clock: Clock, peak_flops: float | None, layers_path: str = "auto") -> None:
         self._trainer = trainer
         self._clock = clock
-        self._peak = peak_flops
+        self._sharing = tensor_parallel_size(trainer.args)  # ranks that compute one layer, and so the same tokens
+        # Of a layer's arithmetic a rank has a part then, which the model's config does not tell.
+        self._peak = peak_flops if self._sharing == 1 else None
         self._layers_path = layers_path
         self._stack: LayerStack | None = None
         self._shape: ComputeShape | None = None
@@ -110,6 +113,7 @@ class Throughput(TrainerCallback):
         rates: dict[str, float] = {}
         if seconds > 0:
             tokens, model, hardware = since[:, :3].sum(0).tolist()
+            tokens /= self._sharing
             rates["tokens_per_second"] = round(tokens / seconds, 1)
             rates["tokens_per_second_per_gpu"] = round(tokens / seconds / ranks, 1)
             if self._peak is not None and model > 0:

@@ -101,7 +101,7 @@ def _data_parallel_size(config: RunConfig, source: str) -> int | None:
         ConfigError: ``tensor_parallel.autotp_size`` is not a divisor of their number.
     """
     ranks = int(os.environ.get("WORLD_SIZE") or 0)
-    shared = _autotp_size(config.deepspeed_config())
+    shared = autotp_size(config.deepspeed_config())
     if not isinstance(shared, int) or shared < 1 or ranks % shared:
         on = f" of this run's {ranks} ranks" if ranks else ""
         raise ConfigError(
@@ -111,7 +111,8 @@ def _data_parallel_size(config: RunConfig, source: str) -> int | None:
     return ranks // shared if ranks else None
 
 
-def _autotp_size(deepspeed: Mapping[str, Any]) -> Any:
+def autotp_size(deepspeed: Mapping[str, Any]) -> Any:
+    """Ranks that share each layer by AutoTP, as a DeepSpeed config says; 1 where it does not."""
     section = deepspeed.get("tensor_parallel")
     return section.get("autotp_size", 1) if isinstance(section, Mapping) else 1
 
@@ -214,7 +215,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     # What the config leaves out DeepSpeed would take from its own defaults: fp32, one micro-batch, no clipping.
     fields = {**from_training, **copy.deepcopy(config.deepspeed_config())}
     source = config.deepspeed if isinstance(config.deepspeed, str) else config.where("deepspeed")
-    if _autotp_size(fields) != 1:
+    if autotp_size(fields) != 1:
         # It would have to count the ranks that share a layer as if they had rows of their own: let DeepSpeed work it out.
         fields.pop("train_batch_size", None)
     zero = fields.setdefault("zero_optimization", {})

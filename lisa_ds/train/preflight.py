@@ -17,6 +17,7 @@ from lisa_ds.memory.advice import usable
 from lisa_ds.memory.architectures import Module
 from lisa_ds.models import model_config, skeleton
 from lisa_ds.report import plan
+from lisa_ds.train.arguments import autotp_size
 
 _log = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ _log = logging.getLogger(__name__)
 def check_memory(config: RunConfig, *, force: bool = False) -> str | None:
     """Refuse a run that cannot fit into this machine's devices, or whose export cannot fit into the host.
 
-    A model whose architecture the planner does not know is held to the size of its weights and optimizer state alone.
+    A model whose architecture the planner does not know, or whose layers ranks share, is held to the size of its weights
+    and optimizer state alone.
 
     Args:
         config: The run.
@@ -48,6 +50,8 @@ def _plan(config: RunConfig) -> tuple[str | None, str | None]:
     """The plan in a line, and what is wrong with it."""
     device, memory = _device()
     name = config.model.name_or_path
+    if autotp_size(config.deepspeed_config()) != 1:  # it knows no gathered parts of layers, nor their activations
+        return _state_alone(config, memory, device)
     try:
         architecture = _architecture(config)
     except ModelError:
