@@ -51,7 +51,7 @@ def _plan(config: RunConfig) -> tuple[str | None, str | None]:
     device, memory = _device()
     name = config.model.name_or_path
     if autotp_size(config.deepspeed_config()) != 1:  # it knows no gathered parts of layers, nor their activations
-        return _state_alone(config, memory, device)
+        return None, _state_alone(config, memory, device)
     try:
         architecture = _architecture(config)
     except ModelError:
