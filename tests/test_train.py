@@ -47,6 +47,7 @@ def launch(folder: Path, *more: str, launcher: list[str] | None = None) -> subpr
 
 
 def write_run(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
     tiny.write_model(folder / "model")
     tiny.write_rows(folder / "rows.jsonl", tiny.alpaca)
     run = {

@@ -3,11 +3,16 @@
 The head's matrix product and the softmax over the vocabulary are a large part of a small model's step, and in instruction
 data most positions are prompt or padding, whose logits nobody reads. Here the head sees the hidden states of the labelled
 positions alone. Loss and gradients are those of the stock trainer, computed by transformers' own loss function.
+
+It can also be stopped and continued anywhere: at the last step, and with workers that load data.
 """
 
 from __future__ import annotations
 
+import functools
+import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,6 +84,19 @@ class LabelLogitsTrainer(Trainer):
             if self._uses_cache is not None:
                 config.use_cache = while_training
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Transformers would look at max_steps only after another step, when a run continues from its last one.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        if getattr(loader, "num_workers", 0):
+            loader.worker_init_fn = functools.partial(_outlive_a_signal, loader.worker_init_fn)
+        return loader
+
     def _keep_labelled(self, head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._kept is None:  # generation, or a caller of the bare model
             return None
@@ -136,6 +154,13 @@ def labelled_positions(labels: Tensor) -> Tensor:
     kept = _shifted(labels) != IGNORED
     kept[0, 0] |= ~kept.any()
     return kept
+
+
+def _outlive_a_signal(start: Callable[[int], None] | None, worker_id: int) -> None:
+    """Have a data loader's worker go on when every process of a job is signalled, as its trainer does until it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torch has put its own handler over the trainer's
+    if start is not None:
+        start(worker_id)
 
 
 def _labelled_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

@@ -9,9 +9,11 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from lisa_ds.cluster import environment
+from lisa_ds.cluster.preemption import Preempted, Preemption, ignore
 from lisa_ds.config import load_config
 from lisa_ds.errors import ConfigError, LisaError
 
@@ -23,25 +25,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as a config says.
 
     Returns:
-        The exit code: 0, or 2 after an error that is the user's to put right. Anything else is raised.
+        The exit code: 0, also for a run that a signal has ended in good order, or 2 after an error that is the user's to
+        put right. Anything else is raised.
     """
     try:
-        _prepare_environment()
-        arguments = _parse(argv)
-        overrides = list(arguments.overrides)
-        if arguments.deepspeed_config:
-            overrides.append(f"deepspeed={arguments.deepspeed_config}")
-        config = load_config(arguments.lisa_config, overrides)
-
-        import torch.distributed  # with transformers and DeepSpeed: seconds
-
-        from lisa_ds.train.run import run
-
-        run(config, resume=arguments.resume, force=arguments.force)
+        with Preemption().listening() as preemption:  # first of all: loading takes long
+            _train(argv, preemption)
     except LisaError as error:
         return tell(error)
-    torch.distributed.destroy_process_group()
+    ignore()  # until the process has ended
     return 0
+
+
+def _train(argv: Sequence[str] | None, preemption: Preemption) -> None:
+    _prepare_environment()
+    arguments = _parse(argv)
+    overrides = list(arguments.overrides)
+    if arguments.deepspeed_config:
+        overrides.append(f"deepspeed={arguments.deepspeed_config}")
+    config = load_config(arguments.lisa_config, overrides)
+
+    import torch.distributed  # with transformers and DeepSpeed: seconds
+
+    from lisa_ds.train.run import run
+
+    with suppress(Preempted):
+        run(config, resume=arguments.resume, force=arguments.force, preemption=preemption)
+    torch.distributed.destroy_process_group()
 
 
 def tell(error: LisaError) -> int:

@@ -16,9 +16,11 @@ import torch.distributed as dist
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from lisa_ds import data, flops, methods
+from lisa_ds.cluster.preemption import Preemption
 from lisa_ds.config import RunConfig
 from lisa_ds.errors import CheckpointError, ConfigError
 from lisa_ds.integrations import hf, sharing
+from lisa_ds.integrations.preemption import PreemptionCallback
 from lisa_ds.integrations.throughput import Throughput
 from lisa_ds.integrations.trainer import Clock, LabelLogitsTrainer
 from lisa_ds.layers import LayerStack
@@ -30,7 +32,9 @@ from lisa_ds.train.summary import Summary
 _log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, *, resume: str | None = None, force: bool = False) -> Summary:
+def run(
+    config: RunConfig, *, resume: str | None = None, force: bool = False, preemption: Preemption | None = None
+) -> Summary:
     """Train as ``config`` says, evaluate before and after, and export the model to ``output_dir/model``.
 
     Every rank calls it; the summary goes to ``output_dir/records.jsonl`` and, by rank 0, to the console.
@@ -39,8 +43,10 @@ def run(config: RunConfig, *, resume: str | None = None, force: bool = False) ->
         config: The run.
         resume: ``auto`` for the last complete checkpoint in ``output_dir`` if there is one, or the path of a checkpoint.
         force: Whether to try a run that the planner says cannot fit.
+        preemption: Hears the signals upon which the run saves and leaves.
 
     Raises:
+        Preempted: One has come, on some rank. ``--resume auto`` continues the run; it has exported nothing.
         LisaError: Something is wrong with config, data, model or checkpoint. Nothing has been written.
     """
     given = arguments.check(config)
@@ -60,12 +66,14 @@ def run(config: RunConfig, *, resume: str | None = None, force: bool = False) ->
     hf.join_process_group()
     if planned and args.process_index == 0:
         print(planned)
-    with _removed_if_left_empty(Path(args.output_dir)):
+    place, preemption = Path(args.output_dir), preemption or Preemption()
+    with preemption.marked(place), _removed_if_left_empty(place):
         trainer, clock = _build_trainer(config, given, args, tokenizer, *rows)
         throughput = Throughput(trainer, clock, peak, config.lisa.layers_path)
         trainer.callback_handler.callbacks.insert(0, throughput)
         methods.prepare(trainer, config)
         _restore_patience(trainer, checkpoint)
+        trainer.add_callback(PreemptionCallback(preemption, checkpoint))
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     loss_before, loss_after = _held_out_losses(trainer)
     model = Path(args.output_dir) / "model"
