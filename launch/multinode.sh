@@ -45,11 +45,12 @@ done <"$hostfile"
 
 python=$(command -v python)
 here=$(pwd -P)
+[[ $train == /* ]] || train=$here/$train
 for host in "${hosts[@]}"; do
     # -n: ssh would read the rest of what the loop reads.
     ssh -n -o BatchMode=yes -o ConnectTimeout="${LISA_SSH_TIMEOUT:-10}" "$host" true ||
         refuse "$hostfile: $host: not reachable by ssh without a password; try: ssh -o BatchMode=yes $host true"
-    for path in "$here/$train" "$python"; do
+    for path in "$here" "$train" "$python"; do
         ssh -n -o BatchMode=yes "$host" test -e "$path" ||
             refuse "$hostfile: $host: has no $path; every host needs the same directories"
     done

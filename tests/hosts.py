@@ -12,8 +12,9 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 NAMES = ("n1", "n2")
 ADDRESSES = {"n1": "10.231.7.1", "n2": "10.231.7.2"}
@@ -100,8 +101,7 @@ class Hosts:
     ) -> str:
         """What a command prints on a host."""
         done = subprocess.run(
-            [*self._enter(host), *map(str, command)],
-            cwd=cwd,
+            [*self._enter(host), "env", f"--chdir={cwd or self.folder}", *map(str, command)],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -111,22 +111,33 @@ class Hosts:
         assert not check or done.returncode == 0, f"{' '.join(map(str, command))}: {done.returncode}\n{done.stdout}"
         return done.stdout
 
+    def die(self, host: str) -> None:
+        """Kill all that runs on a host, as when its power fails. It can be used again."""
+        mine = "readlink /proc/self/ns/uts"
+        self.run(
+            host,
+            "bash",
+            "-c",
+            f'for p in /proc/[0-9]*; do [ "$(readlink $p/ns/uts)" != "$({mine})" ] || echo ${{p#/proc/}}; done | '
+            f"grep -vx -e $$ -e $(cat {self.folder}/n2.pid) | xargs kill -KILL; true",
+        )
+
     def _enter(self, host: str) -> Sequence[str]:
-        enter = ["nsenter", "--target", str(self._first), "--pid", "--mount", "--net", "--uts", "--wdns", os.getcwd()]
+        first = ["nsenter", "--target", str(self._first), "--pid", "--mount", "--net", "--uts", "--"]
         if host == "n1":
-            return [*enter[:-2], "--"]
-        second = (self.folder / "n2.pid").read_text().strip()
-        return [*enter[:-2], "--", "nsenter", "--target", second, "--mount", "--net", "--uts", "--"]
+            return first
+        second = (self.folder / "n2.pid").read_text().strip()  # as n1 sees it
+        return [*first, "nsenter", "--target", second, "--mount", "--net", "--uts", "--"]
 
 
-def wait_for(condition: object, timeout_s: float, what: str) -> None:
+def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> None:
     """Until ``condition()`` is true.
 
     Raises:
         AssertionError: It has not become true.
     """
     deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline, f"after {timeout_s:.0f} s: {what}"
         time.sleep(0.2)
 

@@ -1,7 +1,8 @@
-"""``launch/train.py``, but some ranks are signalled at known places, and saving can be slow.
+"""``launch/train.py``, but some ranks are signalled at known places, and steps and saves can be slow.
 
 ``SIGNALLED`` holds ``rank:place:signal`` entries, separated by commas. Places: ``load``, ``evaluate``, ``save``, ``exit``, or
 the number of the step amid which it comes. It goes to the rank's process group, as Slurm signals all processes of a task.
+``SLOW_STEP_S`` and ``SLOW_SAVE_S`` are seconds that a step, or amid its files a save, takes longer.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def _patch() -> None:
     class Signalled(LabelLogitsTrainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             _reach(str(self.state.global_step + 1))
+            time.sleep(float(os.environ.get("SLOW_STEP_S", 0)))
             return super().training_step(*args, **kwargs)
 
         def prediction_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -59,7 +60,10 @@ def tell(error: LisaError) -> int:
     rank = int(os.environ["RANK"])
     if rank != 0:
         # Mostly rank 0 has found the same, and its exit makes the launcher end this one here. If it has not, speak.
+        # Ended, it exits with the same code: srun's is the largest of all, and that of a signal would hide it.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(error.exit_code))
         time.sleep(RANK_0_SPEAKS_S)
+        signal.signal(signal.SIGTERM, before)
     print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
     return error.exit_code
 
