@@ -22,6 +22,7 @@ from lisa_ds.errors import CheckpointError, ConfigError
 from lisa_ds.integrations import hf, sharing
 from lisa_ds.integrations.preemption import PreemptionCallback
 from lisa_ds.integrations.throughput import Throughput
+from lisa_ds.integrations.streaming import streamed
 from lisa_ds.integrations.trainer import Clock, LabelLogitsTrainer
 from lisa_ds.layers import LayerStack
 from lisa_ds.models import load_model, load_tokenizer
@@ -99,7 +100,7 @@ def _build_trainer(
     set_seed(args.seed)  # a new head is drawn at random
     # `args` keeps transformers' HfDeepSpeedConfig alive, under which a model is built partitioned.
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    with sharing.loading():
+    with sharing.loading(), streamed():
         model = load_model(model_config, dtype)
     if task == "sequence_classification" and (names := data.label_names(train_rows)):
         names += [f"LABEL_{i}" for i in range(len(names), model.config.num_labels)]  # of a head with room for more

@@ -1,0 +1,39 @@
+"""A parameter's partition on this rank, filled without talking to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor
+
+
+def is_plain(parameter: Any) -> bool:
+    """Whether ``parameter`` is one partition on each rank, in memory and in its own dtype: not hpZ, NVMe or quantised."""
+    if getattr(parameter, "ds_status", None) is not ZeroParamStatus.NOT_AVAILABLE:
+        return False
+    partition = parameter.ds_tensor
+    return (
+        partition.final_location is None
+        and not hasattr(partition, "ds_quant_scale")
+        and getattr(parameter, "ds_secondary_tensor", None) is None
+        and partition.numel() == partition.ds_numel
+    )
+
+
+@torch.no_grad()
+def fill(parameter: Any, read_into: Callable[[Tensor, int], None]) -> None:
+    """Have ``read_into`` write this rank's elements of ``parameter``; what pads the last partition becomes zero.
+
+    Args:
+        parameter: Partitioned, see :func:`is_plain`.
+        read_into: Given a flat tensor, and the index in the whole parameter of its first element, fills it.
+    """
+    partition = parameter.ds_tensor
+    start = partition.ds_numel * parameter.ds_zero_partition_rank
+    count = max(0, min(partition.ds_numel, parameter.ds_numel - start))
+    if count:
+        read_into(partition.narrow(0, 0, count), start)
+    partition[count:].zero_()

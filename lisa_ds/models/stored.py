@@ -1,0 +1,112 @@
+"""Tensors where they lie in a safetensors file, read by the slice: what one rank wants of them, and no more.
+
+A safetensors file is eight bytes (the length of its header, little-endian), the header (JSON: name to dtype, shape and place)
+and the tensors' bytes. It is read, not mapped: pages of a mapping count as the process's own until the file is closed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lisa_ds.errors import ModelError
+
+CHUNK_BYTES = 2**24
+"""What is held at a time where bytes cannot be read into their place: of another dtype, or on another device."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, not read yet."""
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte in the file."""
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    def read_into(self, target: Tensor, start: int = 0) -> None:
+        """Fill ``target``, flat and of any dtype and device, with the elements from ``start`` on.
+
+        Raises:
+            ModelError: The file has become shorter.
+        """
+        direct = target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous()
+        step = max(1, target.numel() if direct else CHUNK_BYTES // self.dtype.itemsize)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + start * self.dtype.itemsize)
+            for first in range(0, target.numel(), step):
+                part = target[first : first + step]
+                chunk = part if direct else torch.empty(part.numel(), dtype=self.dtype)
+                self._fill(file.fileno(), chunk.view(torch.uint8).numpy().data)
+                if not direct:
+                    part.copy_(chunk)
+
+    def _fill(self, file: int, place: memoryview) -> None:
+        while place:
+            count = os.readv(file, [place])  # Linux gives 2 GiB at most
+            if count == 0:
+                raise ModelError(f"{self.path}: ends within {self.name}; it was replaced or cut while it was read")
+            place = place[count:]
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name; only its header is read.
+
+    Raises:
+        ModelError: It is truncated, no safetensors file, or a tensor has a dtype that no weight is trained in.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ModelError(f"{path}: is truncated or no safetensors file ({size} bytes); copy or download it again")
+        try:
+            header = json.loads(file.read(length))
+            places = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            ends = [entry["data_offsets"][1] for entry in places.values()]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise ModelError(f"{path}: its header is damaged; copy or download it again") from None
+    needed = 8 + length + max(ends, default=0)
+    if needed > size:
+        raise ModelError(f"{path}: is truncated: {size} bytes of {needed}; copy or download it again")
+    return {name: _stored(path, name, entry, 8 + length) for name, entry in places.items()}
+
+
+def _stored(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise ModelError(
+            f"{path}: {name} is stored as {entry['dtype']}, in which no weight is trained; convert it first"
+        )
+    first, end = entry["data_offsets"]
+    stored = StoredTensor(path, name, dtype, tuple(entry["shape"]), data + first)
+    if end - first != stored.numel * dtype.itemsize:
+        raise ModelError(f"{path}: its header is damaged at {name}; copy or download it again")
+    return stored
