@@ -166,6 +166,7 @@ def build_model(config: Mapping[str, Any]) -> Any:
 
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=DEEPSPEED, dtype=torch.bfloat16):
         model = from_config(config)
+    model.tie_weights()  # which goes by the board with drawing them
     for parameter in model.parameters():
         parameter.ds_tensor.fill_(0.01)
     return model
@@ -182,7 +183,7 @@ DEEPSPEED: dict[str, Any] = {
 
 
 def build_engine(method: str, model: Any, lisa: LisaConfig) -> Any:
-    """LISA's engine, or DeepSpeed's own; its reduce buckets are written to, too."""
+    """LISA's engine over ``model``, or DeepSpeed's own; its reduce buckets are written to, too."""
     import deepspeed
 
     import lisa_ds

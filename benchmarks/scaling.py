@@ -1,0 +1,188 @@
+"""What a rank holds and sends as ranks are added: state and gradients, and the bytes that enter reduce-scatter in a step.
+
+Usage: python benchmarks/scaling.py --out docs/results/scaling.jsonl --figure docs/results/scaling.png
+
+`real` starts so many ranks that talk through gloo, each training a small Llama for two steps. `simulated` runs
+benchmarks/simulate_rank.py: one rank of many whose peers are imagined, with every tensor it would hold in memory. Lines of the
+figure are lisa_ds.memory's, points are live tensors. Nothing here is a time: no GPU is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lisa_ds import LisaConfig, records
+from lisa_ds.memory import Architecture, ModelShape, full_state_bytes, state_bytes
+from lisa_ds.memory.catalogue import require
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the ranks, which share few cores
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+REAL = (1, 2, 4, 8)
+TINYLLAMA, LLAMA_7B, LLAMA_70B = (
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "meta-llama/Llama-2-7b-hf",
+    "meta-llama/Llama-3.1-70B",
+)
+SIMULATED: dict[tuple[str, str], tuple[int, ...]] = {
+    (TINYLLAMA, "lisa"): (64, 128, 256, 512, 1024),
+    (TINYLLAMA, "full"): (64, 128, 256, 512, 1024),
+    (LLAMA_7B, "lisa"): (64, 256, 1024),
+    (LLAMA_7B, "full"): (64, 256, 1024),
+    (LLAMA_70B, "lisa"): (16, 64),  # 16 takes 14 GB of memory
+}
+STATE = ("gradients", "master", "exp_avg", "exp_avg_sq")
+LISA = {"num_sampled_layers": 2, "interval_steps": 10**9, "seed": 0}
+
+
+def main() -> None:
+    """Measure what is asked for, record it, and draw all there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines; what is measured again is replaced in it")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--only", nargs="*", choices=["real", "simulated"], default=["real", "simulated"])
+    parser.add_argument("--models", nargs="*", default=sorted({model for model, _ in SIMULATED}), help="of `simulated`")
+    parser.add_argument("--world-sizes", nargs="*", type=int, help="of `simulated`, from those it has")
+    arguments = parser.parse_args()
+    if "real" in arguments.only:
+        for world_size in REAL:
+            replace(arguments.out, measure_real(world_size))
+    if "simulated" in arguments.only:
+        for (model, method), world_sizes in SIMULATED.items():
+            for world_size in world_sizes:
+                if model in arguments.models and world_size in (arguments.world_sizes or world_sizes):
+                    replace(arguments.out, measure_simulated(model, method, world_size))
+    if arguments.figure is not None:
+        from scaling_figure import draw
+
+        draw(list(records.read(arguments.out)), arguments.figure)
+
+
+def replace(path: Path, measured: Iterator[records.Record]) -> None:
+    """Put ``measured`` into the file, in place of the same measurements of before."""
+    new = list(measured)
+    keys = {_key(record) for record in new}
+    old = list(records.read(path)) if path.exists() else []
+    path.unlink(missing_ok=True)
+    for record in [*(record for record in old if _key(record) not in keys), *new]:
+        records.append(path, record)
+    for record in new:
+        print(
+            f"{record.settings['model']:36} {record.variant:5} {record.x:5.0f} ranks  {record.name:32} {record.value:15,.0f}"
+        )
+
+
+def _key(record: records.Record) -> tuple[Any, ...]:
+    return record.name, record.variant, record.x, record.settings["model"], record.settings["ranks"]
+
+
+# --- real ranks ---------------------------------------------------------------------------------------------------------
+
+
+def measure_real(world_size: int) -> Iterator[records.Record]:
+    """Both methods on real ranks; the largest value of any rank."""
+    sys.path.append(str(ROOT))
+    from tests.ranks import run_ranks
+
+    for method in ("lisa", "full"):
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = run_ranks(world_size, train_small, Path(folder), method, timeout_s=300)
+        live = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
+        settings = {"model": "small", "config": SMALL, "ranks": "real, gloo"}
+        yield from recorded(method, world_size, live, settings)
+
+
+def train_small(method: str) -> dict[str, int]:
+    """On one rank: two steps of a small Llama; bytes alive after the second, and those that entered reduce-scatter in it."""
+    import deepspeed
+    import torch
+    from simulate_rank import build_engine, from_config
+
+    from lisa_ds.engines.zero3.live import memory_report
+    from tests.zero3_runs import counted_reduce_scatter
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    torch.manual_seed(0)
+    engine = build_engine(method, from_config(SMALL), LisaConfig.load(LISA))
+    rows = torch.randint(0, SMALL["vocab_size"], (1, 16))
+    for _ in range(2):
+        with counted_reduce_scatter() as count:
+            engine.backward(engine(input_ids=rows, labels=rows).loss)
+        engine.step()
+    report = memory_report(engine.optimizer, engine.module.parameters())
+    return {**{kind: report[kind] for kind in ("weights", *STATE)}, "reduce_scatter": count[0]}
+
+
+# --- imagined ranks -------------------------------------------------------------------------------------------------------
+
+
+def measure_simulated(model: str, method: str, world_size: int) -> Iterator[records.Record]:
+    """One rank of ``world_size``, after its last step."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "records.jsonl"
+        script = [sys.executable, str(ROOT / "benchmarks/simulate_rank.py")]
+        options = ["--model", model, "--method", method, "--world-size", str(world_size), "--out", str(out)]
+        subprocess.run([*script, *options], check=True, stdout=subprocess.DEVNULL)
+        live = {}
+        for record in records.read(out):  # a later phase overwrites an earlier one
+            live[record.name.removeprefix("simulated_bytes/").removeprefix("simulated_")] = int(record.value)
+    kinds = ("weights", *STATE, "resident", "peak_resident")
+    yield from recorded(
+        method, world_size, {kind: live[kind] for kind in kinds}, {"model": model, "ranks": "one, fake group"}
+    )
+
+
+def recorded(method: str, world_size: int, live: dict[str, int], settings: dict[str, Any]) -> Iterator[records.Record]:
+    """A record for each kind, with what the planner says of it."""
+    said = planned(shape_of(settings["model"]), method, world_size)
+    for kind, value in live.items():
+        if kind in said and value != said[kind]:
+            raise SystemExit(f"{settings['model']} on {world_size} ranks: {kind}: {value} live, {said[kind]} planned")
+        yield records.Record(
+            name=f"bytes/{kind}",
+            variant=method,
+            value=value,
+            unit="bytes",
+            device="CPU",
+            commit=records.commit(),
+            versions=records.versions(),
+            x=world_size,
+            x_label="ranks",
+            settings=settings | ({"planned": said[kind]} if kind in said else {}),
+        )
+
+
+def shape_of(model: str) -> ModelShape:
+    """Elements of each parameter, from the config alone."""
+    return Architecture.from_config(SMALL if model == "small" else require(model)).shape
+
+
+def planned(shape: ModelShape, method: str, world_size: int) -> dict[str, int]:
+    """Bytes of each kind on a rank, and bytes that enter reduce-scatter there: every trained parameter, padded to whole slices."""
+    if method == "full":
+        table = full_state_bytes(shape, world_size=world_size)
+    else:
+        table = state_bytes(shape, sampled=range(2), world_size=world_size)
+    return {kind: table[kind] for kind in ("weights", *STATE)} | {"reduce_scatter": world_size * table["gradients"]}
+
+
+if __name__ == "__main__":
+    main()
