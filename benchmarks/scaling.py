@@ -47,7 +47,7 @@ SIMULATED: dict[tuple[str, str], tuple[int, ...]] = {
     (TINYLLAMA, "full"): (64, 128, 256, 512, 1024),
     (LLAMA_7B, "lisa"): (64, 256, 1024),
     (LLAMA_7B, "full"): (64, 256, 1024),
-    (LLAMA_70B, "lisa"): (16, 64),  # 16 takes 14 GB of memory
+    (LLAMA_70B, "lisa"): (16, 64),  # 16 take 14 GB of memory
 }
 STATE = ("gradients", "master", "exp_avg", "exp_avg_sq")
 LISA = {"num_sampled_layers": 2, "interval_steps": 10**9, "seed": 0}
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=["real", "simulated"], default=["real", "simulated"])
     parser.add_argument("--models", nargs="*", default=sorted({model for model, _ in SIMULATED}), help="of `simulated`")
     parser.add_argument("--world-sizes", nargs="*", type=int, help="of `simulated`, from those it has")
+    parser.add_argument("--taken", type=Path, help="records of simulate_rank.py, to add as they are")
     arguments = parser.parse_args()
     if "real" in arguments.only:
         for world_size in REAL:
@@ -70,6 +71,8 @@ def main() -> None:
             for world_size in world_sizes:
                 if model in arguments.models and world_size in (arguments.world_sizes or world_sizes):
                     replace(arguments.out, measure_simulated(model, method, world_size))
+    if arguments.taken is not None:
+        replace(arguments.out, simulated(arguments.taken))
     if arguments.figure is not None:
         from scaling_figure import draw
 
@@ -141,16 +144,28 @@ def measure_simulated(model: str, method: str, world_size: int) -> Iterator[reco
         script = [sys.executable, str(ROOT / "benchmarks/simulate_rank.py")]
         options = ["--model", model, "--method", method, "--world-size", str(world_size), "--out", str(out)]
         subprocess.run([*script, *options], check=True, stdout=subprocess.DEVNULL)
-        live = {}
-        for record in records.read(out):  # a later phase overwrites an earlier one
-            live[record.name.removeprefix("simulated_bytes/").removeprefix("simulated_")] = int(record.value)
-    kinds = ("weights", *STATE, "resident", "peak_resident")
-    yield from recorded(
-        method, world_size, {kind: live[kind] for kind in kinds}, {"model": model, "ranks": "one, fake group"}
-    )
+        yield from simulated(out)
 
 
-def recorded(method: str, world_size: int, live: dict[str, int], settings: dict[str, Any]) -> Iterator[records.Record]:
+def simulated(path: Path) -> Iterator[records.Record]:
+    """What records of simulate_rank.py say of each rank after its last step."""
+    live: dict[tuple[str, str, int], dict[str, int]] = {}
+    commits = {}
+    for record in records.read(path):  # a later phase overwrites an earlier one
+        name = record.name.removeprefix("simulated_bytes/").removeprefix("simulated_")
+        rank = record.settings["model"], record.variant, int(record.x or 0)
+        live.setdefault(rank, {})[name] = int(record.value)
+        commits[rank] = record.commit
+    for rank, seen in live.items():
+        model, method, world_size = rank
+        kinds = {kind: seen[kind] for kind in ("weights", *STATE, "resident", "peak_resident")}
+        settings = {"model": model, "ranks": "one, fake group"}
+        yield from recorded(method, world_size, kinds, settings, commit=commits[rank])
+
+
+def recorded(
+    method: str, world_size: int, live: dict[str, int], settings: dict[str, Any], commit: str | None = None
+) -> Iterator[records.Record]:
     """A record for each kind, with what the planner says of it."""
     said = planned(shape_of(settings["model"]), method, world_size)
     for kind, value in live.items():
@@ -162,7 +177,7 @@ def recorded(method: str, world_size: int, live: dict[str, int], settings: dict[
             value=value,
             unit="bytes",
             device="CPU",
-            commit=records.commit(),
+            commit=commit or records.commit(),
             versions=records.versions(),
             x=world_size,
             x_label="ranks",
