@@ -21,8 +21,8 @@ from lisa_ds.config import RunConfig
 from lisa_ds.errors import CheckpointError, ConfigError
 from lisa_ds.integrations import hf, sharing
 from lisa_ds.integrations.preemption import PreemptionCallback
-from lisa_ds.integrations.throughput import Throughput
 from lisa_ds.integrations.streaming import streamed
+from lisa_ds.integrations.throughput import Throughput
 from lisa_ds.integrations.trainer import Clock, LabelLogitsTrainer
 from lisa_ds.layers import LayerStack
 from lisa_ds.models import load_model, load_tokenizer
