@@ -127,6 +127,15 @@ def test_what_saves_memory_does() -> None:
     )  # with 128k tokens, embeddings and head outweigh two layers
 
 
+@pytest.mark.parametrize("name", sorted(catalogue.CATALOGUE))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_public_model_can_be_planned_by_every_method(name: str, checkpointing: bool) -> None:
+    architecture = Architecture.from_config(catalogue.require(name))
+    for method in ("lisa", "full", "lora", "galore"):
+        run = RunSettings(8, micro_batch=1, sequence=512, method=method, checkpointing=checkpointing)
+        assert forecast(architecture, run).peak > architecture.num_parameters // 4
+
+
 def test_second_copies_near_by_are_counted() -> None:
     without, with_copies = (of("Llama-2-7b-hf", world_size=16, second_copies=n) for n in (1, 8))
     assert with_copies.peak - without.peak == 2 * 6_738_415_616 // 8
@@ -226,10 +235,10 @@ def test_one_plan_takes_less_than_a_second() -> None:
     architecture, run = settings.of_model(load_model("meta-llama/Llama-3.1-405B"), num_ranks=16)
     best = 9.0
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()  # others may keep the machine busy
         plan.make("Llama-3.1-405B", architecture, run, 80 * 2**30)
-        best = min(best, time.perf_counter() - start)
-    assert best < 1.5
+        best = min(best, time.process_time() - start)
+    assert best < 1
 
 
 def load_model(name: str) -> Any:

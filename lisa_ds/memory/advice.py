@@ -61,6 +61,9 @@ def changes(architecture: Architecture, run: RunSettings, memory: int) -> list[C
 def fewest_ranks(architecture: Architecture, run: RunSettings, memory: int) -> int | None:
     """The least power of two of data-parallel ranks with which a run fits, as it is; None if there is none up to 4096."""
     ranks = 1
+    weights = 0 if run.offload_param or run.method == "galore" else run.width * architecture.num_parameters
+    while weights // (ranks * run.tensor_parallel) > memory:  # not worth following a step for
+        ranks *= 2
     while ranks <= MOST_RANKS:
         if forecast(architecture, replace(run, world_size=ranks)).peak <= usable(memory):
             return ranks * run.tensor_parallel

@@ -56,11 +56,13 @@ class StepPeaks:
     """Small parameters that are never released, whole."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Section:
     """A part of the model that runs as one: the embeddings, a block, or the head."""
 
-    name: str
+    index: int
+    """Place among the sections; the embeddings are the first, the head is the last."""
+
     tape: Tape
     numbers: list[tuple[int, ...]]
     """Of the parameters of each of the tape's modules."""
@@ -85,10 +87,8 @@ class _Step:
             number for s in self._sections if s.trains for numbers in s.numbers for number in numbers
         } | self._always
         self._bucket: list[int] = []
-        visits = self._order()
-        self._visits = [numbers for _, _, numbers in visits]
         self._coordinator = Coordinator(
-            self._numels, self._visits, settings.world_size, settings.width, settings.gather, self._ledger
+            self._numels, self._order(), settings.world_size, settings.width, settings.gather, self._ledger
         )
         self._visit = 0
 
@@ -114,20 +114,22 @@ class _Step:
         start = self._tape(trains=frontier)
         embedding(architecture, start)
         self._hidden_bytes = start.ops[-1].size
-        sections = [self._section("embeddings", start, frontier, False)]
+        sections = [self._section(0, start, frontier, False)]
         tied = sections[0].numbers[0]
         grad = frontier or settings.adapter_rank > 0
-        for index in range(architecture.num_layers):
-            tape = self._tape(trains=index in sampled)
+        tapes = {trains: self._tape(trains=trains) for trains in (False, True)}  # all blocks are alike
+        for tape in tapes.values():
             tape.adapter_rank = settings.adapter_rank
             block(architecture, tape)
-            sections.append(self._section(f"block{index}", tape, index in sampled, grad))
+        for index in range(architecture.num_layers):
+            sections.append(self._section(index + 1, tapes[index in sampled], index in sampled, grad))
             sections[-1].checkpointed = settings.checkpointing and sections[-1].records
             grad = grad or index in sampled
         head_role = "embeddings" if architecture.tied else "lm_head"
         tape = self._tape(trains=head_role in roles)
         head(architecture, tape, labels=labels)
-        sections.append(self._section("head", tape, head_role in roles, grad or "rest" in roles or head_role in roles))
+        reaches = grad or "rest" in roles or head_role in roles
+        sections.append(self._section(len(sections), tape, head_role in roles, reaches))
         sections[-1].records = True
         final, output = sections[-1].numbers[0], sections[-1].numbers[-1]
         if "rest" in roles:
@@ -142,25 +144,21 @@ class _Step:
         settings = self._settings
         return Tape(settings.tokens, settings.width, trains, all_inputs=not settings.forgets_inputs)
 
-    def _section(self, name: str, tape: Tape, trains: bool, needs_input_grad: bool) -> _Section:
+    def _section(self, index: int, tape: Tape, trains: bool, needs_input_grad: bool) -> _Section:
         numbers = [self._number(module) for module in tape.modules]
-        return _Section(name, tape, numbers, trains, needs_input_grad, trains or needs_input_grad)
+        return _Section(index, tape, numbers, trains, needs_input_grad, trains or needs_input_grad)
 
     def _number(self, module: Module) -> tuple[int, ...]:
         numbers = tuple(range(len(self._numels), len(self._numels) + len(module.numels)))
         self._numels.update(zip(numbers, module.numels, strict=True))
         return numbers
 
-    def _order(self) -> list[tuple[str, int, tuple[int, ...]]]:
-        """Section, module and parameters of each visit of a step."""
-        order = []
-        for section in self._sections:
-            order += [(section.name, i, numbers) for i, numbers in enumerate(section.numbers)]
+    def _order(self) -> list[tuple[int, ...]]:
+        """The parameters of each module that a step comes to, in order."""
+        order = [numbers for section in self._sections for numbers in section.numbers]
         for section in reversed(self._sections):
-            if not section.records:
-                continue
-            again = [(section.name, i, numbers) for i, numbers in enumerate(section.numbers)]
-            order += [*(again if section.checkpointed else ()), *reversed(again)]
+            if section.records:
+                order += [*(section.numbers if section.checkpointed else ()), *reversed(section.numbers)]
         return order
 
     # ---- running it -----------------------------------------------------------------------------------------------
@@ -171,8 +169,8 @@ class _Step:
         kept = {name for op in ops for name in op.keeps} if keep else set()
         if section.checkpointed:
             kept.add("x")
-        in_head = section.name == "head"
-        for position, op in enumerate(ops):
+        in_head = self._is_head(section)
+        for op in ops:
             if op.module is not None:
                 self._fetch()
             ledger.briefly(place("scratch"), op.scratch)
@@ -181,21 +179,24 @@ class _Step:
                 readers[name] -= 1
                 if not readers[name] and name not in kept and not (in_head and name == "logits"):
                     ledger.drop(place(name))
-            if op.module is not None and op.module not in [later.module for later in ops[position + 1 : position + 4]]:
+            if op.module is not None:
                 self._coordinator.release(self._visit - 1)
         if in_head and "logits" not in kept:
             ledger.drop(place("logits"))  # the model's output held them until the loss was known
 
     def _place(self, section: _Section) -> Callable[[str], str]:
         """A tensor's name in the ledger: a section's output is the next one's ``x``."""
-        index = self._sections.index(section)
+        index, out, is_head = section.index, section.tape.out, self._is_head(section)
 
         def place(name: str) -> str:
-            if name == section.tape.out and index + 1 < len(self._sections):
+            if name == out and not is_head:
                 return f"activations/{index + 1}/x"
             return f"{'logits' if name.startswith(('logits', 'softmax')) else 'activations'}/{index}/{name}"
 
         return place
+
+    def _is_head(self, section: _Section) -> bool:
+        return section.index == len(self._sections) - 1
 
     def _fetch(self) -> None:
         self._coordinator.fetch()
@@ -239,7 +240,7 @@ class _Step:
                 continue
             size = self._numels[number] * self._settings.width
             name = f"gradients in flight/{number}"
-            if section.name == "head" and number in self._sections[0].numbers[0]:
+            if self._is_head(section) and number in self._sections[0].numbers[0]:
                 self._ledger.add(name, size)  # tied: waits for the embeddings' share
                 continue
             if name in self._ledger.sizes:

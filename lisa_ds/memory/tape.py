@@ -172,7 +172,7 @@ def _mlp(architecture: Architecture, tape: Tape, modules: Iterator[Module], sour
         act = tape.add("act", width, (both,), (both,))
         product = tape.add("product", width, (act, both), (act, both))
         keeps = (product,) if tape.trains or tape.all_inputs else ()
-        down = tape.add("down", sizes.hidden * sizes.active_experts, (product,), keeps, module=place)
+        down = tape.add("down", sizes.hidden * sizes.active_experts, (product,), keeps)
         return tape.add("mixed", sizes.hidden, (down,), (down,))
     if not sizes.gated:
         up = tape.linear("up", next(modules), source)
