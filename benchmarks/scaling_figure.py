@@ -40,7 +40,7 @@ def draw(measured: list[Record], path: Path) -> None:
     state.set_ylabel("bytes on a rank")
     _axes(state, [2**power for power in range(11)])
     traffic.set_title("small Llama: into reduce-scatter, a step", fontsize=11)
-    traffic.set_ylabel("bytes on a rank, a step")
+    traffic.set_ylabel("bytes on a rank")
     traffic.set_ylim(0, 1.15 * traffic.dataLim.y1)
     _axes(traffic, [1, 2, 4, 8], log_y=False)
     models = [Line2D([], [], color=colour, label=label, linewidth=3) for label, colour, _ in MODELS.values()]
