@@ -31,6 +31,14 @@ def test_a_run_config_is_valid_down_to_its_training_arguments(path: Path) -> Non
     assert LisaConfig.load(path) == config.lisa
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("deepspeed", [None, *sorted(CONFIGS.glob("*.json"))], ids=lambda path: path and path.name)
+def test_every_other_config_is_planned(path: Path, deepspeed: Path | None, capsys: pytest.CaptureFixture[str]) -> None:
+    override = [f"deepspeed={deepspeed}"] if deepspeed else []
+    assert main(["plan", "--lisa_config", str(path), "--world-size", "2", "--json", *override]) == 0
+    assert json.loads(capsys.readouterr().out)["methods"]["lisa"]["peak"] > 0
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_fits_where_it_says_and_takes_what_it_says(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = path.read_text()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from lisa_ds import data, flops, methods
 from lisa_ds.cluster.preemption import Preemption
 from lisa_ds.config import RunConfig
-from lisa_ds.errors import CheckpointError, ConfigError
+from lisa_ds.errors import ConfigError
 from lisa_ds.integrations import hf, sharing
 from lisa_ds.integrations.preemption import PreemptionCallback
 from lisa_ds.integrations.streaming import streamed
@@ -28,9 +26,8 @@ from lisa_ds.layers import LayerStack
 from lisa_ds.models import load_model, load_tokenizer
 from lisa_ds.train import arguments
 from lisa_ds.train.preflight import check_memory
+from lisa_ds.train.resume import find_checkpoint, restore_patience
 from lisa_ds.train.summary import Summary
-
-_log = logging.getLogger(__name__)
 
 
 def run(
@@ -57,7 +54,7 @@ def run(
     methods.check(config)
     peak = flops.peak_flops(_device_name(), os.environ)
     planned = check_memory(config, force=force)
-    checkpoint = _find_checkpoint(config, resume)
+    checkpoint = find_checkpoint(config, resume)
     tokenizer = load_tokenizer(config.model)
     rows = data.load_dataset(config.data, tokenizer, task=config.model.task)
     if config.model.task == "sequence_classification":
@@ -73,7 +70,7 @@ def run(
         throughput = Throughput(trainer, clock, peak, config.lisa.layers_path)
         trainer.callback_handler.callbacks.insert(0, throughput)
         methods.prepare(trainer, config)
-        _restore_patience(trainer, checkpoint)
+        restore_patience(trainer, checkpoint)
         trainer.add_callback(PreemptionCallback(preemption, checkpoint))
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     loss_before, loss_after = _held_out_losses(trainer)
@@ -141,47 +138,6 @@ def _num_classes(config: RunConfig, *data_sets: Any) -> int:
     return chosen
 
 
-def _find_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
-    """The checkpoint to continue from.
-
-    Raises:
-        CheckpointError: The one asked for is missing or incomplete.
-        ConfigError: None is asked for, and ``output_dir`` holds another run's.
-    """
-    output_dir = arguments.output_dir(config)
-    if resume not in (None, "auto"):
-        path = Path(str(resume)).expanduser()
-        if not path.is_dir():
-            raise CheckpointError(f"--resume: no such directory: {path} (looked from {Path.cwd()})")
-        if missing := _missing(path):
-            raise CheckpointError(f"--resume: {path} is not a complete checkpoint of a run: it has no {missing}")
-        if path.resolve().parent != output_dir.resolve():  # continued elsewhere
-            _refuse_used(config, output_dir)
-        return _of_this_world(path)
-    if resume == "auto":
-        for path in sorted(output_dir.glob("checkpoint-*"), key=_step, reverse=True):
-            if not (missing := _missing(path)):
-                return _of_this_world(path)
-            _log.warning("--resume auto: passing over %s, which has no %s", path, missing)
-        if (output_dir / "model").exists():
-            raise CheckpointError(
-                f"--resume auto: {output_dir} holds a finished run's model and no complete checkpoint to continue from; "
-                "choose another directory"
-            )
-        return None
-    _refuse_used(config, output_dir)
-    return None
-
-
-def _refuse_used(config: RunConfig, output_dir: Path) -> None:
-    found = sorted(output_dir.glob("checkpoint-*"), key=_step, reverse=True)
-    if found or (output_dir / "model").exists():
-        raise ConfigError(
-            f"{config.where('training.output_dir')}: {output_dir} holds another run's "
-            f"{found[0].name if found else 'model'}; continue it with --resume auto, or choose another directory"
-        )
-
-
 def _check_writable(config: RunConfig) -> None:
     """Before anything is made: the trainer would find out after the model has been loaded, and with a traceback."""
     output_dir = arguments.output_dir(config)
@@ -190,47 +146,6 @@ def _check_writable(config: RunConfig) -> None:
         raise ConfigError(f"{config.where('training.output_dir')}: {output_dir} cannot be made: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"{config.where('training.output_dir')}: {output_dir} cannot be written to")
-
-
-def _restore_patience(trainer: LabelLogitsTrainer, checkpoint: Path | None) -> None:
-    """How long early stopping has waited already: the trainer saves that, but begins anew when it resumes."""
-    if checkpoint is None:
-        return
-    saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, EarlyStoppingCallback) and "EarlyStoppingCallback" in saved:
-            waited = saved["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"]
-            callback.early_stopping_patience_counter = waited
-
-
-def _of_this_world(checkpoint: Path) -> Path:
-    saved, now = _ranks(checkpoint), int(os.environ["WORLD_SIZE"])
-    if saved != now:
-        raise CheckpointError(
-            f"--resume: {checkpoint} was saved on {saved} ranks and cannot be resumed on {now}; run on {saved} ranks, or "
-            "export it with `lisa-ds export` and start from the exported weights"
-        )
-    return checkpoint
-
-
-def _step(checkpoint: Path) -> int:
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1
-
-
-def _ranks(checkpoint: Path) -> int:
-    return len(list(checkpoint.glob(f"{(checkpoint / 'latest').read_text().strip()}/*_optim_states.pt")))
-
-
-def _missing(checkpoint: Path) -> str | None:
-    """The first thing that a killed process did not come to write; the trainer writes them in this order."""
-    if not (checkpoint / "latest").is_file():
-        return "latest"
-    ranks = _ranks(checkpoint)
-    generators = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
-    if ranks == 0:
-        return "*_optim_states.pt"
-    return next((name for name in (*generators, "trainer_state.json") if not (checkpoint / name).is_file()), None)
 
 
 @contextmanager
