@@ -147,8 +147,11 @@ def test_tensor_parallel_shares_add_up() -> None:
     cut = [2 * sum(m.numels) for m in half.block if m.kind == "linear"]
     assert sum(cut) == pytest.approx(sum(sum(m.numels) for m in whole.block if m.kind == "linear"), rel=1e-4)
     assert half.embeddings == whole.embeddings
-    with pytest.raises(ModelError, match="28 attention heads cannot be divided by 3"):
-        whole.split(3)
+    uneven = Architecture.from_config(catalogue.require("SmolLM2-135M")).split(2)  # 9 heads, 3 key-value heads
+    assert (uneven.sizes.num_heads, uneven.sizes.num_key_heads, uneven.sizes.intermediate) == (6, 2, 768)
+    assert uneven.block[1].shapes == ((6 * 64, 576),)
+    with pytest.raises(ModelError, match="cut by key-value heads, of which there are 4, got 8"):
+        whole.split(8)
 
 
 def test_nothing_is_gathered_on_one_rank_and_everything_stays_within_the_reuse_distance() -> None:

@@ -7,9 +7,11 @@ transformers' own by tests, for every architecture here.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from lisa_ds.errors import ModelError
@@ -28,6 +30,9 @@ class Module:
 
     width: int = 0
     """Of the tensor that goes in, in elements a token; 0 for an embedding."""
+
+    part: str = ""
+    """``attention`` or ``mlp`` for a linear that tensor parallelism cuts."""
 
     by_row: bool = False
     """Whether tensor parallelism cuts a linear by its inputs (the second of a pair) instead of by its outputs."""
@@ -51,6 +56,7 @@ class Sizes:
 
     intermediate: int
     num_heads: int
+    num_key_heads: int
     vocab: int
     gated: bool
     """Whether the MLP multiplies two projections (SwiGLU) instead of one."""
@@ -103,35 +109,46 @@ class Architecture:
         return (*self.embeddings, *self.block, *self.final, *self.head)
 
     def split(self, ways: int) -> Architecture:
-        """One rank's share under tensor parallelism: the matrices of the blocks and their activations, cut ``ways`` times.
+        """The largest share of a rank under tensor parallelism: matrices of the blocks and activations, cut ``ways`` times.
+
+        Attention is cut by key-value heads; where these or the MLP do not divide evenly, some ranks have less.
 
         Raises:
-            ModelError: Heads or the intermediate size cannot be cut so.
+            ModelError: There are fewer key-value heads than ranks.
         """
         if ways == 1:
             return self
-        for name, size in (("attention heads", self.sizes.num_heads), ("intermediate size", self.sizes.intermediate)):
-            if size % ways:
-                raise ModelError(f"tensor_parallel: {size} {name} cannot be divided by {ways}")
+        sizes = self.sizes
+        if ways > sizes.num_key_heads:
+            raise ModelError(
+                f"tensor_parallel: attention is cut by key-value heads, of which there are {sizes.num_key_heads}, got {ways}"
+            )
+        heads = -(-sizes.num_key_heads // ways)
+        shares = {
+            "attention": Fraction(heads, sizes.num_key_heads),
+            "mlp": Fraction(-(-sizes.intermediate // ways), sizes.intermediate),
+        }
 
         def cut(module: Module) -> Module:
-            if module.kind != "linear":
+            if module.part not in shares:
                 return module
             (out, into), *bias = module.shapes
+            share = shares[module.part]
             if module.by_row:
-                return replace(module, shapes=((out, into // ways), *bias), width=into // ways)
-            return replace(module, shapes=((out // ways, into), *((size // ways,) for (size,) in bias)))
+                return replace(module, shapes=((out, int(into * share)), *bias), width=int(into * share))
+            return replace(module, shapes=((int(out * share), into), *((int(size * share),) for (size,) in bias)))
 
-        sizes = self.sizes
+        of_heads = shares["attention"]
         return replace(
             self,
             block=tuple(cut(module) for module in self.block),
             sizes=replace(
                 sizes,
-                query=sizes.query // ways,
-                key=max(1, sizes.key // ways),
-                intermediate=sizes.intermediate // ways,
-                num_heads=sizes.num_heads // ways,
+                query=int(sizes.query * of_heads),
+                key=int(sizes.key * of_heads),
+                intermediate=int(sizes.intermediate * shares["mlp"]),
+                num_heads=int(sizes.num_heads * of_heads),
+                num_key_heads=heads,
             ),
         )
 
@@ -165,8 +182,8 @@ class Architecture:
             raise ModelError(f"{where}: a size is not a number that fits the others: {error}") from None
 
 
-def _linear(into: int, out: int, bias: bool = False, *, by_row: bool = False) -> Module:
-    return Module("linear", ((out, into), *(((out,),) if bias else ())), into, by_row)
+def _linear(into: int, out: int, bias: bool = False, *, part: str, by_row: bool = False) -> Module:
+    return Module("linear", ((out, into), *(((out,),) if bias else ())), into, part, by_row)
 
 
 def _norm(width: int, bias: bool = False) -> Module:
@@ -189,20 +206,21 @@ def _llama(kind: str, config: Mapping[str, Any]) -> Architecture:
     qkv_bias = attention_bias or kind == "qwen2"
     mlp_bias = bool(config.get("mlp_bias", False)) and kind == "llama"
     tied = bool(config.get("tie_word_embeddings", kind in ("gemma", "gemma2")))
+    of_heads, of_mlp = functools.partial(_linear, part="attention"), functools.partial(_linear, part="mlp")
     if kind == "phi3":
-        attention = [_linear(hidden, query + 2 * key), _linear(query, hidden, by_row=True)]
-        mlp = [_linear(hidden, 2 * intermediate), _linear(intermediate, hidden, by_row=True)]
+        attention = [of_heads(hidden, query + 2 * key), of_heads(query, hidden, by_row=True)]
+        mlp = [of_mlp(hidden, 2 * intermediate), of_mlp(intermediate, hidden, by_row=True)]
     else:
-        attention = [_linear(hidden, query, qkv_bias), *(_linear(hidden, key, qkv_bias) for _ in range(2))]
+        attention = [of_heads(hidden, query, qkv_bias), *(of_heads(hidden, key, qkv_bias) for _ in range(2))]
         attention += {"qwen3": [_norm(per_head)] * 2, "olmo2": [_norm(query), _norm(key)]}.get(kind, [])
-        attention.append(_linear(query, hidden, attention_bias, by_row=True))
-        mlp = [_linear(hidden, intermediate, mlp_bias) for _ in range(2)]
-        mlp.append(_linear(intermediate, hidden, mlp_bias, by_row=True))
+        attention.append(of_heads(query, hidden, attention_bias, by_row=True))
+        mlp = [of_mlp(hidden, intermediate, mlp_bias) for _ in range(2)]
+        mlp.append(of_mlp(intermediate, hidden, mlp_bias, by_row=True))
     experts = 1
     if kind == "mixtral":
         count, experts = config["num_local_experts"], config.get("num_experts_per_tok", 2)
         weights = ((count, 2 * intermediate, hidden), (count, hidden, intermediate))
-        mlp = [_linear(hidden, count), Module("experts", weights, hidden)]
+        mlp = [_linear(hidden, count, part=""), Module("experts", weights, hidden)]
     norm = _norm(hidden)
     block = {
         "gemma2": (norm, *attention, norm, norm, *mlp, norm),
@@ -216,7 +234,9 @@ def _llama(kind: str, config: Mapping[str, Any]) -> Architecture:
         final=(norm,),
         head=(_head(config, hidden, vocab, tied=tied),),
         tied=tied,
-        sizes=Sizes(hidden, query, key, intermediate, heads, vocab, gated=True, norm="rms", active_experts=experts),
+        sizes=Sizes(
+            hidden, query, key, intermediate, heads, key_heads, vocab, gated=True, norm="rms", active_experts=experts
+        ),
     )
 
 
@@ -271,9 +291,10 @@ def _plain(
 ) -> Architecture:
     """GPT-2 and those built like it: layer norms, biases, an MLP of two matrices."""
     norm = _norm(hidden, bias=True)
-    projections = [_linear(hidden, 3 * hidden, attention_bias)] if fused else [_linear(hidden, hidden, True)] * 3
-    attention = [*projections, _linear(hidden, hidden, attention_bias, by_row=True)]
-    mlp = [_linear(hidden, intermediate, True), _linear(intermediate, hidden, True, by_row=True)]
+    of_heads, of_mlp = functools.partial(_linear, part="attention"), functools.partial(_linear, part="mlp")
+    projections = [of_heads(hidden, 3 * hidden, attention_bias)] if fused else [of_heads(hidden, hidden, True)] * 3
+    attention = [*projections, of_heads(hidden, hidden, attention_bias, by_row=True)]
+    mlp = [of_mlp(hidden, intermediate, True), of_mlp(intermediate, hidden, True, by_row=True)]
     return Architecture(
         kind=kind,
         embeddings=tuple(Module("embedding", ((rows, hidden),)) for rows in (vocab, *positions)),
@@ -282,7 +303,7 @@ def _plain(
         final=(norm,),
         head=(_head({}, hidden, vocab, tied=tied, bias=head_bias),),
         tied=tied,
-        sizes=Sizes(hidden, hidden, hidden, intermediate, heads, vocab, gated=False, norm="layer"),
+        sizes=Sizes(hidden, hidden, hidden, intermediate, heads, heads, vocab, gated=False, norm="layer"),
     )
 
 
