@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -109,4 +110,5 @@ class Slurm:
     def start_now(self, number: str, restarts: int) -> None:
         """Have a requeued job start its next life; Slurm would hold it for two minutes."""
         self.wait(number, "PENDING", restarts=restarts)
+        time.sleep(3)  # a credential of the second in which that of the last life was revoked counts as revoked, too
         self.command("scontrol", "update", f"jobid={number}", "StartTime=now")
