@@ -208,7 +208,7 @@ def test_a_clock_that_is_off(folder: Path, offset: str, told: str) -> None:
     done = job.start(1, "gpu7", "faketime", "-m", "-f", offset, FAKETIME_DONT_FAKE_MONOTONIC="1").end()
     text = f"gpu7: its clock is {told} gpu1's; start a time service there (chrony, ntpd)"
     if offset == "+5s":
-        assert [one.returncode for one in done] == [0, 0]
+        assert [one.returncode for one in done] == [0, 0], done
         assert f"warning: {text}" in done[0].stdout.splitlines()
     else:
         assert [one.returncode for one in done] == [2, 2]
