@@ -1,6 +1,6 @@
 """Fine-tune a language model by LISA under DeepSpeed ZeRO-3, as one file describes it.
 
-deepspeed launch/train.py --lisa_config FILE [--resume auto|PATH] [key=value ...]
+deepspeed launch/train.py --lisa_config FILE [--resume auto|PATH] [--force] [key=value ...]
 
 On a machine without GPUs say how many ranks there shall be: deepspeed --num_gpus 2 launch/train.py ...
 """
