@@ -26,6 +26,12 @@ from tests.cluster_jobs import ROOT, SEEN_S, Job, errors, free_port, mounted, ne
 pytestmark = pytest.mark.multirank
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _loaded_once() -> None:
+    """On a fresh machine the first rank to load torch compiles it and reads it from a cold disk: longer than ranks may wait."""
+    subprocess.run([sys.executable, "-c", "import torch.distributed, lisa_ds.cluster.check"], cwd=ROOT, check=True)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A run with a model and data, that has never been started."""
@@ -45,7 +51,7 @@ def test_ranks_that_fit_together(folder: Path) -> None:
     assert [one.returncode for one in done] == [0, 0, 0], done
     assert [one.stdout for one in done[1:]] == ["", ""]
     report = json.loads(done[0].stdout)
-    assert (report["ok"], report["errors"], report["notes"]) == (True, [], [])
+    assert (report["ok"], report["errors"], report["notes"]) == (True, [], []), report
     assert {name: host["ranks"] for name, host in report["hosts"].items()} == {"gpu1": [0, 1], "gpu2": [2]}
     ahead, off = report["hosts"]["gpu2"]["clock"]
     assert abs(ahead) <= off + 0.001  # it is the same clock
