@@ -155,7 +155,7 @@ def test_a_folder_that_is_a_file(folder: Path) -> None:
 def test_a_file_system_that_hangs_does_not_hang_the_check(folder: Path) -> None:
     """A read of a pipe that nobody writes to ends as late as one of a server that is gone."""
     os.mkfifo(folder / "pipe")
-    job = Job(folder, 2, "--lisa_config", "run.yaml").start(0, "gpu1")
+    job = Job(folder, 2, "--lisa_config", "run.yaml", "--timeout", "10").start(0, "gpu1")
     done = job.start(1, "gpu7", *mounted("mount --bind pipe rows.jsonl")).end()
     assert [one.returncode for one in done] == [2, 2]
     assert errors(done[0]) == ["gpu7: a file system gives no answer within 10 s; see which of its file systems hangs"]
