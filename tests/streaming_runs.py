@@ -76,10 +76,16 @@ def refusals(folders: list[Path]) -> list[str]:
     return told
 
 
-def peaks(folder: Path) -> dict[str, dict[str, int]]:
-    """Bytes by which this rank grows at most while it loads ``folder``, by our loader and then by transformers'."""
+def peaks(folder: Path, small: Path) -> dict[str, dict[str, int]]:
+    """Bytes by which this rank grows at most while it loads ``folder``, by our loader and then by transformers'.
+
+    A ``small`` model is loaded before, and with it the code: on a fresh machine Python compiles it first.
+    """
     deepspeed.init_distributed(dist_backend="gloo")
     zero3 = HfDeepSpeedConfig(ZERO3)
+    for loader in (streamed(), contextlib.nullcontext()):
+        with loader:
+            load_model(ModelConfig(name_or_path=str(small)), torch.bfloat16)
     outcome = {}
     for name, loader in {"streamed": streamed(), "stock": contextlib.nullcontext()}.items():
         before = _resident("VmRSS")

@@ -116,7 +116,7 @@ def test_what_is_logged_is_what_was_computed(tmp_path: Path) -> None:
         computed = total["hfu"] * PEAK * seconds * RANKS
         really = sum(rank["counted"] for rank in seen)
         if "checkpointing" in name:  # torch computes the last matrix of a block not again
-            assert 0.9 * computed < really < computed
+            assert 0.9 * computed < really < 1.001 * computed  # the share is rounded
         else:
             assert really == pytest.approx(computed, rel=1e-3), name
         assert 0 < total["mfu"] < total["hfu"]  # without padding
