@@ -55,7 +55,9 @@ def test_ranks_that_fit_together(folder: Path) -> None:
     assert {name: host["ranks"] for name, host in report["hosts"].items()} == {"gpu1": [0, 1], "gpu2": [2]}
     ahead, off = report["hosts"]["gpu2"]["clock"]
     assert abs(ahead) <= off + 0.001  # it is the same clock
-    assert (report["backend"], [size["bytes"] for size in report["all_reduce"]][:2]) == ("gloo", [2**12, 2**20])
+    sizes = [size["bytes"] for size in report["all_reduce"]]
+    assert sizes == [2**12, 2**20, 2**24][: max(1, len(sizes))]  # on a slow machine time is up before the larger ones
+    assert report["backend"] == "gloo"
     for size in report["all_reduce"]:
         assert size["algorithm_gb_per_s"] == pytest.approx(size["bytes"] / size["seconds"] / 1e9)
         assert size["bus_gb_per_s"] == pytest.approx(size["algorithm_gb_per_s"] * 4 / 3)
