@@ -67,7 +67,7 @@ def _ops(arguments: argparse.Namespace) -> None:
     print("\n".join(report.lines(build=arguments.build)))
 
 
-def _plan(arguments: argparse.Namespace) -> None:
+def _plan(arguments: argparse.Namespace) -> int:
     import json
 
     from lisa_ds.memory import settings
@@ -89,8 +89,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(json.dumps(plan.as_json(report), indent=2) if arguments.json else "\n".join(plan.lines(report)))
     if arguments.figure:
         plan.figure(report, arguments.figure)
-    if report.fits is False:
-        raise SystemExit(NOT_FITTING)
+    return NOT_FITTING if report.fits is False else 0
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -75,57 +75,72 @@ def _candidates(run: RunSettings) -> Iterator[tuple[str, str, Callable[[RunSetti
     def with_lisa(**fields: Any) -> Callable[[RunSettings], RunSettings]:
         return lambda run: replace(run, lisa=run.lisa.model_copy(update=fields))
 
+    def with_optimizer(**fields: Any) -> Callable[[RunSettings], RunSettings]:
+        def change(run: RunSettings) -> RunSettings:
+            optimizer = run.lisa.optimizer.model_copy(update=fields)
+            return replace(run, lisa=run.lisa.model_copy(update={"optimizer": optimizer}))
+
+        return change
+
     def gather(run: RunSettings) -> RunSettings:
         return replace(run, gather=replace(run.gather, max_reuse_distance=0, prefetch_bucket_size=10_000_000))
 
     zero = "deepspeed.zero_optimization"
+    stage = f"{zero}.stage=3"  # a run that has no deepspeed section does not say it yet
     yield (
-        f"{zero}.stage3_max_reuse_distance=0 {zero}.stage3_prefetch_bucket_size=10000000",
+        f"{stage} {zero}.stage3_max_reuse_distance=0 {zero}.stage3_prefetch_bucket_size=10000000",
         "weights are gathered again in backward",
         gather,
     )
     if run.micro_batch > 1:
         yield (
-            f"training.per_device_train_batch_size=1 training.gradient_accumulation_steps={run.micro_batch}",
+            f"training.per_device_train_batch_size=1 training.gradient_accumulation_steps={run.micro_batch * run.accumulation}",
             "more, smaller steps for the same batch; gradients accumulate in fp32",
-            lambda run: replace(run, micro_batch=1, gradient_width=4 if run.method == "lisa" else run.gradient_width),
+            lambda run: replace(
+                run,
+                micro_batch=1,
+                accumulation=run.micro_batch * run.accumulation,
+                gradient_width=4 if run.method == "lisa" else run.gradient_width,
+            ),
         )
     yield (
         "training.gradient_checkpointing=true",
         "blocks run twice: about a third more computing",
         lambda run: replace(run, checkpointing=True),
     )
+    fuses = run.method == "lisa" and run.lisa.optimizer.name == "masked_adamw"
+    if fuses:
+        yield "lisa.optimizer.moments=int8", "moments in 8 bits", with_optimizer(moments="int8")
     if run.method == "lisa":
-        optimizer = run.lisa.optimizer
-        yield (
-            "lisa.optimizer.moments=int8",
-            "moments in 8 bits",
-            with_lisa(optimizer=optimizer.model_copy(update={"moments": "int8"})),
-        )
         for role, what in (("embeddings", "the embeddings do not train"), ("lm_head", "the head does not train")):
+            if f"{role}_lr_scale" in run.lisa.model_fields_set:
+                what += f"; remove lisa.{role}_lr_scale"
             yield f"lisa.{role}=never", what, with_lisa(**{role: "never"})
         if not run.lisa.sampler.layers and run.lisa.num_sampled_layers > 1 and run.lisa.sampling_ratio is None:
             yield "lisa.num_sampled_layers=1", "one block at a time trains", with_lisa(num_sampled_layers=1)
-        if run.width == 2:
-            both = {"precision": "stochastic_rounding", "moments": "int8"}
-            yield (
-                "lisa.optimizer.precision=stochastic_rounding",
-                "no fp32 master copy; bf16 weights are rounded at random",
-                with_lisa(optimizer=optimizer.model_copy(update=both)),
-            )
-    if run.lisa.optimizer.precision == "mixed":
+    if fuses and run.bf16:
         yield (
-            f"{zero}.offload_optimizer.device=cpu",
-            "the update is computed by the host",
-            lambda run: replace(run, offload_optimizer=run.lisa.optimizer.precision == "mixed"),
+            "lisa.optimizer.precision=stochastic_rounding",
+            "no fp32 master copy; weights are rounded at random",
+            with_optimizer(precision="stochastic_rounding"),
         )
     yield (
-        f"{zero}.offload_param.device=cpu",
+        f"{stage} {zero}.offload_optimizer.device=cpu",
+        "the update is computed by the host",
+        lambda run: replace(run, offload_optimizer=not _rounds(run)),
+    )
+    yield (
+        f"{stage} {zero}.offload_param.device=cpu",
         "weights come from the host at every use",
-        lambda run: replace(run, offload_param=True),
+        lambda run: replace(run, offload_param=not _rounds(run)),
     )
     yield (
         f"data.max_length={run.sequence // 2}",
         "shorter rows",
         lambda run: replace(run, sequence=run.sequence // 2),
     )
+
+
+def _rounds(run: RunSettings) -> bool:
+    """Stochastic rounding updates the weights where the gradients are, and so goes with no offload."""
+    return run.method == "lisa" and run.lisa.optimizer.precision == "stochastic_rounding"

@@ -12,12 +12,12 @@ from lisa_ds.memory.gather import GatherSettings
 from lisa_ds.memory.state import ModelShape, default_bucket
 from lisa_ds.memory.step import StepSettings, step_peaks
 
-STATE = ("weights", "gradients", "master", "moments")
-WORK = ("buckets", "gathered", "activations", "logits", "gradients in flight", "scratch")
-PARTS = (*STATE, *WORK)
+PARTS = (
+    *("weights", "gradients", "master", "moments"),
+    *("buckets", "gathered", "prefetched", "activations", "logits", "gradients in flight", "scratch"),
+)
 """What the bytes of a phase are: model state that stays, then what comes and goes."""
 
-PHASES = ("init", "forward", "backward", "step", "switch", "export")
 METHODS = ("lisa", "full", "lora", "galore")
 
 
@@ -37,8 +37,14 @@ class RunSettings:
     width: int = 2
     """Bytes of an element of weights and activations."""
 
+    bf16: bool = True
+    """Of 2: whether they are bf16, not fp16."""
+
     gradient_width: int = 2
     """Bytes of an element of the gradient that waits for the step."""
+
+    accumulation: int = 1
+    """Micro-batches of a step."""
 
     checkpointing: bool = False
     bucket_size: int | None = None

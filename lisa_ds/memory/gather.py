@@ -132,7 +132,7 @@ class Coordinator:
             group = _Group("", numbers, 0, set(numbers), complete=True)
         else:
             self._groups += 1
-            group = _Group(f"gathered/group{self._groups}", numbers, sum(padded.values()) * self.width, set(numbers))
+            group = _Group(f"prefetched/{self._groups}", numbers, sum(padded.values()) * self.width, set(numbers))
             self.ledger.add(group.name, group.size)
         self._in_flight.update(dict.fromkeys(numbers, group))
 

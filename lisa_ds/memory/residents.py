@@ -83,8 +83,7 @@ def _lisa(
     shape: ModelShape, run: RunSettings, sampled: Collection[int] | None
 ) -> tuple[dict[str, int], int, list[int], list[str]]:
     lisa, world_size = run.lisa, run.world_size
-    master = 4 if lisa.optimizer.precision == "mixed" else 0
-    precision = Precision(run.width, run.gradient_width, master_bytes=master, moments=lisa.optimizer.moments)
+    precision = Precision.of_lisa(lisa, run.width, run.gradient_width)
     if sampled is None:
         blocks = _worst(shape, lisa)
         table = plan(shape, lisa, world_size=world_size, precision=precision).most

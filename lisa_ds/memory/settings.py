@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lisa_ds.config import LisaConfig, ModelConfig, RunConfig
+from lisa_ds.config import ModelConfig, RunConfig
 from lisa_ds.config.files import read_mapping
 from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.memory import catalogue
@@ -87,7 +87,9 @@ def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -
         method=config.method,
         lisa=config.lisa,
         width=width,
+        bf16=bool(training.get("bf16")),
         gradient_width=_gradient_width(config, deepspeed, width),
+        accumulation=training.get("gradient_accumulation_steps", 1),
         checkpointing=bool(training.get("gradient_checkpointing") or training.get("activation_checkpointing")),
         bucket_size=bucket,
         gather=GatherSettings(**{key: value for key, value in given.items() if value is not None}),
@@ -99,9 +101,9 @@ def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -
     )
 
 
-def of_model(model: ModelConfig, *, num_ranks: int, lisa: LisaConfig | None = None) -> tuple[Architecture, RunSettings]:
+def of_model(model: ModelConfig, *, num_ranks: int) -> tuple[Architecture, RunSettings]:
     """A model alone, with the defaults of a 16-bit run of one row of 1,024 tokens."""
-    return architecture_of(model), RunSettings(num_ranks, micro_batch=1, lisa=lisa or LisaConfig())
+    return architecture_of(model), RunSettings(num_ranks, micro_batch=1)
 
 
 def _tensor_parallel(config: RunConfig, deepspeed: Mapping[str, Any], num_ranks: int) -> int:

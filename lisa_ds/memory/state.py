@@ -75,6 +75,12 @@ class Precision:
     offload_optimizer: bool = False
     """Whether state is kept on the host, where every sampled partition has an fp32 gradient as well."""
 
+    @classmethod
+    def of_lisa(cls, config: LisaConfig, weight_bytes: int, gradient_bytes: int) -> Precision:
+        """What ``lisa.optimizer`` asks for, with weights and gradients of so many bytes."""
+        master = 4 if config.optimizer.precision == "mixed" else 0
+        return cls(weight_bytes, gradient_bytes, master_bytes=master, moments=config.optimizer.moments)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -28,9 +28,6 @@ class StepSettings:
     width: int = 2
     """Bytes of an element of weights and activations."""
 
-    labels: int | None = None
-    """Tokens that have logits; None for all."""
-
     checkpointing: bool = False
     """Whether blocks keep their input only, and run again in backward."""
 
@@ -108,7 +105,6 @@ class _Step:
 
     def _build(self, architecture: Architecture, sampled: set[int], roles: set[str]) -> list[_Section]:
         settings = self._settings
-        labels = settings.tokens if settings.labels is None else settings.labels
         self._always: set[int] = set()
         frontier = "embeddings" in roles
         start = self._tape(trains=frontier)
@@ -127,7 +123,7 @@ class _Step:
             grad = grad or index in sampled
         head_role = "embeddings" if architecture.tied else "lm_head"
         tape = self._tape(trains=head_role in roles)
-        head(architecture, tape, labels=labels)
+        head(architecture, tape)
         reaches = grad or "rest" in roles or head_role in roles
         sections.append(self._section(len(sections), tape, head_role in roles, reaches))
         sections[-1].records = True

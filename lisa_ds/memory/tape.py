@@ -196,19 +196,16 @@ def _mlp(architecture: Architecture, tape: Tape, modules: Iterator[Module], sour
     return tape.linear("down", next(modules), product)
 
 
-def head(architecture: Architecture, tape: Tape, *, labels: int) -> None:
-    """From the last block's output ``x`` to the loss: final norm, logits of ``labels`` tokens, softmax in fp32."""
+def head(architecture: Architecture, tape: Tape) -> None:
+    """From the last block's output ``x`` to the loss: final norm, logits of every token, softmax in fp32."""
     sizes = architecture.sizes
     normed = tape.norm("final", architecture.final[0], "x", sizes.norm, sizes.hidden)
-    tokens, tape.tokens = tape.tokens, labels
-    if labels < tokens:
-        normed = tape.add("labelled", sizes.hidden, (normed,))
     (module,) = architecture.head
     shapes = module.shapes if not architecture.tied else ((sizes.vocab, sizes.hidden), *module.shapes)
     logits = tape.linear("logits", Module("head", shapes, sizes.hidden), normed)
+    source, size = logits, tape.tokens * sizes.vocab * FP32
     if tape.width != FP32:
-        tape.ops.append(Op("logits.fp32", labels * sizes.vocab * FP32, (logits,)))
-    source = "logits.fp32" if tape.width != FP32 else logits
-    tape.ops.append(Op("softmax", labels * sizes.vocab * FP32, (source,), ("softmax",)))
+        source = "logits.fp32"
+        tape.ops.append(Op(source, size, (logits,)))
+    tape.ops.append(Op("softmax", size, (source,), ("softmax",)))
     tape.ops.append(Op("loss", FP32, ("softmax",), ("softmax",)))
-    tape.tokens = tokens

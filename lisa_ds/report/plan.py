@@ -19,6 +19,7 @@ _COLOURS = {
     "moments": "#ebcb8b",
     "buckets": "#a3be8c",
     "gathered": "#8fbcbb",
+    "prefetched": "#88c0d0",
     "activations": "#81a1c1",
     "logits": "#5e81ac",
     "gradients in flight": "#b48ead",
@@ -38,6 +39,9 @@ class PlanReport:
     run: RunSettings
     forecasts: Mapping[str, Forecast]
     """By method; the run's own is among them."""
+
+    otherwise: Forecast
+    """Of the run's own method, with activation checkpointing where it has none and without where it has."""
 
     memory: int | None
     """Bytes of a device, if it is known."""
@@ -73,7 +77,8 @@ def make(name: str, architecture: Architecture, run: RunSettings, memory: int | 
             advice = changes(architecture, run, memory)
         fewest = fewest_ranks(architecture, run, memory)
     ordered = {method: forecasts[method] for method in METHODS}
-    return PlanReport(name, architecture, run, ordered, memory, advice, fewest)
+    otherwise = forecast(architecture, replace(run, checkpointing=not run.checkpointing))
+    return PlanReport(name, architecture, run, ordered, otherwise, memory, advice, fewest)
 
 
 def lines(report: PlanReport) -> list[str]:
@@ -88,6 +93,7 @@ def lines(report: PlanReport) -> list[str]:
         "",
         *_phases(report),
     ]
+    text += _activations(report)
     host = [f"{part} {_gb(size)}" for part, size in report.own.host.items()]
     text.append(f"on the host, in GB: {', '.join(host)}")
     if "galore" in report.forecasts and run.world_size > 1:
@@ -106,6 +112,11 @@ def as_json(report: PlanReport) -> dict[str, Any]:
         "methods": {
             method: {"peak": plan.peak, "peak_phase": plan.peak_phase, "phases": plan.phases, "host": plan.host}
             for method, plan in report.forecasts.items()
+        },
+        "with_checkpointing" if not report.run.checkpointing else "without_checkpointing": {
+            "peak": report.otherwise.peak,
+            "peak_phase": report.otherwise.peak_phase,
+            "phases": report.otherwise.phases,
         },
         "device_memory": report.memory,
         "fits": report.fits,
@@ -214,6 +225,15 @@ def _phases(report: PlanReport) -> list[str]:
     rows = [["GB on one rank, by phase", *names]]
     rows.append([_METHOD_NAMES[report.run.method], *(_gb(sum(report.own.phases[name].values())) for name in names)])
     return _aligned(rows)
+
+
+def _activations(report: PlanReport) -> list[str]:
+    both = {report.run.checkpointing: report.own, not report.run.checkpointing: report.otherwise}
+    rows = [["GB on one rank", "activations at most", "peak"]]
+    for checkpointing, plan in sorted(both.items()):
+        most = max(parts.get("activations", 0) for parts in plan.phases.values())
+        rows.append([f"{'with' if checkpointing else 'without'} checkpointing", _gb(most), _gb(plan.peak)])
+    return ["", *_aligned(rows), ""]
 
 
 def _verdict(report: PlanReport) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from lisa_ds.config import RunConfig
 from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.layers import LayerStack
-from lisa_ds.memory import Architecture, ModelShape, Precision, full_state_bytes, settings
+from lisa_ds.memory import Architecture, ModelShape, Precision, forecast, full_state_bytes, settings
 from lisa_ds.memory import plan as plan_state
 from lisa_ds.memory.advice import usable
 from lisa_ds.memory.architectures import Module
@@ -49,7 +49,6 @@ def check_memory(config: RunConfig, *, force: bool = False) -> str | None:
 def _plan(config: RunConfig) -> tuple[str | None, str | None]:
     """The plan in a line, and what is wrong with it."""
     device, memory = _device()
-    name = config.model.name_or_path
     if autotp_size(config.deepspeed_config()) != 1:  # it knows no gathered parts of layers, nor their activations
         return None, _state_alone(config, memory, device)
     try:
@@ -60,12 +59,12 @@ def _plan(config: RunConfig) -> tuple[str | None, str | None]:
         settings.from_run(config, architecture, num_ranks=int(os.environ.get("WORLD_SIZE", "1"))),
         on_cpu=not torch.cuda.is_available(),
     )
-    report = plan.make(name, architecture, run, memory)
-    own = report.own
+    own = forecast(architecture, run)
     planned = (
         f"planned: {own.peak / 1e9:.2f} GB on a rank at most, in {own.peak_phase}; {device} has {memory / 1e9:.2f} GB"
     )
-    if not report.fits:
+    if own.peak > usable(memory):
+        report = plan.make(config.model.name_or_path, architecture, run, memory)
         return planned, plan.too_little_memory(report, device)
     exported = own.host["export on rank 0"]
     host = exported + (sum(own.host.values()) - exported) * _local_ranks()
@@ -101,12 +100,9 @@ def _state_alone(config: RunConfig, memory: int, device: str) -> str | None:
 
 
 def _partitions(shape: ModelShape, ranks: int, config: RunConfig, width: int) -> dict[str, int]:
-    optimizer = config.lisa.optimizer
-    precision = Precision(width, width)
     if config.method == "full":
-        return full_state_bytes(shape, world_size=ranks, precision=precision)
-    master = 4 if optimizer.precision == "mixed" else 0
-    precision = replace(precision, master_bytes=master, moments=optimizer.moments)
+        return full_state_bytes(shape, world_size=ranks, precision=Precision(width, width))
+    precision = Precision.of_lisa(config.lisa, width, width)
     return plan_state(shape, config.lisa, world_size=ranks, precision=precision).most
 
 
