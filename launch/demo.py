@@ -2,13 +2,14 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+
+from lisa_ds.cluster.environment import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path("runs/demo")
@@ -46,14 +47,6 @@ def fast_in_bf16() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
-
-
-def free_port() -> int:
-    """A port for this run, so that another one on this machine is not in its way."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

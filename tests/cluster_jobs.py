@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from lisa_ds.cluster.environment import free_port
+
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 30  # where all is well, nobody waits for it
 SEEN_S = 120  # torch is loaded, on a busy machine slowly
@@ -21,13 +22,6 @@ SEEN_S = 120  # torch is loaded, on a busy machine slowly
 needs_mounts = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare, to mount for one rank alone"
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Job:

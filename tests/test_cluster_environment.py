@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lisa_ds.cluster.environment import fill
-from lisa_ds.errors import EngineError
+from lisa_ds.errors import ClusterError
 
 STEP = {
     "SLURM_JOB_ID": "40012",
@@ -55,5 +55,5 @@ def test_outside_of_a_step_a_process_is_alone() -> None:
 
 def test_hosts_that_cannot_be_told_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(EngineError, match=r"SLURM_STEP_NODELIST is 'n\[1-2\]', but there is no scontrol"):
+    with pytest.raises(ClusterError, match=r"SLURM_STEP_NODELIST is 'n\[1-2\]', but there is no scontrol"):
         fill(STEP | {"SLURM_STEP_NODELIST": "n[1-2]"})

@@ -198,6 +198,7 @@ def _two_mistakes() -> str:
 
     class Config:
         zero_config = Zero()
+        _param_dict: dict[str, Any] = {}  # noqa: RUF012
 
     try:
         compat.check_options(Config())

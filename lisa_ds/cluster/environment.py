@@ -12,7 +12,7 @@ import socket
 import subprocess
 from collections.abc import MutableMapping
 
-from lisa_ds.errors import EngineError
+from lisa_ds.errors import ClusterError
 
 FIRST_PORT, NUM_PORTS = 20_000, 40_000
 
@@ -23,7 +23,7 @@ def fill(environ: MutableMapping[str, str] = os.environ) -> None:
     Inside a Slurm step they are those of the task; otherwise the process is a run on one rank.
 
     Raises:
-        EngineError: The step has tasks on several hosts and the first host's name cannot be found out.
+        ClusterError: The step has tasks on several hosts and the first host's name cannot be found out.
     """
     if "RANK" in environ:
         return
@@ -54,15 +54,22 @@ def first_host(environ: MutableMapping[str, str]) -> str:
     if environ.get("SLURM_STEP_NUM_NODES") == "1":
         return "127.0.0.1"
     nodes = environ.get("SLURM_STEP_NODELIST", "")
-    if not any(mark in nodes for mark in "[,"):
-        return nodes
-    if shutil.which("scontrol") is None:
-        raise EngineError(
+    if not (hosts := host_names(nodes)):
+        raise ClusterError(
             f"SLURM_STEP_NODELIST is {nodes!r}, but there is no scontrol to read it with (in a container?); "
             "set MASTER_ADDR to the first host in the batch script, as launch/train.sbatch does"
         )
-    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return shown.stdout.split()[0]
+    return hosts[0]
+
+
+def host_names(nodes: str) -> list[str]:
+    """The hosts of one of Slurm's lists, such as ``gpu[1-4]``; none where there is no ``scontrol`` to read it with."""
+    if "[" not in nodes:
+        return nodes.split(",")
+    if shutil.which("scontrol") is None:
+        return []
+    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=10)
+    return shown.stdout.split()
 
 
 def free_port() -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lisa_ds.cluster.environment import tasks_per_node
+from lisa_ds.cluster.environment import host_names, tasks_per_node
 from lisa_ds.errors import ClusterError
 
 
@@ -89,22 +87,13 @@ def expected(environ: Mapping[str, str], world_size: int, hostfile: Path | None 
     if hostfile is not None:
         slots = _read_hostfile(hostfile)
     elif "SLURM_STEP_NODELIST" in environ and environ.get("SLURM_DISTRIBUTION", "block").startswith("block"):
-        names = _expand(environ["SLURM_STEP_NODELIST"])
+        names = host_names(environ["SLURM_STEP_NODELIST"])
         tasks = tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
         slots = list(zip(names, tasks, strict=False))
     else:
         return {}
     hosts = [name for name, count in slots for _ in range(count)]
     return dict(enumerate(hosts)) if len(hosts) == world_size else {}
-
-
-def _expand(nodes: str) -> list[str]:
-    if "[" not in nodes:
-        return nodes.split(",")
-    if shutil.which("scontrol") is None:
-        return []
-    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=10)
-    return shown.stdout.split()
 
 
 def _read_hostfile(path: Path) -> list[tuple[str, int]]:

@@ -144,7 +144,12 @@ def check_options(config: Any) -> None:
     Raises:
         EngineError: Lists every option that cannot be combined with LISA.
     """
-    problems = zero_problems(config.zero_config) + parallel.problems(getattr(config, "_param_dict", {}))
+    if not hasattr(config, "_param_dict"):
+        raise EngineError(
+            f"deepspeed {deepspeed.__version__} has no {type(config).__name__}._param_dict, which this engine needs. "
+            f'Install a release it was run with: pip install "deepspeed>={OLDEST},<{NEWEST_BELOW}"'
+        )
+    problems = zero_problems(config.zero_config) + parallel.problems(config._param_dict)
     if getattr(getattr(config, "compile_config", None), "deepcompile", False):
         problems.append(DEEPCOMPILE)
     if getattr(config, "load_universal_checkpoint", False):
