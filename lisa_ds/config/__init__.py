@@ -9,14 +9,16 @@ from __future__ import annotations
 from lisa_ds.config.contradictions import check_contradictions as check_contradictions
 from lisa_ds.config.lisa import LisaConfig as LisaConfig
 from lisa_ds.config.lisa import OptimizerConfig as OptimizerConfig
-from lisa_ds.config.lisa import SamplerConfig as SamplerConfig
 from lisa_ds.config.run import DataConfig as DataConfig
 from lisa_ds.config.run import ModelConfig as ModelConfig
 from lisa_ds.config.run import RunConfig as RunConfig
 from lisa_ds.config.run import load_config as load_config
+from lisa_ds.config.sampler import GrowthConfig as GrowthConfig
+from lisa_ds.config.sampler import SamplerConfig as SamplerConfig
 
 __all__ = [
     "DataConfig",
+    "GrowthConfig",
     "LisaConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -142,7 +142,7 @@ def _suggest(kind: type[Section], location: tuple[int | str, ...], prefix: str) 
     *path, key = location
     section: Any = kind
     for part in path:
-        section = section.model_fields[part].annotation
+        section = _without_none(section.model_fields[part].annotation)
     homes = [
         f"{title}.{key}"
         for title, field in kind.model_fields.items()
@@ -155,6 +155,11 @@ def _suggest(kind: type[Section], location: tuple[int | str, ...], prefix: str) 
     return homes or [
         ".".join(str(part) for part in (*path, near)) for near in _closest(key, list(section.model_fields))
     ]
+
+
+def _without_none(annotation: Any) -> Any:
+    """The section of a key that may also be left empty."""
+    return next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
 
 
 def _closest(value: object, choices: Sequence[str]) -> list[str]:

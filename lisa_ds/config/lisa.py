@@ -10,10 +10,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StrictInt, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from lisa_ds.config.base import NOT_BUILT, Origin, Section, mistake, not_built, validate
 from lisa_ds.config.files import read_mapping
+from lisa_ds.config.sampler import Count, GrowthConfig, SamplerConfig, named
 from lisa_ds.errors import ConfigError
 
 # What other tools call our keys. Accepted in files and on the command line, with a notice.
@@ -38,41 +39,11 @@ def _interval(value: Any) -> Any:
     return value
 
 
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-Count = Annotated[int, Field(ge=1)]
 Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Policy = Annotated[
     Literal["always", "never"],
     not_built(sampled="sampled embeddings and head", every="sampled embeddings and head"),
 ]
-
-
-class SamplerConfig(Section):
-    """How the layers of an interval are drawn."""
-
-    name: Annotated[
-        Literal["uniform", "cyclic", "bernoulli", "fixed"],
-        not_built(**dict.fromkeys(("weight_norm", "grad_norm", "fisher"), "importance sampling")),
-    ] = "uniform"
-    """``uniform``: without replacement in a draw. ``cyclic``: every layer once a cycle, reshuffled each cycle.
-    ``bernoulli``: each layer with probability num_sampled_layers / layers, the paper's Algorithm 1. ``fixed``: the
-    same layers for the whole run, those of ``layers`` or drawn once."""
-
-    layers: Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(strict=False)] | None = None
-    """``fixed`` only: the layers to train, counted from 0; left out, they are drawn once."""
-
-    @model_validator(mode="after")
-    def _layers_belong_to_fixed(self) -> SamplerConfig:
-        if self.layers is not None and self.name != "fixed":
-            raise mistake(f"layers goes with name 'fixed' only, but name is {self.name!r}")
-        if self.layers == ():
-            raise mistake("layers is empty: name at least one, or leave it out to draw them once")
-        if self.layers is not None and len(set(self.layers)) != len(self.layers):
-            raise mistake(f"layers names a layer twice: {list(self.layers)}")
-        return self
 
 
 class OptimizerConfig(Section):
@@ -118,8 +89,11 @@ class LisaConfig(Section):
     layers_path: Annotated[str, Field(min_length=1)] = "auto"
     """Dotted path from the model to its block stack (several: separated by commas), or ``auto``."""
 
-    sampler: Annotated[SamplerConfig, BeforeValidator(_named)] = Field(default_factory=SamplerConfig)
+    sampler: Annotated[SamplerConfig, BeforeValidator(named)] = Field(default_factory=SamplerConfig)
     """How layers are drawn; ``sampler: cyclic`` is short for ``sampler: {name: cyclic}``."""
+
+    growth: GrowthConfig | None = None
+    """Whether more layers are drawn later on; None for the same number all along."""
 
     embeddings: Policy = "always"
     """Whether the embeddings train: ``always`` or ``never``."""
@@ -153,7 +127,7 @@ class LisaConfig(Section):
     prefetch_steps: Annotated[int, BeforeValidator(lambda value: _unset(value, "parking of layer state"))] = 0
     """Steps ahead of a switch at which state starts to move."""
 
-    optimizer: Annotated[OptimizerConfig, BeforeValidator(_named)] = Field(default_factory=OptimizerConfig)
+    optimizer: Annotated[OptimizerConfig, BeforeValidator(named)] = Field(default_factory=OptimizerConfig)
     """The optimizer of the sampled layers."""
 
     @model_validator(mode="after")
@@ -171,6 +145,8 @@ class LisaConfig(Section):
                     f"num_sampled_layers is {self.num_sampled_layers}, but sampler.layers names {len(layers)}: "
                     "leave num_sampled_layers out"
                 )
+        if self.growth and self.sampler.name == "fixed":
+            raise mistake("growth does not go with sampler 'fixed', whose layers are the same for the whole run")
         for part in ("embeddings", "lm_head", "rest"):
             if getattr(self, part) == "never" and f"{part}_lr_scale" in self.model_fields_set:
                 raise mistake(f"{part}_lr_scale has no effect with {part}: never; remove one of them")
@@ -210,6 +186,24 @@ class LisaConfig(Section):
                 f"got {self.sampling_ratio}; it takes at least 1/{num_layers}, or set num_sampled_layers"
             )
         return count
+
+    def most_sampled(self, num_layers: int) -> int:
+        """The most layers that an interval of a model of ``num_layers`` may draw (``bernoulli``: on average).
+
+        Raises:
+            ConfigError: The model has too few layers for what is asked.
+        """
+        count = self.num_sampled(num_layers)
+        if self.growth is None:
+            return count
+        key, most = self.growth.largest()
+        if most > num_layers:
+            raise ConfigError(f"{self.where(f'growth.{key}')}: the model has {num_layers} layers, got {most}")
+        if self.growth.schedule is None and most < count:
+            raise ConfigError(
+                f"{self.where('growth.max_layers')}: is below the {count} layers that are drawn from the start, got {most}"
+            )
+        return max(count, most)
 
     @classmethod
     def load(cls, source: LisaConfig | Mapping[str, Any] | str | Path | None) -> LisaConfig:

@@ -99,7 +99,7 @@ def _worst(shape: ModelShape, lisa: LisaConfig) -> list[int]:
     """The blocks of a draw that takes the most: the lowest ones, from which backward has the longest way."""
     if lisa.sampler.layers:
         return list(lisa.sampler.layers)
-    count = len(shape.layers) if lisa.sampler.name == "bernoulli" else lisa.num_sampled(len(shape.layers))
+    count = len(shape.layers) if lisa.sampler.varies else lisa.most_sampled(len(shape.layers))
     return list(range(count))
 
 

@@ -145,7 +145,7 @@ def plan(
         ConfigError: The config samples more layers than the model has, or none.
     """
     config, precision = config or LisaConfig(), precision or Precision()
-    count = config.num_sampled(len(shape.layers))
+    count, greatest = config.num_sampled(len(shape.layers)), config.most_sampled(len(shape.layers))
     weights = sum(_partitions(shape.all(), world_size))
     always = _table(_partitions(shape.trained([], config), world_size), weights, precision)
     layers = [_table(_partitions(layer, world_size), 0, replace(precision, bucket_bytes=0)) for layer in shape.layers]
@@ -155,8 +155,8 @@ def plan(
         if config.sampler.layers:
             drawn = largest = sum(sizes[layer] for layer in config.sampler.layers)
         else:
-            drawn = round(sum(sizes) * count / len(sizes))  # every sampler draws each layer equally often
-            largest = sum(sizes if config.sampler.name == "bernoulli" else sorted(sizes)[-count:])
+            drawn = round(sum(sizes) * count / len(sizes))  # as if each layer were drawn equally often
+            largest = sum(sizes if config.sampler.varies else sorted(sizes)[-greatest:])
         typical[kind] += drawn
         most[kind] += largest
     return Plan(typical, most, full_state_bytes(shape, world_size=world_size, precision=precision))

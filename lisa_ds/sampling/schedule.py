@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
+
+_BITS = 40  # of a probability in a systematic draw
 
 
 def draw(
@@ -48,6 +52,73 @@ def draw(
     if sampler == "fixed":
         return tuple(sorted(layers)) if layers is not None else _uniform(f"fixed/{seed}", num_layers, num_sampled)
     raise ValueError(f"draw: no sampler named {sampler!r}")
+
+
+def draw_by_probability(
+    method: str, *, seed: int, interval: int, probabilities: Sequence[float], shares: Sequence[float], num_sampled: int
+) -> tuple[int, ...]:
+    """Return the blocks of one interval where some are to be drawn more often than others, ascending.
+
+    Args:
+        method: ``systematic``: each block with exactly its inclusion probability, always ``num_sampled`` of them.
+            ``successive``: one block after the other, each with its share of those that are left. ``bernoulli``: each on its
+            own with its inclusion probability, so that their number varies.
+        seed: Any integer; equal on every rank.
+        interval: Index of the interval, from 0.
+        probabilities: Inclusion probabilities, for ``systematic`` and ``bernoulli``: in [0, 1], summing to ``num_sampled``.
+        shares: For ``successive``: not negative.
+        num_sampled: Blocks in a draw.
+
+    Raises:
+        ValueError: The method does not exist.
+    """
+    stream = random.Random(f"{method}/{seed}/{interval}")
+    if method == "systematic":
+        return _systematic(stream, probabilities, num_sampled)
+    if method == "successive":
+        return _successive(stream, shares, num_sampled)
+    if method == "bernoulli":
+        return tuple(layer for layer, chance in enumerate(probabilities) if stream.random() < chance)
+    raise ValueError(f"draw_by_probability: no method named {method!r}")
+
+
+def _systematic(stream: random.Random, probabilities: Sequence[float], num_sampled: int) -> tuple[int, ...]:
+    """Lay the blocks in random order end to end, each as long as its probability; take those under marks one apart.
+
+    Lengths are whole numbers of 2^-40, so that they add up exactly and no block is longer than the distance of the marks: each
+    is taken at most once, and as many as there are marks.
+    """
+    one = 1 << _BITS
+    lengths = [min(one, round(chance * one)) for chance in probabilities]
+    spare = num_sampled * one - sum(lengths)  # what rounding has left over or taken too much
+    for layer in sorted(range(len(lengths)), key=lambda layer: -lengths[layer]):
+        change = max(-lengths[layer], min(one - lengths[layer], spare))
+        if 0 < lengths[layer] < one:
+            lengths[layer] += change
+            spare -= change
+    order = _shuffled(stream, range(len(lengths)), len(lengths))
+    mark = int(stream.random() * one)
+    taken, end = [], 0
+    for layer in order:
+        end += lengths[layer]
+        if mark < end:
+            taken.append(layer)
+            mark += one
+    return tuple(sorted(taken))
+
+
+def _successive(stream: random.Random, shares: Sequence[float], num_sampled: int) -> tuple[int, ...]:
+    """Pick one block after the other in proportion to the shares of those left; once no share is left, at random."""
+    left = list(range(len(shares)))
+    taken: list[int] = []
+    while len(taken) < num_sampled:
+        ends = list(accumulate(shares[layer] for layer in left))
+        if ends[-1] > 0:
+            place = bisect_right(ends, stream.random() * ends[-1])
+        else:
+            place = int(stream.random() * len(left))
+        taken.append(left.pop(min(place, len(left) - 1)))
+    return tuple(sorted(taken))
 
 
 def _uniform(seed: str, num_layers: int, num_sampled: int) -> tuple[int, ...]:

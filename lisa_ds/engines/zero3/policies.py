@@ -60,7 +60,7 @@ def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> None
             "lisa.sampler: {name: fixed, layers: [...]}"
         )
     always = trainable.intersection(map(id, chain(stack.embeddings, stack.lm_head, stack.rest)))
-    if config.sampler.name == "bernoulli" and not always:
+    if config.sampler.varies and not always:
         raise ConfigError(
             "lisa.sampler: 'bernoulli' may draw no layer at all, and with embeddings, lm_head and rest at 'never' nothing "
             "would train; choose 'uniform', or let one of them train always"

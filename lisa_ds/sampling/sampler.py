@@ -1,0 +1,251 @@
+"""Which blocks train when: drawn alike, or by scores that somebody measures on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lisa_ds.config import LisaConfig
+from lisa_ds.errors import ConfigError
+from lisa_ds.sampling import probabilities, scores
+from lisa_ds.sampling.growth import Growth
+from lisa_ds.sampling.schedule import draw, draw_by_probability
+
+
+class LayerSampler:
+    """Says which blocks train in which interval.
+
+    Samplers without scores keep no state: any interval may be asked for, in any order. Those by scores draw by the scores that
+    were set last, and uniformly before there are any; :meth:`state_dict` then belongs into a checkpoint.
+
+    Args:
+        num_layers: Number of blocks of the model.
+        config: The ``lisa`` section of a run.
+        interval_steps: Optimizer steps of an interval, from :func:`resolve_interval_steps`; may be left out
+            where ``config.interval_steps`` is a number of steps.
+
+    Raises:
+        ConfigError: The config asks for more blocks than the model has, or for none; or it counts in epochs,
+            and ``interval_steps`` is left out; or its file of scores is of another model.
+        DataError: A file of scores or norms is missing or malformed.
+
+    Example:
+        >>> sampler = LayerSampler(32, LisaConfig(num_sampled_layers=2, interval_steps=20))
+        >>> sampler.layers_at(0) == sampler.layers_at(sampler.interval_at(step=19))
+        True
+    """
+
+    def __init__(self, num_layers: int, config: LisaConfig, interval_steps: int | None = None) -> None:
+        self.num_layers = num_layers
+        """Number of blocks to choose from."""
+        self.config = config
+        """The ``lisa`` section."""
+        self.num_sampled = config.num_sampled(num_layers)
+        """Blocks in the first draw; where their number varies from draw to draw, on average."""
+        self.growth = Growth(num_layers, config)
+        """How many blocks later draws have."""
+        self.interval_steps = resolve_interval_steps(config, None) if interval_steps is None else interval_steps
+        """Optimizer steps of an interval; neither micro-steps nor skipped steps count."""
+        if self.interval_steps < 1:
+            raise ConfigError(f"{config.where('interval_steps')}: should be 1 or more, got {interval_steps}")
+        self.notices: list[str] = []
+        """What the user should be told of the scores, a line each."""
+        self._scores: tuple[float, ...] | None = None
+        self._scored_at = 0
+        self._seen: list[float | None] = [None] * num_layers  # moving averages of what the training batches showed
+        self._known: tuple[Any, Any] | None = None  # the last probabilities, and what they were computed from
+        if config.sampler.file is not None:
+            self._scores = self._from_file(config.sampler.file)
+        elif config.sampler.lora_norms is not None and config.sampler.full_norms is not None:
+            self._scores = self._from_norms(config.sampler.lora_norms, config.sampler.full_norms)
+
+    @property
+    def scores(self) -> tuple[float, ...] | None:
+        """The score of each block; None for samplers without, and before the first are set."""
+        return self._scores
+
+    def interval_at(self, step: int) -> int:
+        """Return the index of the interval that optimizer step ``step`` (from 0) falls in."""
+        return step // self.interval_steps
+
+    def num_sampled_at(self, interval: int) -> int:
+        """Return how many blocks ``interval`` draws; where their number varies from draw to draw, on average."""
+        return self.growth.at(interval)
+
+    def layers_at(self, interval: int) -> tuple[int, ...]:
+        """Return the blocks that train in ``interval`` (from 0), ascending."""
+        chosen, seed, count = self.config.sampler, self.config.seed, self.num_sampled_at(interval)
+        if not chosen.by_scores:
+            return draw(
+                chosen.name,
+                seed=seed,
+                interval=interval,
+                num_layers=self.num_layers,
+                num_sampled=count,
+                layers=chosen.layers,
+            )
+        return draw_by_probability(
+            chosen.draw,
+            seed=seed,
+            interval=interval,
+            probabilities=() if chosen.draw == "successive" else self.probabilities_at(interval),
+            shares=self._shares(),
+            num_sampled=count,
+        )
+
+    def probabilities_at(self, interval: int) -> tuple[float, ...]:
+        """Return the probability with which each block is in the draw of ``interval``; its expected size is their sum.
+
+        For ``fixed`` they are 0 and 1. For ``cyclic`` they are those of an interval by itself, nothing known of the others.
+        """
+        chosen, count = self.config.sampler, self.num_sampled_at(interval)
+        if chosen.name == "fixed":
+            fixed = self.layers_at(interval)
+            return tuple(float(layer in fixed) for layer in range(self.num_layers))
+        if not chosen.by_scores:
+            return (count / self.num_layers,) * self.num_layers
+        key = (self._scores, count)
+        if self._known is None or self._known[0] != key:
+            if chosen.draw == "successive":
+                found = probabilities.successive_inclusion_probabilities(self._shares(), count)
+            else:
+                found = probabilities.inclusion_probabilities(self._shares(), count, chosen.floor)
+            self._known = (key, found)
+        result: tuple[float, ...] = self._known[1]
+        return result
+
+    def lr_scales_at(self, interval: int) -> dict[int, float]:
+        """Return what the learning rate of each block of ``interval``'s draw is multiplied by, where that is not 1."""
+        cap = self.config.sampler.inverse_probability_cap
+        if cap is None:
+            return {}
+        chances = self.probabilities_at(interval)
+        uniform = math.fsum(chances) / self.num_layers
+        return {layer: min(cap, uniform / chances[layer]) for layer in self.layers_at(interval)}
+
+    def needs_scores(self, interval: int) -> bool:
+        """Whether scores are to be measured, and set, before ``interval`` is drawn."""
+        chosen = self.config.sampler
+        measured = chosen.calibrates or (chosen.name == "weight_norm" and chosen.lora_norms is None)
+        return measured and (self._scores is None or interval >= self._scored_at + chosen.every)
+
+    def set_scores(self, scores: Sequence[float], interval: int) -> None:
+        """Draw by ``scores`` from ``interval`` on.
+
+        Raises:
+            ValueError: Their number is not that of the blocks, or one is negative or not finite.
+        """
+        if len(scores) != self.num_layers:
+            raise ValueError(f"set_scores: got {len(scores)} scores for {self.num_layers} layers")
+        probabilities.weights(scores)
+        self._scores, self._scored_at = tuple(scores), interval
+
+    @property
+    def watches_gradients(self) -> bool:
+        """Whether :meth:`observe` is to be told of gradients at the end of each interval."""
+        return self.config.sampler.name == "grad_norm" and self.config.sampler.score == "ema"
+
+    def observe(self, norms: Sequence[float | None], interval: int) -> None:
+        """Take note of the gradient norms of an interval's blocks; None for blocks that did not train.
+
+        Blocks that have never trained count with the mean of those that have.
+        """
+        decay = self.config.sampler.ema_decay
+        for layer, norm in enumerate(norms):
+            if norm is not None and math.isfinite(norm):
+                before = self._seen[layer]
+                self._seen[layer] = norm if before is None else decay * before + (1 - decay) * norm
+        known = [average for average in self._seen if average is not None]
+        if known:
+            mean = math.fsum(known) / len(known)
+            self.set_scores([mean if average is None else average for average in self._seen], interval)
+
+    def hash_at(self, interval: int) -> int:
+        """Return 63 bits on which two ranks, or a checkpoint and the run that resumes it, can compare schedules."""
+        facts: tuple[Any, ...] = (self.num_layers, self.interval_steps, interval, self.layers_at(interval))
+        return _hash(facts)
+
+    def rule(self) -> int:
+        """Return 63 bits that tell whether another run draws by the same rule; unlike draws by scores, known beforehand."""
+        if self.config.sampler.by_scores or self.config.growth is not None:
+            keys = ("num_sampled_layers", "sampling_ratio", "seed", "sampler", "growth")
+            return _hash((self.num_layers, self.interval_steps, self.config.model_dump_json(include=set(keys))))
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the draws to come depend on besides the config: plain values."""
+        return {
+            "scores": self._scores,
+            "scored_at": self._scored_at,
+            "seen": list(self._seen),
+            "growth": self.growth.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where :meth:`state_dict` was taken."""
+        given = self.config.sampler.file or self.config.sampler.lora_norms
+        if not given:  # scores of a file are the file's
+            self._scores = None if state["scores"] is None else tuple(state["scores"])
+            self._scored_at, self._seen = state["scored_at"], list(state["seen"])
+        self.growth.load_state_dict(state["growth"])
+
+    def _shares(self) -> tuple[float, ...]:
+        return probabilities.weights(self._scores or (1.0,) * self.num_layers, self.config.sampler.temperature)
+
+    def _from_file(self, path: str) -> tuple[float, ...]:
+        found = scores.LayerScores.read(path)
+        if len(found.scores) != self.num_layers:
+            raise ConfigError(
+                f"{self.config.where('sampler.file')}: {path} has scores of {len(found.scores)} layers, but the model has "
+                f"{self.num_layers}; profile this model"
+            )
+        return found.scores
+
+    def _from_norms(self, lora: str, full: str) -> tuple[float, ...]:
+        from lisa_ds.sampling import statistics
+
+        norms = []
+        for key, path in (("lora_norms", lora), ("full_norms", full)):
+            by_unit = statistics.mean_weight_norms(Path(path).expanduser())
+            blocks = [by_unit[name] for name in sorted((n for n in by_unit if n.isdecimal()), key=int)]
+            if len(blocks) != self.num_layers or not all(norm > 0 for norm in blocks):
+                raise ConfigError(
+                    f"{self.config.where(f'sampler.{key}')}: {path} should have a positive weight norm of each of the model's "
+                    f"{self.num_layers} layers, got those of {len(blocks)}"
+                )
+            norms.append(blocks)
+        found = scores.ratios(*norms)
+        if above := [layer for layer, ratio in enumerate(found) if ratio > 1]:
+            self.notices.append(
+                f"weight norms under LoRA are above those of full fine-tuning in layers {above} (ratio up to {max(found):.3g}); "
+                "ratios count in proportion to each other, and no layer is drawn with a probability above 1"
+            )
+        return found
+
+
+def resolve_interval_steps(config: LisaConfig, steps_per_epoch: int | None) -> int:
+    """Return the optimizer steps of an interval, also where the config counts in epochs.
+
+    Args:
+        config: The ``lisa`` section.
+        steps_per_epoch: Optimizer steps of an epoch; ``None`` where nobody knows it.
+
+    Raises:
+        ConfigError: The config counts in epochs, and the length of an epoch is unknown.
+    """
+    epochs = config.interval_epochs
+    if epochs is None:
+        return int(config.interval_steps)
+    if steps_per_epoch is None or steps_per_epoch < 1:
+        raise ConfigError(
+            f"{config.where('interval_steps')}: the steps of an epoch are not known here, "
+            f"got {config.interval_steps!r}; give a number of optimizer steps"
+        )
+    return epochs * steps_per_epoch
+
+
+def _hash(facts: tuple[Any, ...]) -> int:
+    return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1  # fits an int64 tensor
