@@ -113,10 +113,7 @@ def _successive(stream: random.Random, shares: Sequence[float], num_sampled: int
     taken: list[int] = []
     while len(taken) < num_sampled:
         ends = list(accumulate(shares[layer] for layer in left))
-        if ends[-1] > 0:
-            place = bisect_right(ends, stream.random() * ends[-1])
-        else:
-            place = int(stream.random() * len(left))
+        place = bisect_right(ends, stream.random() * ends[-1]) if ends[-1] > 0 else int(stream.random() * len(left))
         taken.append(left.pop(min(place, len(left) - 1)))
     return tuple(sorted(taken))
 

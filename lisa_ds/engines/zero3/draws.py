@@ -1,0 +1,117 @@
+"""From what ranks have seen to the next draw: added up over ranks, scored anew where that is due, and agreed on.
+
+Each rank draws for itself, from statistics that are equal on all of them. Should they ever differ (another config on one rank, a
+flipped bit), ranks would train different layers, and the first collective would hang or mix up gradients. So every draw is compared
+by a hash, in one collective of two numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+from lisa_ds.errors import EngineError
+from lisa_ds.sampling import LayerSampler
+
+
+class Draws:
+    """The draws of a run, one after the other.
+
+    Args:
+        sampler: Draws.
+        measure: Measures the score of each block; equal on all ranks.
+        gradient_norms: The gradient norm of each block over the interval, equal on all ranks; None for those that did not train.
+        affords: Whether so many blocks fit into the memory budget of a rank.
+        device: Of collectives.
+    """
+
+    def __init__(
+        self,
+        sampler: LayerSampler,
+        *,
+        measure: Callable[[], Sequence[float]],
+        gradient_norms: Callable[[], Sequence[float | None]],
+        affords: Callable[[int], bool],
+        device: torch.device,
+    ) -> None:
+        self._sampler = sampler
+        self._measure, self._gradient_norms, self._affords = measure, gradient_norms, affords
+        self._device = device
+        self._losses: Tensor | None = None  # their sum and number on this rank in this interval
+        self.pending = sampler.needs_scores(0)
+        """Whether the first draw waits for scores: the engine is built with a uniform one."""
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Take note of the loss of a micro-batch, without waiting for it."""
+        if self._sampler.growth.watches_loss:
+            seen = torch.stack([loss.detach().double().reshape(()), loss.new_ones((), dtype=torch.float64)])
+            self._losses = seen if self._losses is None else self._losses + seen
+
+    def at(self, interval: int, *, ended: bool = True) -> tuple[int, ...]:
+        """The blocks of ``interval``, equal on all ranks.
+
+        Args:
+            interval: The one that begins.
+            ended: Whether one has ended: then what was seen in it counts.
+
+        Raises:
+            EngineError: Ranks drew differently. Every rank raises.
+        """
+        if ended:
+            self._learn(interval)
+        if self._sampler.needs_scores(interval):
+            self._sampler.set_scores(self._measure(), interval)
+        self.pending = False
+        layers = self._sampler.layers_at(interval)
+        self.agree(f"interval {interval}", layers)
+        return layers
+
+    def _learn(self, interval: int) -> None:
+        if self._sampler.watches_gradients:
+            self._sampler.observe(self._gradient_norms(), interval)
+        if self._sampler.growth.watches_loss:
+            if self._losses is None:
+                raise EngineError(
+                    "lisa.growth.patience: watches the loss that engine.backward(loss) is given, and there was none in this "
+                    "interval; call engine.backward, or give growth.schedule"
+                )
+            total = self._losses.to(self._device)
+            dist.all_reduce(total)
+            self._losses = None
+            self._sampler.growth.observe(float(total[0] / total[1]), self._affords)
+
+    def agree(self, what: str, fact: Any) -> None:
+        """Compare ``fact`` on all ranks.
+
+        Raises:
+            EngineError: It differs. Every rank raises.
+        """
+        own = int.from_bytes(hashlib.sha256(repr(fact).encode()).digest()[:8], "big") >> 1
+        extremes = torch.tensor([own, -own], dtype=torch.int64, device=self._device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        if int(extremes[0]) == -int(extremes[1]):
+            return
+        facts: list[Any] = [None] * dist.get_world_size()
+        torch.distributed.all_gather_object(facts, repr(fact))
+        by_fact: dict[str, list[int]] = {}
+        for rank, text in enumerate(facts):
+            by_fact.setdefault(text, []).append(rank)
+        told = "; ".join(f"ranks {ranks}: {text[:300]}" for text, ranks in by_fact.items())
+        raise EngineError(f"{what}: ranks differ and would train apart: {told}. Give every rank the same lisa config and data")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank needs to draw on as if it had never stopped, also amid an interval."""
+        losses = None if self._losses is None else self._losses.tolist()
+        return {"sampler": self._sampler.state_dict(), "losses": losses, "pending": self.pending}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where :meth:`state_dict` was taken."""
+        self._sampler.load_state_dict(state["sampler"])
+        losses = state["losses"]
+        self._losses = None if losses is None else torch.tensor(losses, dtype=torch.float64, device=self._device)
+        self.pending = state["pending"]
