@@ -226,7 +226,7 @@ class LisaConfig(Section):
         fields: Mapping[str, Any] = read_mapping(file) if isinstance(source, (str, Path)) else source or {}
         prefix = ""
         if "lisa" in fields:
-            sections = ("model", "data", "method", "lisa", "training", "deepspeed")
+            sections = ("model", "data", "method", "lisa", "training", "deepspeed", "statistics")
             if unknown := [key for key in fields if key not in sections]:
                 raise ConfigError(
                     "\n".join(

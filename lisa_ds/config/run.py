@@ -22,6 +22,16 @@ def _path_or_keys(value: Any) -> Any:
     return value
 
 
+def _statistics(value: Any) -> Any:
+    if value is False:  # what YAML makes of a bare `off`
+        return "off"
+    if value in ("off", "interval") and isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise mistake("should be off, interval, or a number of optimizer steps, 1 or more")
+    return value
+
+
 class ModelConfig(Section):
     """Which model is trained."""
 
@@ -131,6 +141,10 @@ class RunConfig(Section):
 
     deepspeed: Annotated[str | dict[str, Any] | None, BeforeValidator(_path_or_keys)] = None
     """DeepSpeed's config, as a path or inline."""
+
+    statistics: Annotated[int | str, BeforeValidator(_statistics)] = "interval"
+    """When the norms of each layer are recorded in ``layers.jsonl``: ``interval`` (at the end of each of LISA's; with another
+    method every 20 steps), a number of optimizer steps, or ``off``."""
 
     @model_validator(mode="after")
     def _data_fits_task(self) -> RunConfig:

@@ -19,6 +19,7 @@ from lisa_ds.config import RunConfig
 from lisa_ds.errors import ConfigError
 from lisa_ds.integrations import hf, sharing
 from lisa_ds.integrations.preemption import PreemptionCallback
+from lisa_ds.integrations.statistics import LayerStatistics
 from lisa_ds.integrations.streaming import streamed
 from lisa_ds.integrations.throughput import Throughput
 from lisa_ds.integrations.trainer import Clock, LabelLogitsTrainer
@@ -70,6 +71,8 @@ def run(
         throughput = Throughput(trainer, clock, peak, config.lisa.layers_path)
         trainer.callback_handler.callbacks.insert(0, throughput)
         methods.prepare(trainer, config)
+        if config.statistics != "off":
+            trainer.add_callback(_layer_statistics(config, trainer))
         restore_patience(trainer, checkpoint)
         trainer.add_callback(PreemptionCallback(preemption, checkpoint))
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -121,6 +124,14 @@ def _build_trainer(
     except ValueError as error:  # arguments that do not go together
         raise ConfigError(f"{config.where('training')}: {' '.join(str(error).split())}") from error
     return trainer, clock
+
+
+def _layer_statistics(config: RunConfig, trainer: LabelLogitsTrainer) -> LayerStatistics:
+    settings: dict[str, Any] = {"lisa": config.lisa.model_dump(mode="json")} if config.method == "lisa" else {}
+    every: Any = config.statistics
+    return LayerStatistics(
+        trainer, every=every, method=config.method, layers_path=config.lisa.layers_path, settings=settings
+    )
 
 
 def _num_classes(config: RunConfig, *data_sets: Any) -> int:

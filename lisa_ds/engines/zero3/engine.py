@@ -71,6 +71,17 @@ class LisaEngine(DeepSpeedEngine):
         return self._sampler.interval_at(self._step_in_lisa)
 
     @property
+    def ends_interval(self) -> bool:
+        """Whether the next applied step is the last one of its interval: layers are drawn anew right after it."""
+        return self._sampler.interval_at(self._step_in_lisa + 1) != self.interval
+
+    @property
+    def probabilities(self) -> tuple[float, ...] | None:
+        """With which probability each block is in the present interval's draw; None if the sampler does not tell."""
+        probabilities_at = getattr(self._sampler, "probabilities_at", None)
+        return None if probabilities_at is None else tuple(probabilities_at(self.interval))
+
+    @property
     def layer_history(self) -> list[tuple[int, ...]]:
         """Every set of blocks so far, in order; the last one trains now."""
         return list(self._history)

@@ -31,9 +31,13 @@ def fill(parameter: Any, read_into: Callable[[Tensor, int], None]) -> None:
         parameter: Partitioned, see :func:`is_plain`.
         read_into: Given a flat tensor, and the index in the whole parameter of its first element, fills it.
     """
-    partition = parameter.ds_tensor
-    start = partition.ds_numel * parameter.ds_zero_partition_rank
-    count = max(0, min(partition.ds_numel, parameter.ds_numel - start))
+    partition, count = parameter.ds_tensor, own_elements(parameter)
     if count:
-        read_into(partition.narrow(0, 0, count), start)
+        read_into(partition.narrow(0, 0, count), partition.ds_numel * parameter.ds_zero_partition_rank)
     partition[count:].zero_()
+
+
+def own_elements(parameter: Any) -> int:
+    """Elements of ``parameter`` that this rank's partition begins with; what follows them is padding."""
+    size: int = parameter.ds_tensor.ds_numel
+    return max(0, min(size, parameter.ds_numel - size * parameter.ds_zero_partition_rank))

@@ -131,6 +131,11 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
         """Blocks that train now, ascending."""
         return self._sampled
 
+    @property
+    def lr_scales(self) -> list[float]:
+        """Learning-rate factor of each sub-group of the window."""
+        return list(self._lr_scale_of)
+
     @torch.no_grad()
     def switch(self, sampled: Iterable[int]) -> None:
         """Make ``sampled`` the blocks that train; release the state of those that leave.

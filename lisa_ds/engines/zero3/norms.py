@@ -1,0 +1,158 @@
+"""2-norms of many tensors by unit, and of an Adam update from its moments: plain torch, no host sync, little memory."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lisa_ds.optim import MaskedAdamW
+
+_NORM_CHUNK = 2**20  # elements that are added up in fp32; their sums are added up in fp64
+_UPDATE_CHUNK = 2**18  # elements of an update that exist at a time; a multiple of the 256 that share a scale
+
+_DEEPSPEED_ADAMS = ("FusedAdam", "DeepSpeedCPUAdam")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements that belong to a unit: this rank's of a parameter, or of its gradient."""
+
+    values: Tensor
+    """Flat or not, contiguous, of any floating type and on any device."""
+
+    unit: int
+    """Position of the unit."""
+
+    share: float = 1.0
+    """What its square counts: 1 / n where n ranks hold a copy of it."""
+
+
+class UnitSquares:
+    """Adds up the squares of parts by unit.
+
+    Args:
+        num_units: Positions there are.
+        device: Where the sums are wanted.
+    """
+
+    def __init__(self, num_units: int, device: torch.device | str) -> None:
+        self._num_units = num_units
+        self.device = torch.device(device)
+        self._places: tuple[tuple[tuple[int, float], ...], Tensor, Tensor] | None = None
+
+    def zeros(self) -> Tensor:
+        """Sums of nothing: ``(num_units,)``, fp64."""
+        return torch.zeros(self._num_units, dtype=torch.float64, device=self.device)
+
+    @torch.no_grad()
+    def of(self, parts: Sequence[Part]) -> Tensor:
+        """The sums over ``parts``: ``(num_units,)``, fp64. The host does not wait for the device."""
+        by_kind: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[tuple[int, float]]]] = {}
+        for part in parts:
+            if not part.values.numel():
+                continue
+            tensors, places = by_kind.setdefault((part.values.device, part.values.dtype), ([], []))
+            for chunk in torch.split(part.values.detach().reshape(-1), _NORM_CHUNK):
+                tensors.append(chunk)
+                places.append((part.unit, part.share))
+        norms = [
+            torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).to(self.device)
+            for tensors, _ in by_kind.values()
+        ]
+        return (
+            self.summed(torch.cat(norms), [p for _, places in by_kind.values() for p in places])
+            if norms
+            else self.zeros()
+        )
+
+    def summed(self, norms: Tensor, places: Sequence[tuple[int, float]]) -> Tensor:
+        """The sums of the squares of ``norms``, ``(n,)``, whose units and shares are in ``places``."""
+        key = tuple(places)
+        if self._places is None or self._places[0] != key:  # copied once for each window: a copy makes the host wait
+            units, shares = zip(*key, strict=True)
+            self._places = (
+                key,
+                torch.tensor(units, device=self.device),
+                torch.tensor(shares, dtype=torch.float64, device=self.device),
+            )
+        _, index, share = self._places
+        return self.zeros().index_add_(0, index, norms.double().square_() * share)
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """What besides the moments determines an update."""
+
+    step: Any
+    """Updates that the moments have seen, this one included: a number, or a tensor of one element."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    """Decoupled; 0 where decay is in the gradient, and so in the moments."""
+
+
+def adam_step(optimizer: Any, group: Any, state: Any, *, lr_scale: float = 1.0) -> AdamStep | None:
+    """How ``optimizer`` has stepped what is in ``group`` with ``state``; None if it is not Adam, or has not stepped it."""
+    step = state.get("step", group.get("step"))
+    if not is_adam(optimizer) or group.get("amsgrad") or step is None or "exp_avg" not in state:
+        return None
+    if not group.get("bias_correction", True):
+        return None
+    decoupled = (
+        isinstance(optimizer, (torch.optim.AdamW, MaskedAdamW))
+        or group.get("decoupled_weight_decay", False)
+        or getattr(optimizer, "adam_w_mode", False)
+    )
+    return AdamStep(
+        step=step,
+        lr=float(group["lr"]) * group.get("lr_scale", 1.0) * lr_scale,
+        beta1=float(group["betas"][0]),
+        beta2=float(group["betas"][1]),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]) if decoupled else 0.0,
+    )
+
+
+def is_adam(optimizer: Any) -> bool:
+    """Whether the update of ``optimizer`` follows from its moments as Adam's or AdamW's does."""
+    if isinstance(optimizer, torch.optim.Adam):  # not a subclass with a step of its own
+        return inspect.unwrap(type(optimizer).step) is inspect.unwrap(torch.optim.Adam.step)
+    return isinstance(optimizer, MaskedAdamW) or type(optimizer).__name__ in _DEEPSPEED_ADAMS
+
+
+@torch.no_grad()
+def update_square(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamStep) -> Tensor:
+    """Squared 2-norm of the last update, worked out from what it has left behind: ``()``, fp64, on the weight's device.
+
+    The update is ``lr * (m / (sqrt(v) + eps) + weight_decay * w)`` with bias-corrected moments and the weight of before. That
+    weight follows from the one of after, so nothing has to be kept; a quarter of a million elements are worked on at a time.
+
+    Args:
+        weight: After the update, in the precision that is updated: the master copy if there is one.
+        exp_avg: First moment, decoded.
+        exp_avg_sq: Second moment, decoded.
+        step: The update's numbers.
+    """
+    count = torch.as_tensor(step.step, dtype=torch.float64, device=weight.device).reshape(())
+    scale = (step.lr / (1 - step.beta1**count)).float()
+    root = (1 - step.beta2**count).sqrt().float()
+    decay = step.lr * step.weight_decay
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    parts = (torch.split(tensor.detach().reshape(-1), _UPDATE_CHUNK) for tensor in (weight, exp_avg, exp_avg_sq))
+    for after, first, second in zip(*parts, strict=True):
+        # scale * m / (sqrt(v) / root + eps), in place on two chunks
+        update = second.float().sqrt().div_(root).add_(step.eps)
+        torch.div(first.float(), update, out=update).mul_(scale)
+        if decay:
+            # w_before = (w_after + u) / (1 - decay), and u + decay * w_before is the update
+            update.add_(after.float(), alpha=decay).div_(1 - decay)
+        total += update.norm().double().square()
+    return total

@@ -1,0 +1,244 @@
+"""Norms of weights, gradients and updates by unit under ZeRO-3: LISA's window, or DeepSpeed's own optimizer.
+
+Ranks add up the squares of their own partitions. Those of gradients are added up on the device at every step, before the step
+has clipped them; nothing travels and no host waits until somebody asks, and then one small vector is reduced.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from torch import Tensor
+
+from lisa_ds.engines.zero3 import compat
+from lisa_ds.engines.zero3.norms import Part, UnitSquares, adam_step, is_adam, update_square
+from lisa_ds.engines.zero3.partitions import own_elements
+from lisa_ds.layers import LayerStack, Unit
+
+_ATTRIBUTE = "lisa_unit_statistics"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment, from which gradients are averaged."""
+
+    squares: Tensor
+    steps: tuple[int, ...]
+    applied: int
+
+
+@dataclass(frozen=True)
+class Norms:
+    """What :meth:`UnitStatistics.read` found, by unit, equal on all ranks."""
+
+    weight: dict[Unit, float | None]
+    """Of all weights of the unit together; None where they are not in memory as numbers (NVMe, quantised)."""
+
+    gradient: dict[Unit, float | None]
+    """Root mean square over the steps in which the unit trained; None if it did not."""
+
+    update: dict[Unit, float | None]
+    """Of what the last step added to the weights; None if it trained not, or not by Adam."""
+
+
+class UnitStatistics:
+    """Watches the steps of a ZeRO-3 optimizer; see :func:`watch`.
+
+    Args:
+        optimizer: ``DeepSpeedZeroOptimizer_Stage3``, or the window that LISA makes of it.
+        stack: The model that it trains.
+    """
+
+    def __init__(self, optimizer: Any, stack: LayerStack) -> None:
+        self.units: tuple[Unit, ...] = units_of(stack)
+        """Those that have parameters, in the order they run."""
+        self.applied = 0
+        """Steps seen, skipped ones not counted."""
+        self.after_step: list[Callable[[], None]] = []
+        """Called after each applied step, when its learning rate, moments and layers are still in place; on all ranks alike."""
+        self._optimizer = optimizer
+        self._index = {unit: i for i, unit in enumerate(self.units)}
+        self._unit_of: Mapping[int, int] = {key: self._index[unit] for key, unit in stack.unit_of.items()}
+        self._weights: list[Any] = [p for unit in self.units for p in stack.parameters(unit)]
+        device = get_accelerator().current_device_name()  # what a collective takes, also where state is on the host
+        self._of_gradients, self._of_weights = (UnitSquares(len(self.units), device) for _ in range(2))
+        self._squares = self._of_gradients.zeros()  # this rank's, since the beginning
+        self._steps = [0] * len(self.units)
+        self._step: Callable[..., Any] = optimizer.step
+        optimizer.step = self._step_and_add
+
+    def remove(self) -> None:
+        """Let the optimizer step unwatched."""
+        self._optimizer.step = self._step
+        if getattr(self._optimizer, _ATTRIBUTE, None) is self:
+            delattr(self._optimizer, _ATTRIBUTE)
+
+    def mark(self) -> Mark:
+        """This moment. Readings may overlap: each goes back to a mark of its own."""
+        return Mark(self._squares.clone(), tuple(self._steps), self.applied)
+
+    def trained(self, since: Mark) -> tuple[Unit, ...]:
+        """The units that have trained since ``since``."""
+        pairs = zip(self.units, self._steps, since.steps, strict=True)
+        return tuple(unit for unit, now, then in pairs if now > then)
+
+    def gradient_norms(self, since: Mark) -> dict[Unit, float | None]:
+        """Root mean square of each unit's gradient norm over the steps since ``since`` in which it trained; None if in none.
+
+        The gradients are those of all ranks together, averaged, unscaled, and not clipped. Every rank must call it; the numbers
+        are the same on each.
+        """
+        return self._means(_reduced(self._squares - since.squares), since)
+
+    def read(self, since: Mark, weights: Collection[Any] | None = None) -> Norms:
+        """All norms now; gradients since ``since``. Every rank must call it, in :attr:`after_step`.
+
+        Elsewhere the update would be worked out with the learning rate of the step to come.
+
+        Args:
+            since: Where gradients begin.
+            weights: The parameters that weight norms are of; None for all of the model.
+        """
+        weights = self._weights if weights is None else weights
+        update_squares, updated = self._update_squares()
+        ours = self._of_weights.of([self._part(p, p.ds_tensor) for p in weights if _is_readable(p)])
+        weight, gradient, update = _reduced(torch.stack([ours, self._squares - since.squares, update_squares]))
+        unknown = {self._unit_of[id(p)] for p in weights if not _is_readable(p)}
+        return Norms(
+            weight={unit: None if i in unknown else weight[i] ** 0.5 for unit, i in self._index.items()},
+            gradient=self._means(gradient, since),
+            update={unit: update[i] ** 0.5 if i in updated else None for unit, i in self._index.items()},
+        )
+
+    def _means(self, squares: Sequence[float], since: Mark) -> dict[Unit, float | None]:
+        counts = [now - then for now, then in zip(self._steps, since.steps, strict=True)]
+        # A difference of sums can fall below nothing by a rounding.
+        means = [
+            (max(square, 0.0) / count) ** 0.5 if count else None for square, count in zip(squares, counts, strict=True)
+        ]
+        return dict(zip(self.units, means, strict=True))
+
+    # ---- while it steps -------------------------------------------------------------------------------------------
+
+    def _step_and_add(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = self._optimizer
+        scale = float(optimizer.loss_scale)
+        trained = {self._unit_of[id(p)] for p in _trained(optimizer)}
+        squares = self._gradient_squares()
+        result = self._step(*args, **kwargs)
+        if optimizer.overflow:  # a skipped step is no step
+            return result
+        self._squares.add_(squares, alpha=scale**-2)
+        for i in trained:
+            self._steps[i] += 1
+        self.applied += 1
+        for call in self.after_step:
+            call()
+        return result
+
+    def _gradient_squares(self) -> Tensor:
+        """This rank's, loss scale and all. A step may clip its gradients in place, so this comes before."""
+        optimizer = self._optimizer
+        if optimizer.offload_optimizer:
+            # Taken on the device, before the gradients went to the host.
+            norms: Mapping[int, Tensor] = optimizer.norm_for_param_grads
+            known = [p for p in _trained(optimizer) if optimizer.get_param_id(p) in norms]
+            if not known:
+                return self._of_gradients.zeros()
+            values = torch.stack([norms[optimizer.get_param_id(p)].double() for p in known]).to(
+                self._of_gradients.device
+            )
+            return self._of_gradients.summed(values, [(self._unit_of[id(p)], _share(p)) for p in known])
+        partitions: Mapping[int, Tensor] = getattr(optimizer, compat.GRAD_PARTITIONS)
+        return self._of_gradients.of([self._part(p, partitions[p.ds_id]) for p in _trained(optimizer)])
+
+    # ---- when it is asked -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _update_squares(self) -> tuple[Tensor, set[int]]:
+        """This rank's, and the units whose update is known. One parameter's partition is worked on at a time."""
+        optimizer, result = self._optimizer, self._of_weights.zeros()
+        known: set[int] = set()
+        if not is_adam(optimizer.optimizer) or optimizer.swap_optimizer:
+            return result, known
+        scales: Sequence[float] = getattr(optimizer, "lr_scales", None) or [1.0] * len(optimizer.fp16_groups)
+        for position, parameters in enumerate(optimizer.fp16_groups):
+            group = optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[position]]
+            state = optimizer.optimizer.state.get(optimizer.fp32_partitioned_groups_flat[position], {})
+            step = adam_step(optimizer.optimizer, group, state, lr_scale=scales[position])
+            if step is None:
+                continue
+            for parameter in parameters:
+                unit = self._unit_of[id(parameter)]
+                known.add(unit)
+                if count := own_elements(parameter):
+                    weight, first, second = (
+                        optimizer._get_fp32_opt_state_partition(parameter, True, key)[0][:count]
+                        for key in (None, "exp_avg", "exp_avg_sq")
+                    )
+                    square = update_square(weight, first, second, step) * _share(parameter)
+                    result[unit] += square.to(result.device)
+        return result, known
+
+    def _part(self, parameter: Any, partition: Tensor) -> Part:
+        """What of ``partition`` is not padding."""
+        return Part(partition[: own_elements(parameter)], self._unit_of[id(parameter)], _share(parameter))
+
+
+def watch(optimizer: Any, stack: LayerStack) -> UnitStatistics:
+    """The statistics of ``optimizer``: there is one for each, whoever asks first.
+
+    Args:
+        optimizer: ``DeepSpeedZeroOptimizer_Stage3``, or the window that LISA makes of it.
+        stack: The model that it trains.
+
+    Raises:
+        EngineError: DeepSpeed's optimizer lacks an attribute that this needs.
+    """
+    found: UnitStatistics | None = getattr(optimizer, _ATTRIBUTE, None)
+    if found is None:
+        compat.check_attributes(optimizer)
+        found = UnitStatistics(optimizer, stack)
+        setattr(optimizer, _ATTRIBUTE, found)
+    return found
+
+
+def block_norms(norms: Mapping[Unit, float | None], num_layers: int) -> list[float | None]:
+    """Of norms by unit, those of the blocks, in order."""
+    return [norms.get(layer) for layer in range(num_layers)]
+
+
+def units_of(stack: LayerStack) -> tuple[Unit, ...]:
+    """The units of a model that have parameters, in the order they run."""
+    every: tuple[Unit, ...] = ("embeddings", *range(len(stack.layers)), "lm_head", "rest")
+    return tuple(unit for unit in every if stack.parameters(unit))
+
+
+def _trained(optimizer: Any) -> Iterator[Any]:
+    return itertools.chain.from_iterable(optimizer.fp16_groups)
+
+
+def _is_readable(parameter: Any) -> bool:
+    partition = parameter.ds_tensor
+    return bool(partition.is_floating_point() and partition.numel() >= partition.ds_numel)  # NVMe leaves nothing here
+
+
+def _share(parameter: Any) -> float:
+    """1 / n where n groups of ranks partition a copy of ``parameter`` each, as those that share other layers do of a norm."""
+    if is_model_parallel_parameter(parameter):
+        return 1.0
+    return float(dist.get_world_size(parameter.ds_process_group)) / float(dist.get_world_size())
+
+
+def _reduced(squares: Tensor) -> Any:
+    """Sums over all ranks, as numbers."""
+    total = squares.clone()
+    dist.all_reduce(total)
+    return total.tolist()

@@ -1,0 +1,100 @@
+"""The weights that a PEFT model computes with: what its adapters add, and which of its parameters are no weights of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+
+class Adapters:
+    """The adapters of a model; of one without PEFT there are none, and every parameter is a weight.
+
+    Args:
+        model: Partitioned by ZeRO-3 or not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        # Told by what they have, so that PEFT need not be installed: a layer that wraps another and knows its delta.
+        self._layers: list[Any] = [
+            module for module in model.modules() if hasattr(module, "base_layer") and hasattr(module, "get_base_layer")
+        ]
+        self._copies: list[Any] = [
+            module
+            for module in model.modules()
+            if hasattr(module, "original_module") and hasattr(module, "modules_to_save")
+        ]
+
+    @property
+    def any(self) -> bool:
+        """Whether there are any."""
+        return bool(self._layers or self._copies)
+
+    def plain_weights(self) -> list[nn.Parameter]:
+        """The parameters that are weights as they stand: those of adapters are not, nor what is replaced or added to."""
+        apart: set[int] = set()
+        for layer in self._layers:
+            base = {id(parameter) for parameter in layer.get_base_layer().parameters()}
+            apart.update(id(parameter) for parameter in layer.parameters() if id(parameter) not in base)
+            if _active(layer):
+                apart.add(id(_weight(layer)))
+        for copy in self._copies:
+            used = _used(copy)
+            kept = {id(parameter) for parameter in used.parameters()}
+            apart.update(id(parameter) for parameter in copy.parameters() if id(parameter) not in kept)
+        return [parameter for parameter in self._model.parameters() if id(parameter) not in apart]
+
+    @torch.no_grad()
+    def effective_squares(self) -> Iterator[tuple[nn.Parameter, float | None]]:
+        """Squared 2-norm of each weight with its adapters in it, by the weight; None where PEFT tells no delta that is added.
+
+        One module at a time is gathered from its partitions, so under ZeRO-3 every rank must take all.
+        """
+        for layer in self._layers:
+            names = _active(layer)
+            if not names:
+                continue
+            weight = _weight(layer)
+            if any(_is_no_sum(layer, name) for name in names):
+                yield weight, None
+                continue
+            parameters = list(layer.parameters())
+            with deepspeed.zero.GatheredParameters(parameters, enabled=hasattr(weight, "ds_id")):
+                whole = weight.detach().float()
+                for name in names:
+                    whole = whole + layer.get_delta_weight(name).to(whole)
+                square = whole.norm(dtype=torch.float64).square().item()
+            yield weight, square
+
+
+def _weight(layer: Any) -> nn.Parameter:
+    """What the delta is added to; of a layer that PEFT treats otherwise, the first parameter there is."""
+    base: Any = layer.get_base_layer()
+    weight: nn.Parameter = base.weight if hasattr(base, "weight") else next(base.parameters())
+    return weight
+
+
+def _active(layer: Any) -> list[str]:
+    """The adapters that are added to the layer's weight at each forward."""
+    if layer.disable_adapters:
+        return []
+    known = {name for group in layer.adapter_layer_names for name in getattr(layer, group, {})}
+    return [name for name in layer.active_adapters if name in known and name not in layer.merged_adapters]
+
+
+def _is_no_sum(layer: Any, name: str) -> bool:
+    # DoRA and its like scale the sum as well; a quantised weight is not a number yet.
+    base = layer.get_base_layer()
+    if not hasattr(base, "weight") or not base.weight.is_floating_point():
+        return True
+    return name in getattr(layer, "lora_variant", {}) or not hasattr(layer, "get_delta_weight")
+
+
+def _used(copy: Any) -> nn.Module:
+    names = [] if copy.disable_adapters else [name for name in copy.active_adapters if name in copy.modules_to_save]
+    used: nn.Module = copy.modules_to_save[names[0]] if names else copy.original_module
+    return used

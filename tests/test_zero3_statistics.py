@@ -1,0 +1,111 @@
+"""Norms by unit from ZeRO-3 partitions, against plain torch on what all ranks hold together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.trajectory import Case
+from tests.zero3_statistics_runs import run_cases
+
+pytestmark = [pytest.mark.multirank]
+
+SIZES = {"steps": 5, "interval_steps": 2}
+LISA = [
+    Case("lisa", **SIZES),
+    Case("lisa_accumulation", accumulation=2, **SIZES),
+    Case("lisa_tied_bf16", dtype="bf16", tied=True, **SIZES),
+    Case("lisa_overflow", dtype="fp16", overflow_at=2, **SIZES),
+    Case("lisa_int8", lisa={"optimizer": {"moments": "int8"}}, **SIZES),
+    Case(
+        "lisa_sr",
+        dtype="bf16",
+        lisa={"optimizer": {"precision": "stochastic_rounding", "moments": "bf16"}},
+        **SIZES,
+    ),
+    Case("lisa_offload", offload=True, offload_param=True, **SIZES),
+    Case("lisa_given_optimizer", lisa={"optimizer": "adamw", "embeddings_lr_scale": 0.1}, **SIZES),
+    Case("lisa_scheduler", scheduler=True, lisa={"embeddings": "never"}, **SIZES),
+]
+FULL = [
+    Case("full", clip=0.05, **SIZES),  # so small that every step clips, in place where a sub-group is one tensor
+    Case("full_single_sub_groups", clip=0.05, zero={"sub_group_size": 1}, **SIZES),
+    Case("full_bf16_accumulation", dtype="bf16", accumulation=2, **SIZES),
+    Case("full_offload", offload=True, clip=0.05, **SIZES),
+]
+ODD = ["lisa", "lisa_tied_bf16", "lisa_int8", "full", "full_single_sub_groups"]
+
+Runs = dict[tuple[int, str], list[list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Every case on 2 ranks, some on 3, which divide no parameter's size: a list of readings for each rank."""
+    results: Runs = {}
+    for world_size in (2, 3):
+        lisa, full = ([case for case in cases if world_size == 2 or case.name in ODD] for cases in (LISA, FULL))
+        ranks = run_ranks(world_size, run_cases, tmp_path_factory.mktemp("runs"), lisa, full, timeout_s=300)
+        for name in ranks[0]:
+            results[world_size, name] = [rank[name] for rank in ranks]
+    return results
+
+
+CASES = [(2, case) for case in (*LISA, *FULL)] + [(3, case) for case in (*LISA, *FULL) if case.name in ODD]
+each = pytest.mark.parametrize(("world_size", "case"), CASES, ids=lambda value: getattr(value, "name", value))
+
+
+@each
+def test_norms_are_those_of_whole_tensors(runs: Runs, world_size: int, case: Case) -> None:
+    ranks = runs[world_size, case.name]
+    applied = case.steps - (case.overflow_at is not None)
+    for readings in ranks:
+        assert len(readings) == applied
+        for reading in readings:
+            for read, expected in zip(reading["read"], ("weight", "gradient", "update"), strict=True):
+                assert {unit: norm for unit, norm in read.items() if norm is not None} == pytest.approx(
+                    reading[expected], rel=1e-5, abs=1e-12
+                ), expected
+            assert reading["trained"] == set(reading["gradient"])
+            assert reading["blocks"] == [reading["read"][1][block] for block in range(5)]
+            assert all(norm > 0 for norm in reading["gradient"].values())
+
+
+@each
+def test_ranks_read_the_same(runs: Runs, world_size: int, case: Case) -> None:
+    first, *others = ([reading["read"] for reading in readings] for readings in runs[world_size, case.name])
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("name", ["lisa", "full", "lisa_given_optimizer"])
+def test_an_update_is_what_the_weights_moved_by(runs: Runs, name: str) -> None:
+    for reading in runs[2, name][0]:
+        moved = reading["moved"]
+        assert {unit: norm for unit, norm in reading["read"][2].items() if norm is not None} == pytest.approx(
+            moved, rel=1e-3
+        )
+
+
+def test_gradients_are_averaged_over_the_steps_of_an_interval(runs: Runs) -> None:
+    """The embeddings train in every step, and their mean over two differs from that of the last one alone."""
+    readings = runs[2, "lisa"][0]
+    first, second = (reading["read"][1]["embeddings"] for reading in readings[:2])
+    assert first != pytest.approx(second, rel=1e-4)
+    trained = [{unit for unit in reading["trained"] if isinstance(unit, int)} for reading in readings]
+    assert [len(blocks) for blocks in trained] == [2] * 5
+    assert trained[0] == trained[1]  # read before the switch
+    assert all(
+        reading["read"][1][block] is None
+        for reading in readings
+        for block in range(5)
+        if block not in reading["trained"]
+    )
+
+
+def test_a_reading_of_one_rank_s_part_is_seen(runs: Runs) -> None:
+    reading = runs[2, "control"][0][0]
+    assert reading["read"][0] != pytest.approx(reading["weight"], rel=1e-2)
+    assert {u: n for u, n in reading["read"][1].items() if n is not None} != pytest.approx(
+        reading["gradient"], rel=1e-2
+    )
