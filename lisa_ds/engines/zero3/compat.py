@@ -57,10 +57,14 @@ _STAGE3_METHODS = (
     "create_reduce_and_remove_grad_hooks",
     "initialize_optimizer_states",
     "partition_grads",
+    "reduce_ready_partitions_and_remove_grads",
+    "reenter_backward_if_needed",
     "set_full_hp_param",
     "set_grad_positions",
     "set_local_hp_param",
+    "should_refresh_expected_hook_count",
     "state_dict",
+    "update_hook_state_and_maybe_run_epilogue",
 )
 _STAGE3_ATTRIBUTES = (
     *SUB_GROUP_LISTS,
@@ -74,6 +78,7 @@ _STAGE3_ATTRIBUTES = (
     "model_parallel_group",
     "offload_optimizer",
     "parameter_offload",
+    "persistent_parameters",
     "sub_group_to_group_id",
     "torch_autocast_gradscaler",
 )

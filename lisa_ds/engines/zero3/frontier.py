@@ -17,7 +17,7 @@ import torch
 
 from lisa_ds.layers import LayerStack
 
-_CHECKPOINT = "_gradient_checkpointing_func"  # transformers.GradientCheckpointingLayer calls it with the block's inputs
+CHECKPOINT = "_gradient_checkpointing_func"  # transformers.GradientCheckpointingLayer calls it with the block's inputs
 
 
 class BackwardFrontier:
@@ -34,8 +34,8 @@ class BackwardFrontier:
     def move(self, sampled: Collection[int]) -> None:
         """Forget the old lowest blocks and mark those of ``sampled``."""
         for block, (original, ours) in self._wrapped.items():
-            if getattr(block, _CHECKPOINT) is ours:
-                setattr(block, _CHECKPOINT, original)
+            if getattr(block, CHECKPOINT) is ours:
+                setattr(block, CHECKPOINT, original)
         self._wrapped.clear()
         lowest = (min((i for i in stack if i in sampled), default=None) for stack in self._stack.stacks)
         self._lowest = [self._stack.layers[i] for i in lowest if i is not None]
@@ -46,10 +46,10 @@ class BackwardFrontier:
             if getattr(model, "_require_grads_hooks", None) or hasattr(model, "_require_grads_hook"):
                 model.disable_input_require_grads()
         for block in self._lowest:
-            function = getattr(block, _CHECKPOINT, None)
+            function = getattr(block, CHECKPOINT, None)
             if function is not None and function is not self._wrapped.get(block, (None, None))[1]:
                 self._wrapped[block] = (function, _with_input_grad(function))
-                setattr(block, _CHECKPOINT, self._wrapped[block][1])
+                setattr(block, CHECKPOINT, self._wrapped[block][1])
 
 
 def _with_input_grad(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
