@@ -90,6 +90,39 @@ def test_a_plan_tells_the_typical_and_the_worst_draw(fields: dict[str, object], 
     assert planned.full == full_state_bytes(SHAPE, world_size=1)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_bytes_are_those_of_the_roles_that_are_in(world_size: int) -> None:
+    config = LisaConfig.load({"embeddings": {"every": 4}, "lm_head": "sampled"})
+    for roles in ((), ("rest",), ("lm_head", "rest")):
+        report = state_bytes(SHAPE, sampled=[1], roles=roles, world_size=world_size)
+        assert report["master"] == 4 * shards(world_size, 1, *roles)
+    always = state_bytes(SHAPE, sampled=[1], config=config, world_size=world_size)
+    assert always["master"] == 4 * shards(world_size, 1, "rest")
+
+
+@pytest.mark.parametrize(
+    ("fields", "typical", "most"),
+    [
+        ({"embeddings": {"every": 4}}, 103 + 101 / 4, 103 + 101),
+        ({"embeddings": "sampled", "lm_head": {"every": 2}}, 101 * 2 / 3 + 103 / 2, 103 + 101),
+        ({"embeddings": "never", "lm_head": "sampled"}, 103 * 2 / 3, 103),
+    ],
+)
+def test_a_plan_counts_roles_by_their_share_of_the_intervals(
+    fields: dict[str, object], typical: float, most: int
+) -> None:
+    planned = plan(SHAPE, LisaConfig.load({"num_sampled_layers": 2, **fields}), world_size=1)
+    layers = 18 + 18 + 20
+    assert planned.typical["master"] == pytest.approx(4 * (9 + typical + layers * 2 / 3), abs=2)
+    assert planned.most["master"] == 4 * (9 + most + 38)
+
+
+def test_a_tied_head_is_planned_with_the_embeddings() -> None:
+    tied = ModelShape.from_numels({**NUMELS, "lm_head": (5,)}, tied=True)  # its bias
+    planned = plan(tied, LisaConfig.load({"embeddings": {"every": 2}, "num_sampled_layers": 3}), world_size=1)
+    assert planned.most["master"] - planned.typical["master"] == 4 * (101 + 5) - (round(4 * 101 / 2) + 4 * 5 // 2)
+
+
 def test_a_plan_refuses_more_layers_than_there_are() -> None:
     with pytest.raises(ConfigError, match="the model has 3 layers, got 4"):
         plan(SHAPE, LisaConfig(num_sampled_layers=4), world_size=1)

@@ -14,10 +14,25 @@ from tests.zero3_checkpoint_runs import run_bad_checkpoints, run_resume, run_war
 
 pytestmark = pytest.mark.multirank
 
+CARE = {"rewarm_steps": 7, "norm_growth_limit": 1.02}
 CASES = [
     Case("bf16", dtype="bf16", interval_steps=4, scheduler=True, accumulation=2),
-    Case("fp16", dtype="fp16", interval_steps=4, overflow_at=1, zero_init=True, tied=True),
-    Case("offload", interval_steps=4, offload=True, lisa={"embeddings": "never", "sampler": "cyclic"}),
+    Case(
+        *("fp16", "fp16"),
+        interval_steps=4,
+        overflow_at=1,
+        zero_init=True,
+        tied=True,
+        fresh=True,
+        lisa={"embeddings": {"every": 2}, **CARE},
+    ),
+    Case(
+        "offload",
+        interval_steps=4,
+        offload=True,
+        fresh=True,
+        lisa={"embeddings": "never", "lm_head": {"every": 2}, "sampler": "cyclic", **CARE},
+    ),
 ]
 SAVED = [3, 4, 5, 6]  # boundary -1, 0, +1, and the middle of an interval
 
@@ -43,6 +58,8 @@ def test_resume_is_bit_exact(resumed: Any, saved: int) -> None:
         assert all(torch.equal(part.parameters[name], value) for name, value in whole.parameters.items())
         assert all(same_bits(a, b) for a, b in zip(part.extra["state"], whole.extra["state"], strict=True))
         assert part.extra["history"] == whole.extra["history"]
+        assert part.extra["roles"] == whole.extra["roles"][saved:]
+        assert part.extra["care"] == whole.extra["care"]
         assert part.extra["mine"] == saved - 1
 
 
@@ -51,6 +68,17 @@ def test_a_run_that_was_not_restored_differs(resumed: Any) -> None:
     whole = resumed[0]["uninterrupted"]
     skipped = whole.grad_norms.count(float("inf"))  # such a step leaves the loss as it was
     assert len(set(whole.losses)) == len(whole.losses) - skipped
+
+
+def test_ages_and_norms_are_part_of_where_a_run_stands(resumed: Any) -> None:
+    """Control: a run resumed without them differs, where they matter."""
+    whole = resumed[0]["uninterrupted"]
+    if "forgetful" not in resumed[0]:
+        pytest.skip("a case without re-warm-up and limit")
+    assert len(set(whole.extra["roles"])) == 2  # saved with the role, and without it
+    forgetful = resumed[0]["forgetful"]
+    assert forgetful.losses != whole.losses[SAVED[-1] :]
+    assert forgetful.grad_norms != whole.grad_norms[SAVED[-1] :]
 
 
 def test_a_bad_checkpoint_is_named_and_changes_nothing(tmp_path: Path) -> None:
@@ -63,6 +91,10 @@ def test_a_bad_checkpoint_is_named_and_changes_nothing(tmp_path: Path) -> None:
         assert "is of a model with 9 layers; this one has 5" in seen["deeper"]
         assert "latest: no such file" in seen["None"]
         assert "was saved with lisa.rest 'always' (now 'never')" in seen["policies"]
+        assert "was saved with lisa.lm_head 'always' (now '{every: 2}')" in seen["other policies"]
+        assert seen["older"] == ""  # of before a checkpoint told its roles
+        assert seen["older roles"] == "('embeddings', 'lm_head', 'rest')"
+        assert "has 7 groups of parameters that train, this run's has 14" in seen["groups"]
         assert seen["unharmed"] == "True"
 
 

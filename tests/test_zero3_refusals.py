@@ -72,6 +72,20 @@ def _refusals() -> dict[str, str]:
         "bernoulli",
         lisa={"sampler": "bernoulli", "embeddings": "never", "lm_head": "never", "rest": "never"},
     )
+    attempt(
+        "bernoulli with roles now and then",
+        lisa={"sampler": "bernoulli", "embeddings": "sampled", "lm_head": {"every": 2}, "rest": "never"},
+    )
+    attempt(
+        "tied at times",
+        model=trajectory.build_model(tied=True),
+        lisa={"embeddings": {"every": 2}, "lm_head": "sampled"},
+    )
+    attempt(
+        "tied alike",
+        model=trajectory.build_model(tied=True),
+        lisa={"embeddings": {"every": 2}, "lm_head": {"every": 2}},
+    )
     attempt("epochs", lisa={"interval_steps": "1epoch"})
     attempt("no optimizer", optimizer=False)
     attempt("no such layer", then=lambda engine: engine.switch_to([1, 3]))
@@ -90,6 +104,18 @@ def _refusals() -> dict[str, str]:
     attempt("accumulating", lambda c: c.update(gradient_accumulation_steps=2), then=switch_before_step)
     nothing_else = {"embeddings": "never", "lm_head": "never", "rest": "never"}
     attempt("empty", lisa=nothing_else, then=lambda engine: engine.switch_to([]))
+
+    def switch_without_roles(engine: Any) -> None:
+        engine.backward(engine(input_ids=rows, labels=rows).loss)
+        engine.step()  # interval 1, without embeddings and head
+        assert engine.sampled_roles == ()
+        assert engine.what_trains == f"layers {list(engine.sampled_layers)} and nothing else"
+        engine.switch_to([0])
+        assert (engine.sampled_layers, engine.sampled_roles) == ((0,), ())  # they stay as they are
+        engine.switch_to([])
+
+    at_times = {"embeddings": {"every": 2}, "lm_head": {"every": 2}, "rest": "never", "interval_steps": 1}
+    attempt("empty without roles", lisa=at_times, then=switch_without_roles)
     attempt("offload_states", then=lambda engine: engine.offload_states())
 
     class Hand(torch.nn.Module):
@@ -159,6 +185,10 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("too many", ["ConfigError", "num_sampled_layers", "the model has 3 layers, got 4"]),
         ("tied", ["ConfigError", "lisa.lm_head", "'always'", "tied", "'never'"]),
         ("bernoulli", ["ConfigError", "lisa.sampler", "'uniform'"]),
+        ("bernoulli with roles now and then", ["ConfigError", "lisa.sampler", "'uniform'", "always"]),
+        ("tied at times", ["ConfigError", "lisa.lm_head", "'sampled'", "tied", "{every: 2}"]),
+        ("tied alike", ["nothing was refused"]),
+        ("empty without roles", ["EngineError", "nothing to train", "[]"]),
         ("epochs", ["ConfigError", "interval_steps"]),
         ("no optimizer", ["EngineError", "there is no optimizer"]),
         ("no such layer", ["EngineError", "switch_to", "[1, 3]", "layers 0 to 2"]),
@@ -235,3 +265,21 @@ def test_a_config_is_held_against_the_skeleton_before_weights_are_read(
         found = (type(refused).__name__, str(refused))
     assert found[0] == error
     assert part in found[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "roles", "line"),
+    [
+        ({}, ("embeddings", "lm_head", "rest"), "layers [1, 3]"),
+        ({"embeddings": "never"}, ("lm_head", "rest"), "layers [1, 3]"),
+        ({"embeddings": "sampled"}, ("lm_head", "rest"), "layers [1, 3] and lm_head, rest"),
+        ({"lm_head": {"every": 4}}, (), "layers [1, 3] and nothing else"),
+    ],
+)
+def test_a_line_of_a_log_names_the_roles_where_they_come_and_go(
+    fields: dict[str, Any], roles: tuple[str, ...], line: str
+) -> None:
+    from lisa_ds.config import LisaConfig
+    from lisa_ds.engines.zero3 import policies
+
+    assert policies.told(LisaConfig.load(fields), (1, 3), roles) == line

@@ -6,6 +6,7 @@ moments of layers that leave, and steps ``torch.optim.AdamW``. Both sides build 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,7 @@ class Case:
     direct_backward: bool = False  # loss.backward() in place of engine.backward(loss)
     width: int = 1  # times the model's usual one
     heads: int = 1  # of the model's usual width each
+    fresh: bool = False  # other rows at every step, so that gradients jump
     zero: dict[str, Any] = field(default_factory=dict)  # more keys of zero_optimization
     autotp: int = 1  # ranks that share a layer
     masked: dict[str, Any] | None = None  # give a MaskedAdamW with these arguments in place of torch's AdamW
@@ -91,10 +93,11 @@ def build_model(tied: bool = False, layers: int = LAYERS, width: int = 1, heads:
 def micro_batches(case: Case, world_size: int) -> Iterator[list[Tensor]]:
     """For each step, its micro-batches of all ranks: ``(world_size * MICRO_BATCH, SEQUENCE)`` each."""
     draw = torch.Generator().manual_seed(123)
-    pool = [
-        torch.randint(0, 101, (world_size * MICRO_BATCH, SEQUENCE), generator=draw) for _ in range(case.accumulation)
-    ]
+    pool: list[Tensor] = []
     for _ in range(case.steps):
+        if case.fresh or not pool:
+            shape = (world_size * MICRO_BATCH, SEQUENCE)
+            pool = [torch.randint(0, 101, shape, generator=draw) for _ in range(case.accumulation)]
         yield pool
 
 
@@ -119,8 +122,37 @@ def units(model: nn.Module) -> dict[str, int | str]:
     return result
 
 
+ROLES = ("embeddings", "lm_head", "rest")
+
+
+def roles_in(case: Case, interval: int) -> tuple[str, ...]:
+    """Roles that train in an interval, from the config's words: independent of lisa_ds.sampling."""
+
+    def trains(role: str) -> bool:
+        policy: Any = case.lisa.get(role, "always")
+        if policy == "sampled":
+            chance = random.Random(f"{role}/{case.lisa_config['seed']}/{interval}").random()
+            return chance < case.num_sampled / LAYERS
+        if isinstance(policy, dict):
+            return interval in range(0, interval + 1, policy["every"])
+        return bool(policy == "always")
+
+    return tuple(role for role in ROLES if trains(role) and not (case.tied and role == "lm_head"))
+
+
+def limited(norm: float, before: float | None, growth: float | None) -> float:
+    """A gradient's norm under the limiter, given that of the step before."""
+    if growth is None or not before:
+        return norm
+    return min(norm, growth * before)
+
+
 def reference(
-    case: Case, world_size: int, layers: list[tuple[int, ...]], build: Callable[[], nn.Module] | None = None
+    case: Case,
+    world_size: int,
+    layers: list[tuple[int, ...]],
+    build: Callable[[], nn.Module] | None = None,
+    ages_restart: bool = False,
 ) -> Outcome:
     """The run in one process: plain torch, AdamW, fp32 master weights of 16-bit models kept only while sampled.
 
@@ -129,13 +161,18 @@ def reference(
         world_size: Ranks whose micro-batches make up one step.
         layers: Blocks trained in each interval.
         build: Makes the model, if it is not ``case``'s own.
+        ages_restart: A mistake: every switch begins the re-warm-up of all units, also of those that stay.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
     model = (build() if build else build_model(case.tied, width=case.width, heads=case.heads)).to(dtype)
     model.train()
     unit_of = units(model)
     named = dict(model.named_parameters())
-    never = {role for role in ("embeddings", "lm_head", "rest") if case.lisa.get(role) == "never"}
+    warmup, growth = case.lisa.get("rewarm_steps", 0), case.lisa.get("norm_growth_limit")
+    always = {role for role in ROLES if case.lisa.get(role, "always") == "always"}
+    in_for: dict[int | str, int] = {}  # steps that a unit has taken since it came in
+    last_norm: dict[int | str, float] = {}
+    roles_visited, times_limited = [], 0
     decay = {name: 0.1 if p.dim() > 1 else 0.0 for name, p in named.items()}
     scale = {name: case.lisa.get(f"{unit}_lr_scale", 1.0) for name, unit in unit_of.items()}
     master: dict[str, Tensor] = {}
@@ -143,9 +180,16 @@ def reference(
     losses, norms, visited = [], [], []
     applied = 0
     for step, micro in enumerate(micro_batches(case, world_size)):
-        sampled = layers[applied // case.interval_steps]
+        interval = applied // case.interval_steps
+        sampled, roles = layers[interval], roles_in(case, interval)
         visited.append(sampled)
-        trained = [n for n, unit in unit_of.items() if unit not in never and (isinstance(unit, str) or unit in sampled)]
+        roles_visited.append(roles)
+        trained = [n for n, unit in unit_of.items() if unit in (*sampled, *roles)]
+        for unit in [unit for unit in in_for if unit not in (*sampled, *roles)]:
+            del in_for[unit]
+            last_norm.pop(unit, None)
+        if ages_restart and applied % case.interval_steps == 0:
+            in_for.clear()
         for name, parameter in named.items():
             parameter.requires_grad_(name in trained)
         for name in [n for n in master if n not in trained]:
@@ -174,18 +218,33 @@ def reference(
         if case.overflow_at == step:
             norms.append(float("inf"))
             continue
+        for unit in {unit_of[name] for name in trained}:
+            of_unit = [accumulated[name] for name in trained if unit_of[name] == unit]
+            whole = float(torch.cat([gradient.flatten() for gradient in of_unit]).norm())
+            allowed = limited(whole, last_norm.get(unit), growth)
+            last_norm[unit] = allowed
+            if allowed < whole:
+                times_limited += 1
+                for gradient in of_unit:
+                    gradient *= allowed / whole
         norm = torch.stack([g.norm() for g in accumulated.values()]).norm()
         norms.append(norm.item())
         lr = 1e-3 * (1.0 / (1 + applied) if case.scheduler else 1.0)
         shrink = 1.0 / max(1.0, (norm.item() + 1e-6) / case.clip) if case.clip else 1.0
         for name in trained:
             master[name].grad = accumulated[name] * shrink
-            optimizers[name].param_groups[0]["lr"] = lr * scale[name]
+            warm = 1.0
+            if warmup and unit_of[name] not in always:
+                warm = min(1.0, (in_for.get(unit_of[name], 0) + 1) / warmup)
+            optimizers[name].param_groups[0]["lr"] = lr * scale[name] * warm
             optimizers[name].step()
             with torch.no_grad():
                 named[name].copy_(master[name])
+        for unit in {unit_of[name] for name in trained}:
+            in_for[unit] = in_for.get(unit, 0) + 1
         applied += 1
-    return Outcome(losses, norms, {n: p.detach().float() for n, p in named.items()}, visited)
+    extra = {"roles": roles_visited, "limited": times_limited}
+    return Outcome(losses, norms, {n: p.detach().float() for n, p in named.items()}, visited, extra)
 
 
 def deepspeed_config(case: Case, world_size: int) -> dict[str, Any]:

@@ -21,26 +21,47 @@ def run_resume(case: Case, folder: Path, save_after: list[int]) -> dict[int | st
     deepspeed.init_distributed(dist_backend="gloo")
     seed_weights()
     engine = build_engine(case)
+    roles = [engine.sampled_roles]
 
     def save(step: int) -> None:
+        roles.append(engine.sampled_roles)
         if step + 1 in save_after:
             engine.save_checkpoint(str(folder), tag=f"after{step + 1}", client_state={"mine": step})
 
     outcomes: dict[int | str, Outcome] = {"uninterrupted": train(engine, case, after_step=save)}
-    outcomes["uninterrupted"].extra = {"history": engine.layer_history, "state": moments(engine)}
+    outcomes["uninterrupted"].extra = {**where(engine), "roles": roles}
     engine.destroy()
-    for steps in save_after:
+    runs: list[int | str] = [*save_after, *(["forgetful"] if "rewarm_steps" in case.lisa else [])]
+    for name in runs:
+        steps = name if isinstance(name, int) else save_after[-1]
         engine = build_engine(case, shift=0.5)
         path, client_state = engine.load_checkpoint(str(folder), tag=f"after{steps}")
-        outcomes[steps] = train(engine, case, first=steps)
-        outcomes[steps].extra = {
+        if name == "forgetful":
+            engine.optimizer._care.begin_anew()
+        resumed_roles = [engine.sampled_roles]
+        outcomes[name] = train(
+            engine,
+            case,
+            first=steps,
+            after_step=lambda step, roles=resumed_roles, engine=engine: roles.append(engine.sampled_roles),
+        )
+        outcomes[name].extra = {
+            **where(engine),
             "path": path,
             "mine": client_state["mine"],
-            "history": engine.layer_history,
-            "state": moments(engine),
+            "roles": resumed_roles,
         }
         engine.destroy()
     return outcomes
+
+
+def where(engine: Any) -> dict[str, Any]:
+    """Where a run stands."""
+    return {
+        "history": engine.layer_history,
+        "state": moments(engine),
+        "care": engine.optimizer._care.state_dict(),
+    }
 
 
 def moments(engine: Any) -> list[Tensor]:
@@ -63,7 +84,7 @@ def run_bad_checkpoints(case: Case, folder: Path) -> dict[str, str]:
     before = full_parameters(engine)
     rank = dist.get_rank()
     if rank == 0:
-        for tag in ("truncated", "incomplete", "foreign", "of_three_ranks", "deeper"):
+        for tag in ("truncated", "incomplete", "foreign", "of_three_ranks", "deeper", "older", "groups"):
             shutil.copytree(folder / "good", folder / tag)
         model_file = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
         optimizer_file = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
@@ -73,15 +94,21 @@ def run_bad_checkpoints(case: Case, folder: Path) -> dict[str, str]:
         shutil.copy(
             folder / "of_three_ranks" / optimizer_file.format(0), folder / "of_three_ranks" / optimizer_file.format(2)
         )
-        for tag, change in (("foreign", lambda saved: saved.pop("lisa")), ("deeper", _pretend_deeper)):
+        for tag, name, change in (
+            ("foreign", model_file, lambda saved: saved.pop("lisa")),
+            ("deeper", model_file, _pretend_deeper),
+            ("older", model_file, lambda saved: saved["lisa"].pop("roles")),
+            ("older", optimizer_file, _pretend_older),
+            ("groups", optimizer_file, _drop_half_of_the_groups),
+        ):
             for each in range(2):
-                file = folder / tag / model_file.format(each)
+                file = folder / tag / name.format(each)
                 saved = torch.load(file, weights_only=False)
                 change(saved)
                 torch.save(saved, file)
     dist.barrier()
     messages = {}
-    for tag in ("missing", "truncated", "incomplete", "foreign", "of_three_ranks", "deeper", None):
+    for tag in ("missing", "truncated", "incomplete", "foreign", "of_three_ranks", "deeper", "older", "groups", None):
         try:
             engine.load_checkpoint(str(folder if tag else folder / "nowhere"), tag=tag)
             messages[str(tag)] = ""
@@ -92,9 +119,25 @@ def run_bad_checkpoints(case: Case, folder: Path) -> dict[str, str]:
         other.load_checkpoint(str(folder), tag="good")
     except CheckpointError as error:
         messages["policies"] = str(error)
+    messages["older roles"] = str(engine.sampled_roles)
+    other = build_engine(replace(case, lisa={"lm_head": {"every": 2}}))
+    try:
+        other.load_checkpoint(str(folder), tag="good")
+    except CheckpointError as error:
+        messages["other policies"] = str(error)
     after = full_parameters(engine)
     messages["unharmed"] = str(all(torch.equal(after[name], value) for name, value in before.items()))
     return messages
+
+
+def _pretend_older(saved: dict[str, Any]) -> None:
+    for key in ("roles", "care"):
+        saved["optimizer_state_dict"]["lisa"].pop(key)
+
+
+def _drop_half_of_the_groups(saved: dict[str, Any]) -> None:
+    groups = saved["optimizer_state_dict"]["fp32_flat_groups"]
+    del groups[len(groups) // 2 :]
 
 
 def _pretend_deeper(saved: dict[str, Any]) -> None:

@@ -195,6 +195,7 @@ def run_case(case: Case, engine: Any = None, loss_of: LossOf = own_loss) -> Outc
         reports.append(
             {
                 "layers": engine.sampled_layers,
+                "roles": engine.sampled_roles,
                 "report": engine.memory_report(),
                 "reduced": count[0] - bytes_at_start[0],
                 "gradients_none": all(p.grad is None for p in parameters.values()),

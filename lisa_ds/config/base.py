@@ -116,9 +116,12 @@ def not_built(**arrives: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def mistake(what: str) -> PydanticCustomError:
-    """An error whose text is exactly ``what`` (pydantic would prefix a ValueError's, and expand its braces)."""
-    return PydanticCustomError("mistake", "{what}", {"what": what})
+def mistake(what: str, choices: Sequence[str] = ()) -> PydanticCustomError:
+    """An error whose text is exactly ``what`` (pydantic would prefix a ValueError's, and expand its braces).
+
+    Of ``choices``, the one that is close to what was given is suggested.
+    """
+    return PydanticCustomError("mistake", "{what}", {"what": what, "choices": tuple(choices)})
 
 
 def _explain(problem: ErrorDetails, kind: type[Section], origin: Origin) -> str:
@@ -133,7 +136,9 @@ def _explain(problem: ErrorDetails, kind: type[Section], origin: Origin) -> str:
     what = problem["msg"].removeprefix("Input ")
     if isinstance(problem["input"], Mapping) and problem["type"] == "mistake":
         return f"{where}: {what}"  # about several keys, which the text names: the whole section would say nothing
-    choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
+    choices = problem.get("ctx", {}).get("choices", ())
+    if problem["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
     return f"{where}: {what}, got {_show(problem['input'])}" + _meant(_closest(problem["input"], choices))
 
 

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lisa_ds.config.base import NOT_BUILT, Origin, Section, mistake, not_built, validate
 from lisa_ds.config.files import read_mapping
+from lisa_ds.config.roles import Fixed, Policy
 from lisa_ds.config.sampler import Count, GrowthConfig, SamplerConfig, named
 from lisa_ds.errors import ConfigError
 
@@ -40,10 +41,7 @@ def _interval(value: Any) -> Any:
 
 
 Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Policy = Annotated[
-    Literal["always", "never"],
-    not_built(sampled="sampled embeddings and head", every="sampled embeddings and head"),
-]
+GrowthLimit = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 
 class OptimizerConfig(Section):
@@ -96,13 +94,14 @@ class LisaConfig(Section):
     """Whether more layers are drawn later on; None for the same number all along."""
 
     embeddings: Policy = "always"
-    """Whether the embeddings train: ``always`` or ``never``."""
+    """When the embeddings train: ``always``, ``never``, ``sampled`` (in an interval with the probability that a block has on
+    average, by a draw of their own), or ``{every: n}`` (in intervals 0, n, 2n, ...)."""
 
     lm_head: Policy = "always"
-    """Whether the head trains. Tied to the embeddings it is one weight, under one policy."""
+    """When the head trains, said likewise. Tied to the embeddings it is one weight, under one policy: theirs."""
 
-    rest: Policy = "always"
-    """Whether what is in neither blocks, embeddings nor head trains: the final norm and the like."""
+    rest: Fixed = "always"
+    """Whether (``always`` or ``never``) what is in neither blocks, embeddings nor head trains: the final norm and the like."""
 
     embeddings_lr_scale: Scale = 1.0
     """Factor on the learning rate of the embeddings."""
@@ -112,6 +111,14 @@ class LisaConfig(Section):
 
     rest_lr_scale: Scale = 1.0
     """Factor on the learning rate of the rest."""
+
+    rewarm_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate of what has come in at a switch, or at the start, rises from 1/n to its full value;
+    0 for none. What trains ``always``, and a block that is drawn twice in a row, goes on at its rate."""
+
+    norm_growth_limit: GrowthLimit | None = None
+    """Factor, above 1, by which the norm of a unit's gradient (a block's, the embeddings', the head's, the rest's) may grow from
+    one step to the next; a larger gradient is scaled down to it, before clipping. ``null`` for no limit."""
 
     on_release: Annotated[Literal["drop"], not_built(host="parking of layer state", nvme="parking of layer state")] = (
         "drop"

@@ -210,7 +210,7 @@ class LisaCallback(TrainerCallback):
         self.trained = engine.layer_history[:-1] if self._is_new else engine.layer_history
         if state.is_world_process_zero:
             tqdm.write(
-                f"step {state.global_step}: interval {engine.interval} trains layers {list(engine.sampled_layers)}; "
+                f"step {state.global_step}: interval {engine.interval} trains {engine.what_trains}; "
                 f"{self.state_bytes / 1e6:.1f} MB of gradients and optimizer state live on a rank"
             )
 

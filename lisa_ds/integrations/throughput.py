@@ -64,7 +64,8 @@ class Throughput(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See which layers this step trains."""
-        sampled = getattr(self._trainer.deepspeed, "sampled_layers", ())
+        engine = self._trainer.deepspeed
+        sampled = (getattr(engine, "sampled_layers", ()), getattr(engine, "sampled_roles", ()))
         if self._shape is None or self._stack is None or (self._cost is not None and sampled == self._sampled):
             return
         self._settle()

@@ -91,7 +91,12 @@ class Forecast:
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
 
-def forecast(architecture: Architecture, run: RunSettings, sampled: Collection[int] | None = None) -> Forecast:
+def forecast(
+    architecture: Architecture,
+    run: RunSettings,
+    sampled: Collection[int] | None = None,
+    roles: Collection[str] | None = None,
+) -> Forecast:
     """The peaks of a run under ZeRO-3.
 
     The largest draw is planned for, and rows as long as they may be. Not in it: the device's own context, what the communication
@@ -101,6 +106,7 @@ def forecast(architecture: Architecture, run: RunSettings, sampled: Collection[i
         architecture: The model.
         run: Its settings.
         sampled: LISA's blocks, to plan for one draw; None for the one that takes the most.
+        roles: Which of embeddings, head and rest train under LISA; None for all that may.
 
     Raises:
         ConfigError: The method's settings do not fit the model.
@@ -109,7 +115,7 @@ def forecast(architecture: Architecture, run: RunSettings, sampled: Collection[i
     architecture = architecture.split(run.tensor_parallel)
     if run.method == "galore":
         return other_methods.galore(architecture, run)
-    held = residents.of(architecture, run, sampled)
+    held = residents.of(architecture, run, sampled, roles)
     bucket = bucket_elements(architecture.shape, run)
     settings = StepSettings(
         tokens=run.tokens,
@@ -173,10 +179,10 @@ def _init(state: Mapping[str, int], held: residents.Residents, run: RunSettings)
 def _switch(
     state: Mapping[str, int], small: Mapping[str, int], held: residents.Residents, run: RunSettings
 ) -> dict[str, int]:
-    """After the old blocks' state is dropped: the new ones have an fp32 copy, but no moments before their first step."""
+    """After the state of what leaves is dropped: what comes in has an fp32 copy, but no moments before their first step."""
     if run.offload_optimizer:
         return _add(state, small)
-    return _add({**state, "moments": held.always_moments}, small, {"scratch": 4 * held.block})
+    return _add({**state, "moments": held.always_moments}, small, {"scratch": 4 * held.switched})
 
 
 def _add(*tables: Mapping[str, int]) -> dict[str, int]:

@@ -31,14 +31,14 @@ class Residents:
     roles: list[str]
     """Of embeddings, head and rest, those that train."""
 
+    switched: int
+    """Elements on this rank of the largest unit that a switch may bring in: of all blocks, and the roles that do not always train."""
+
     trainable: int
     """Elements on this rank of all that could ever train."""
 
     sub_group: int
     """Elements on this rank of the largest sub-group that the optimizer steps at a time."""
-
-    block: int
-    """Elements on this rank of the largest block."""
 
     largest_parameter: int
     """Elements of the largest parameter, whole."""
@@ -47,52 +47,69 @@ class Residents:
     """Elements of the largest that could ever train, whole."""
 
 
-def of(architecture: Architecture, run: RunSettings, sampled: Collection[int] | None) -> Residents:
+def of(
+    architecture: Architecture,
+    run: RunSettings,
+    sampled: Collection[int] | None,
+    roles: Collection[str] | None = None,
+) -> Residents:
     """The residents of a run.
 
     Args:
         architecture: The model, as this rank's share under tensor parallelism.
         run: Its settings; any method but GaLore.
         sampled: LISA's blocks; None for the draw that takes the most.
+        roles: LISA's roles; None for all that may train.
     """
     shape = architecture.shape
-    blocks, roles, always = list(range(len(shape.layers))), list(ROLES), 0
+    blocks, trains, always = list(range(len(shape.layers))), list(ROLES), 0
+    comes: list[str] = []
     trained: Iterable[int] = shape.all()
     if run.method == "lora":
-        state, trained, blocks, roles = *other_methods.lora_state(architecture, run), [], []
+        state, trained, blocks, trains = *other_methods.lora_state(architecture, run), [], []
     elif run.method == "full":
         precision = Precision(run.width, run.gradient_width)
         state = _by_part(full_state_bytes(shape, world_size=run.world_size, precision=precision))
     else:
-        state, always, blocks, roles = _lisa(shape, run, sampled)
-        units = [*shape.layers, *(getattr(shape, role) for role in roles)]
+        may, steady = (shape.roles(run.lisa, always=only) for only in (False, True))
+        comes = [role for role in may if role not in steady]
+        trains = may if roles is None else list(roles)
+        state, always, blocks = _lisa(shape, run, sampled, trains, steady)
+        units = [*shape.layers, *(getattr(shape, role) for role in may)]
         trained = [numel for unit in units for numel in unit]
     trained = list(trained)
     trainable = _partitions(trained, run.world_size)
     block = max(_partitions(layer, run.world_size) for layer in shape.layers)
     if run.method == "lisa":
-        sub_group = max([block, *(_partitions(getattr(shape, role), run.world_size) for role in roles)])
+        sub_group = max([block, *(_partitions(getattr(shape, role), run.world_size) for role in trains)])
     else:
         sub_group = min(trainable, run.sub_group_size)
     return Residents(
-        state, always, blocks, roles, trainable, sub_group, block, max(shape.all()), max(trained)
-    )  # fmt: skip
+        state=state,
+        always_moments=always,
+        blocks=blocks,
+        roles=trains,
+        switched=max([block, *(_partitions(getattr(shape, role), run.world_size) for role in comes)]),
+        trainable=trainable,
+        sub_group=sub_group,
+        largest_parameter=max(shape.all()),
+        largest_trainable=max(trained),
+    )
 
 
 def _lisa(
-    shape: ModelShape, run: RunSettings, sampled: Collection[int] | None
-) -> tuple[dict[str, int], int, list[int], list[str]]:
-    lisa, world_size = run.lisa, run.world_size
-    precision = Precision.of_lisa(lisa, run.width, run.gradient_width)
-    if sampled is None:
-        blocks = _worst(shape, lisa)
-        table = plan(shape, lisa, world_size=world_size, precision=precision).most
+    shape: ModelShape, run: RunSettings, sampled: Collection[int] | None, roles: list[str], always: list[str]
+) -> tuple[dict[str, int], int, list[int]]:
+    precision = Precision.of_lisa(run.lisa, run.width, run.gradient_width)
+    blocks = _worst(shape, run.lisa) if sampled is None else list(sampled)
+    if sampled is None and roles == shape.roles(run.lisa, always=False):
+        table = plan(shape, run.lisa, world_size=run.world_size, precision=precision).most
     else:
-        blocks = list(sampled)
-        table = state_bytes(shape, sampled=blocks, world_size=world_size, config=lisa, precision=precision)
-    none = state_bytes(replace(shape, layers=()), sampled=[], world_size=world_size, config=lisa, precision=precision)
-    roles = [role for role in ROLES if getattr(lisa, role) == "always"]
-    return _by_part(table), none["exp_avg"] + none["exp_avg_sq"], blocks, roles
+        table = state_bytes(shape, sampled=blocks, roles=roles, world_size=run.world_size, precision=precision)
+    none = state_bytes(
+        replace(shape, layers=()), sampled=[], roles=always, world_size=run.world_size, precision=precision
+    )
+    return _by_part(table), none["exp_avg"] + none["exp_avg_sq"], blocks
 
 
 def _worst(shape: ModelShape, lisa: LisaConfig) -> list[int]:

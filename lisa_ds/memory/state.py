@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lisa_ds.config import LisaConfig
+from lisa_ds.config.roles import share_of
 
 KINDS = ("weights", "gradients", "master", "exp_avg", "exp_avg_sq", "parked_host", "parked_nvme", "buckets")
 """The keys of every table of bytes, here and in ``engine.memory_report()``."""
@@ -41,11 +42,16 @@ class ModelShape:
         roles = {role: tuple(numels.get(role, ())) for role in ROLES}
         return cls(layers=tuple(tuple(numels[layer]) for layer in layers), tied=tied, frozen=tuple(frozen), **roles)
 
-    def trained(self, sampled: Iterable[int], config: LisaConfig) -> list[int]:
-        """Elements of each parameter that trains while ``sampled`` is drawn."""
+    def trained(self, sampled: Iterable[int], roles: Collection[str]) -> list[int]:
+        """Elements of each parameter that trains while the layers ``sampled`` and ``roles`` do."""
         units = [self.layers[layer] for layer in sampled]
-        units += [getattr(self, role) for role in ROLES if getattr(config, role) == "always"]
+        units += [getattr(self, role) for role in ROLES if role in roles]
         return [numel for unit in units for numel in unit]
+
+    def roles(self, config: LisaConfig, *, always: bool) -> list[str]:
+        """Roles that train in every interval, or else in any."""
+        shares = {role: share_of(config, role, tied=self.tied, num_layers=len(self.layers)) for role in ROLES}
+        return [role for role, share in shares.items() if share == 1 or (share and not always)]
 
     def all(self) -> list[int]:
         """Elements of every parameter."""
@@ -87,10 +93,10 @@ class Plan:
     """Bytes of model state on one rank before a run is started, each a table by :data:`KINDS`."""
 
     typical: dict[str, int]
-    """The mean over draws."""
+    """The mean over draws, and over intervals with and without embeddings and head if they do not train in all."""
 
     most: dict[str, int]
-    """With the largest layers drawn (``bernoulli``: all of them)."""
+    """With the largest layers drawn (``bernoulli``: all of them), and with all roles that may train."""
 
     full: dict[str, int]
     """The same model with every parameter trained all the time."""
@@ -101,16 +107,18 @@ def state_bytes(
     *,
     sampled: Collection[int],
     world_size: int,
+    roles: Collection[str] | None = None,
     config: LisaConfig | None = None,
     precision: Precision | None = None,
 ) -> dict[str, int]:
-    """Bytes on one rank while the layers ``sampled`` train.
+    """Bytes on one rank while the layers ``sampled`` and ``roles`` train.
 
     Args:
         shape: The model.
         sampled: Indices of the layers that are drawn.
         world_size: Ranks that share the state.
-        config: The policies of embeddings, head and rest; by default all of them always train.
+        roles: Which of embeddings, head and rest train; None for those that do in every interval.
+        config: Their policies, asked for ``roles`` alone; by default all of them always train.
         precision: Bytes of an element; by default a 16-bit model that does not accumulate gradients.
 
     Example:
@@ -118,7 +126,9 @@ def state_bytes(
         >>> state_bytes(shape, sampled=[1], world_size=2)["exp_avg"]  # ceil(10/2) + ceil(7/2) + ceil(9/2) elements
         56
     """
-    trained = _partitions(shape.trained(sampled, config or LisaConfig()), world_size)
+    if roles is None:
+        roles = shape.roles(config or LisaConfig(), always=True)
+    trained = _partitions(shape.trained(sampled, roles), world_size)
     return _table(trained, sum(_partitions(shape.all(), world_size)), precision or Precision())
 
 
@@ -147,9 +157,18 @@ def plan(
     config, precision = config or LisaConfig(), precision or Precision()
     count, greatest = config.num_sampled(len(shape.layers)), config.most_sampled(len(shape.layers))
     weights = sum(_partitions(shape.all(), world_size))
-    always = _table(_partitions(shape.trained([], config), world_size), weights, precision)
-    layers = [_table(_partitions(layer, world_size), 0, replace(precision, bucket_bytes=0)) for layer in shape.layers]
+    always = _table(_partitions(shape.trained([], shape.roles(config, always=True)), world_size), weights, precision)
+
+    def table(numels: Iterable[int]) -> dict[str, int]:
+        return _table(_partitions(numels, world_size), 0, replace(precision, bucket_bytes=0))
+
+    layers = [table(layer) for layer in shape.layers]
     typical, most = dict(always), dict(always)
+    for role in shape.roles(config, always=False):
+        share = share_of(config, role, tied=shape.tied, num_layers=len(shape.layers))
+        for kind, size in table(getattr(shape, role)).items() if share < 1 else ():
+            typical[kind] += round(share * size)
+            most[kind] += size
     for kind in always:
         sizes = [layer[kind] for layer in layers]
         if config.sampler.layers:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lisa_ds.config.roles import policy_of
 from lisa_ds.errors import ConfigError
 from lisa_ds.memory.advice import RESERVE, Change, changes, fewest_ranks, usable
 from lisa_ds.memory.architectures import Architecture
@@ -87,7 +88,7 @@ def lines(report: PlanReport) -> list[str]:
     text = [
         f"{report.name}: {architecture.num_parameters:,} parameters, {architecture.num_layers} layers"
         + (", head tied to the embeddings" if architecture.tied else ""),
-        _settings(run),
+        _settings(run, architecture.tied),
         "",
         *_table(report),
         "",
@@ -162,7 +163,7 @@ def figure(report: PlanReport, path: Path) -> None:
     axes.set_ylabel("GB on one rank")
     axes.set_ylim(top=1.08 * max(*bottoms, (report.memory or 0) / 1e9))
     method = _METHOD_NAMES[report.run.method]
-    setting, what = _settings(report.run).split("; ")
+    setting, what = _settings(report.run, report.architecture.tied).split("; ")
     title = f"{report.name}: phases of a {method} run, and the peaks of other methods\n{setting}"
     axes.set_title(title if what == method else f"{title}\n{what}", fontsize=10)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -186,27 +187,31 @@ def too_little_memory(report: PlanReport, device: str) -> str:
     return "\n".join([text, *_remedies(report), "To try it all the same: --force"])
 
 
-def _settings(run: RunSettings) -> str:
+def _settings(run: RunSettings, tied: bool) -> str:
     number = {2: "16-bit", 4: "fp32"}[run.width]
     ranks = f"{run.world_size * run.tensor_parallel} ranks" if run.world_size * run.tensor_parallel > 1 else "1 rank"
     split = f" ({run.tensor_parallel}-way tensor parallel)" if run.tensor_parallel > 1 else ""
     checkpointing = "activation checkpointing" if run.checkpointing else "no activation checkpointing"
     rows = f"{run.micro_batch} x {run.sequence} tokens a micro-batch"
-    return f"{ranks}{split}, {rows}, {number}, {checkpointing}; " + _method(run)
+    return f"{ranks}{split}, {rows}, {number}, {checkpointing}; " + _method(run, tied)
 
 
-def _method(run: RunSettings) -> str:
+def _method(run: RunSettings, tied: bool) -> str:
     lisa = run.lisa
     if run.method != "lisa":
         return _METHOD_NAMES[run.method]
-    always = [role for role in ("embeddings", "lm_head", "rest") if getattr(lisa, role) == "always"]
+    trains = []
+    for role in ("embeddings", "lm_head", "rest"):
+        policy = policy_of(lisa, role, tied=tied)
+        if policy != "never" and not (tied and role == "lm_head"):
+            trains.append(role if policy == "always" else f"{role} ({policy})")
     if lisa.sampler.layers:
         drawn = f"layers {list(lisa.sampler.layers)}"
     elif lisa.sampling_ratio is not None:
         drawn = f"{lisa.sampling_ratio:.0%} of the layers"
     else:
         drawn = f"{lisa.num_sampled_layers} layers at a time"
-    return f"LISA: {drawn}" + (f" and {', '.join(always)}" if always else "")
+    return f"LISA: {drawn}" + (f" and {', '.join(trains)}" if trains else "")
 
 
 def _table(report: PlanReport) -> list[str]:

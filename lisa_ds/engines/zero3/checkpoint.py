@@ -27,12 +27,15 @@ class Progress:
     sampled: tuple[int, ...]
     """Blocks that were training."""
 
+    roles: tuple[str, ...] | None
+    """Roles that were; None of a checkpoint that does not tell, from when they were the same in all intervals."""
+
     history: tuple[tuple[int, ...], ...]
     """Every set of blocks so far."""
 
     num_layers: int
     policies: dict[str, str]
-    """Who trains always and who never (what never trains has no state in the file), and what state is kept in."""
+    """When embeddings, head and rest train (what never does has no state in the file), and what state is kept in."""
 
     next_draw: int
     """Hash of the next interval's draw, to tell a changed schedule."""
@@ -118,6 +121,7 @@ def _read(
     progress = Progress(
         step=saved["step"],
         sampled=tuple(saved["sampled"]),
+        roles=tuple(saved["roles"]) if "roles" in saved else None,
         history=tuple(tuple(layers) for layers in saved["history"]),
         num_layers=saved["num_layers"],
         policies={"optimizer.precision": "mixed", "optimizer.moments": "fp32", **saved["policies"]},  # of before these

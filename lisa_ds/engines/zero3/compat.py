@@ -64,6 +64,8 @@ _STAGE3_METHODS = (
     "set_local_hp_param",
     "should_refresh_expected_hook_count",
     "state_dict",
+    "step",
+    "unscale_and_clip_grads",
     "update_hook_state_and_maybe_run_epilogue",
 )
 _STAGE3_ATTRIBUTES = (

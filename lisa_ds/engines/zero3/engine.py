@@ -15,6 +15,7 @@ from deepspeed.runtime.zero import stage3
 
 from lisa_ds.config import LisaConfig
 from lisa_ds.engines.zero3 import checkpoint, compat, fused, linear, parallel, policies
+from lisa_ds.engines.zero3.care import Care
 from lisa_ds.engines.zero3.frontier import BackwardFrontier
 from lisa_ds.engines.zero3.live import memory_report
 from lisa_ds.engines.zero3.warm import load_weights
@@ -24,6 +25,7 @@ from lisa_ds.layers import LayerStack
 from lisa_ds.memory import ModelShape, default_bucket
 from lisa_ds.optim import StateFormat
 from lisa_ds.sampling import LayerSampler, resolve_interval_steps
+from lisa_ds.sampling.roles import roles_at
 
 logger = logging.getLogger("lisa_ds")
 
@@ -54,7 +56,7 @@ class LisaEngine(DeepSpeedEngine):
         self._step_in_lisa = 0
         self._history: list[tuple[int, ...]] = []
         super().__init__(**kwargs)
-        self._frontier.move(self.sampled_layers)
+        self._aim_backward()
         self._log_interval()
 
     # ---- public ---------------------------------------------------------------------------------------------------
@@ -64,6 +66,17 @@ class LisaEngine(DeepSpeedEngine):
         """Blocks that train now, ascending."""
         sampled: tuple[int, ...] = self.optimizer.sampled
         return sampled
+
+    @property
+    def sampled_roles(self) -> tuple[str, ...]:
+        """Of ``embeddings``, ``lm_head`` and ``rest``, those that train now; not the head if it is tied and nothing else of it is left."""
+        roles: tuple[str, ...] = self.optimizer.roles
+        return roles
+
+    @property
+    def what_trains(self) -> str:
+        """The layers that train now, and the roles if they are not the same in every interval: for a line of a log."""
+        return policies.told(self._lisa, self.sampled_layers, self.sampled_roles)
 
     @property
     def interval(self) -> int:
@@ -117,7 +130,7 @@ class LisaEngine(DeepSpeedEngine):
         """Train exactly ``layers`` from the next forward on, until the next boundary of the schedule.
 
         For callers with their own schedule; set ``interval_steps`` beyond the run's length to have none of ours. Every rank
-        must call it with the same layers, between ``step()`` and the next ``forward()``.
+        must call it with the same layers, between ``step()`` and the next ``forward()``. Embeddings and head go on as they are.
 
         Raises:
             EngineError: A layer does not exist, or gradients are being accumulated. Nothing has changed.
@@ -162,12 +175,20 @@ class LisaEngine(DeepSpeedEngine):
             interval_steps=resolve_interval_steps(self._lisa, self._steps_per_epoch(self)),
         )
         self._frontier = BackwardFrontier(self.module, self._stack)
-        # What the embeddings' owner or the policy froze: backward need not reach them.
-        self._backward_may_stop = not any(parameter.requires_grad for parameter in self._stack.embeddings)
         self._uninstall_linear = linear.install(self.module.parameters())
         first = self._sampler.layers_at(0)
         self._history.append(first)
-        plan = WindowPlan(unit_of=self._stack.unit_of, sampled=first, lr_scales=policies.lr_scales(self._lisa))
+        plan = WindowPlan(
+            unit_of=self._stack.unit_of,
+            sampled=first,
+            roles=self._roles_at(0),
+            lr_scales=policies.lr_scales(self._lisa),
+            care=Care(
+                self._lisa.rewarm_steps,
+                self._lisa.norm_growth_limit,
+                always=policies.always_roles(self._lisa, tied=self._stack.tied),
+            ),
+        )
         window: Any = functools.partial(WindowedStage3, plan=plan)
         if self._fuses:
             window = functools.partial(
@@ -223,7 +244,10 @@ class LisaEngine(DeepSpeedEngine):
         before = self.interval
         self._step_in_lisa += 1
         if self.interval != before:
-            self._switch(self._sampler.layers_at(self.interval))
+            self._switch(self._sampler.layers_at(self.interval), self._roles_at(self.interval))
+
+    def _roles_at(self, interval: int) -> tuple[str, ...]:
+        return roles_at(self._lisa, interval, num_layers=len(self._stack.layers), tied=self._stack.tied)
 
     def _check_gradients(self) -> None:
         """Refuse to step where a sampled block was cut out of backward: its moments would decay towards nothing."""
@@ -236,29 +260,38 @@ class LisaEngine(DeepSpeedEngine):
                 "embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())"
             )
 
-    def _switch(self, layers: tuple[int, ...]) -> None:
-        if layers != self.sampled_layers:
-            self._point_at(layers)
+    def _switch(self, layers: tuple[int, ...], roles: tuple[str, ...] | None = None) -> None:
+        self._point_at(layers, roles)
         self._history.append(layers)
         self._log_interval()
 
-    def _point_at(self, layers: tuple[int, ...]) -> None:
-        self.optimizer.switch(layers)
-        self._frontier.move(layers)
-        if self._backward_may_stop:
+    def _point_at(self, layers: tuple[int, ...], roles: tuple[str, ...] | None = None) -> None:
+        """Make these what trains, unless they do already; without ``roles``, those of now."""
+        roles = self.sampled_roles if roles is None else self.optimizer.present(roles)
+        if (layers, roles) == (self.sampled_layers, self.sampled_roles):
+            return
+        stopped = self._backward_may_stop
+        self.optimizer.switch(layers, roles)
+        self._aim_backward()
+        if stopped or self._backward_may_stop:
             # Other blocks run backward now, so the recorded order of fetches no longer holds.
             coordinator = self.optimizer.parameter_offload.get_param_coordinator()
             if not coordinator.is_invalid_trace():
                 coordinator._invalidate_trace()
+
+    def _aim_backward(self) -> None:
+        """See how far down backward must go now: not to embeddings that their owner, the policy or the interval freezes."""
+        self._backward_may_stop = not any(parameter.requires_grad for parameter in self._stack.embeddings)
+        self._frontier.move(self.sampled_layers)
 
     def _log_interval(self) -> None:
         if self.global_rank == 0:
             report = self.memory_report()
             live = sum(report[kind] for kind in _STATE_KINDS)
             logger.info(
-                "interval %d: layers %s; %.1f MB of gradients and optimizer state live on a rank",
+                "interval %d: %s; %.1f MB of gradients and optimizer state live on a rank",
                 self.interval,
-                list(self.sampled_layers),
+                self.what_trains,
                 live / 1e6,
             )
 
@@ -273,6 +306,7 @@ class LisaEngine(DeepSpeedEngine):
         state = checkpoint.Progress(
             step=self._step_in_lisa,
             sampled=self.sampled_layers,
+            roles=self.sampled_roles,
             history=tuple(self._history),
             num_layers=len(self._stack.layers),
             policies=policies.describe(self._lisa),
@@ -321,8 +355,7 @@ class LisaEngine(DeepSpeedEngine):
         )
         self.optimizer.forget_second_copies()
         # Frozen parameters are read by name from the file: the frozen set must be the saved one before they are.
-        if progress.sampled != self.sampled_layers:
-            self._point_at(progress.sampled)
+        self._point_at(progress.sampled, progress.roles)
         result = super().load_checkpoint(
             load_dir,
             tag=tag,
@@ -350,8 +383,7 @@ class LisaEngine(DeepSpeedEngine):
     def _begin_anew(self) -> None:
         self._step_in_lisa, self._history = 0, []
         first = self._sampler.layers_at(0)
-        if first != self.sampled_layers:
-            self._point_at(first)
+        self._point_at(first, self._roles_at(0))
         self.optimizer.refresh_fp32_params()
         self.optimizer.forget_moments()
         self._history.append(first)

@@ -18,9 +18,10 @@ from deepspeed import comm as dist
 from deepspeed.runtime.zero.stage3 import OPTIMIZER_STEP_TIMER
 from torch import Tensor
 
-from lisa_ds.engines.zero3 import compat, parallel
+from lisa_ds.engines.zero3 import care, compat, parallel
 from lisa_ds.engines.zero3.window import WindowedStage3
 from lisa_ds.errors import EngineError
+from lisa_ds.layers import Unit
 from lisa_ds.ops import Hyper, Segment, SegmentTable, default_backend, masked_adamw_, sum_of_squares
 from lisa_ds.ops.reference import dequantise_signed, dequantise_unsigned
 from lisa_ds.ops.segments import QUANT_BLOCK
@@ -144,10 +145,10 @@ class FusedStage3(WindowedStage3):
     def _sizes(self, position: int) -> list[int]:
         return [parameter.partition_numel() for parameter in self.fp16_groups[position]]
 
-    def switch(self, sampled: Iterable[int]) -> None:
+    def switch(self, sampled: Iterable[int], roles: Iterable[str] | None = None) -> None:
         """See the base class; also forgets the launch, which would keep the state of what leaves alive."""
         self._table = None
-        super().switch(sampled)
+        super().switch(sampled, roles)
 
     # ---- step -----------------------------------------------------------------------------------------------------
 
@@ -163,7 +164,8 @@ class FusedStage3(WindowedStage3):
         if not self.offload_optimizer:
             self.zero_grad(set_to_none=True)
         bad = (~norm.isfinite()).float()
-        masked_adamw_(table, factor=self._factor(norm, scale), found_inf=bad)
+        for part, factor in self._parts(table, self._factor(norm, scale)):
+            masked_adamw_(part, factor=factor, found_inf=bad)
         self._put_weights_in_place()
         self.overflow = bool(bad)
         self.timers(OPTIMIZER_STEP_TIMER).stop()
@@ -175,6 +177,7 @@ class FusedStage3(WindowedStage3):
         self._global_grad_norm = norm / scale
         for position in range(len(self.fp16_groups)):
             self.averaged_gradients[position] = None
+        self._stepped()
         self._post_step({OPTIMIZER_STEP_TIMER})
 
     def _launch(self) -> SegmentTable:
@@ -237,12 +240,12 @@ class FusedStage3(WindowedStage3):
             betas=tuple(group["betas"]),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            lr_scale=self._lr_scale_of[position] * group.get("lr_scale", 1.0),
+            lr_scale=self._lr_scale(position) * group.get("lr_scale", 1.0),
         )
 
     def _scaled_norm(self, table: SegmentTable) -> Tensor:
         """Global norm of the gradients as they are, loss scale and all: ``()``; not finite if one of them is not."""
-        if self._norm_is_plain():
+        if self._care.growth_limit is None and not self.offload_optimizer and care.holds_own_parts(self):
             squares = sum_of_squares(table)
             dist.all_reduce(squares, group=self.sub_group_process_groups[0])
             return squares.sqrt().float()
@@ -251,18 +254,26 @@ class FusedStage3(WindowedStage3):
         norms = torch.where(norms < 0, float("inf"), norms)
         return norms.square().sum().sqrt().float()
 
-    def _norm_is_plain(self) -> bool:
-        """Whether each rank holds its own part of every gradient here, so that squares may simply be added up."""
-        first = self.sub_group_process_groups[0]
-        return (
-            not self.offload_optimizer
-            and self.model_parallel_group is None
-            and all(group is first for group in self.sub_group_process_groups)
-            and all(
-                getattr(p, "ds_zero_placement_family", "replicated") == "replicated"
-                for p in itertools.chain.from_iterable(self.fp16_groups)
-            )
+    def _parts(self, table: SegmentTable, factor: Tensor) -> list[tuple[SegmentTable, Tensor]]:
+        """The launches of a step: one, or one for each unit where each has a factor of its own."""
+        if self._care.growth_limit is None:
+            return [(table, factor)]
+        parts: dict[Unit, tuple[list[Segment], list[Hyper]]] = {}
+        units = itertools.chain.from_iterable(
+            [unit] * len(group) for unit, group in zip(self._shown_units, self.fp16_groups, strict=True)
         )
+        for unit, segment, hyper in zip(units, table.segments, table.hypers, strict=True):
+            segments, hypers = parts.setdefault(unit, ([], []))
+            segments.append(segment)
+            hypers.append(hyper)
+        found = []
+        for unit, (segments, hypers) in parts.items():
+            own = self._care.factor(unit)
+            assert own is not None
+            found.append(
+                (SegmentTable(segments, hypers, seed=self._seed), factor * own.to(table.device, torch.float32))
+            )
+        return found
 
     def _factor(self, norm: Tensor, scale: float) -> Tensor:
         """What gradients are multiplied by: clip coefficient over loss scale."""

@@ -1,13 +1,13 @@
-"""From the LISA section to the model: who trains always, who never, and at which rate."""
+"""From the LISA section to the model: who trains when, and at which rate."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from itertools import chain
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
 from lisa_ds.config import LisaConfig
+from lisa_ds.config.roles import policy_of
 from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.layers import ROLES, LayerStack
 from lisa_ds.sampling import LayerSampler
@@ -38,13 +38,14 @@ def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> None
         owned: ``id`` of each parameter that the optimizer holds.
 
     Raises:
-        ConfigError: Tied embeddings and head are given different policies or rates, or nothing could train.
+        ConfigError: Tied embeddings and head are given different policies or rates, or there could be an interval in which
+            nothing would train.
         ModelError: A block could be drawn of which nothing can train.
     """
     if stack.tied:
         _check_tied(config)
     for role in ROLES:
-        if getattr(config, role) == "never":
+        if policy_of(config, role, tied=stack.tied) == "never":
             for parameter in stack.parameters(role):
                 parameter.requires_grad_(False)
     trainable = {
@@ -59,18 +60,34 @@ def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> None
             "would train nothing there: unfreeze them, give the optimizer every parameter, or name the others in "
             "lisa.sampler: {name: fixed, layers: [...]}"
         )
-    always = trainable.intersection(map(id, chain(stack.embeddings, stack.lm_head, stack.rest)))
+    always = [
+        role
+        for role in always_roles(config, tied=stack.tied)
+        if not trainable.isdisjoint(map(id, stack.parameters(role)))
+    ]
     if config.sampler.varies and not always:
         raise ConfigError(
-            "lisa.sampler: 'bernoulli' may draw no layer at all, and with embeddings, lm_head and rest at 'never' nothing "
-            "would train; choose 'uniform', or let one of them train always"
+            "lisa.sampler: 'bernoulli' may draw no layer at all, and in an interval in which none of embeddings, lm_head and rest "
+            "is there to train either, nothing would; choose 'uniform', or let one of them train always"
         )
+
+
+def always_roles(config: LisaConfig, *, tied: bool) -> tuple[str, ...]:
+    """The roles that train in every interval."""
+    return tuple(role for role in ROLES if policy_of(config, role, tied=tied) == "always")
+
+
+def told(config: LisaConfig, layers: Sequence[int], roles: Sequence[str]) -> str:
+    """What trains in an interval, for a line of a log; roles are named where they do not do the same in all."""
+    if all(getattr(config, role) in ("always", "never") for role in ROLES):
+        return f"layers {list(layers)}"
+    return f"layers {list(layers)} and {', '.join(roles) or 'nothing else'}"
 
 
 def describe(config: LisaConfig) -> dict[str, str]:
     """The policy of each role and the format of the state, for a checkpoint: a run resumes under the same ones only."""
     return {
-        **{role: getattr(config, role) for role in ROLES},
+        **{role: str(getattr(config, role)) for role in ROLES},
         "optimizer.precision": config.optimizer.precision,
         "optimizer.moments": config.optimizer.moments,
     }

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from lisa_ds.engines.zero3 import compat
+from lisa_ds.engines.zero3 import care, compat
+from lisa_ds.engines.zero3.care import Care
 from lisa_ds.errors import CheckpointError, EngineError
-from lisa_ds.layers import Unit
+from lisa_ds.layers import ROLES, Unit
 
 _STATE_KEY = "lisa"
 
@@ -41,12 +42,18 @@ class WindowPlan:
     lr_scales: Mapping[Unit, float]
     """Learning-rate factor of a unit; units not named train at the optimizer's own rate."""
 
+    roles: tuple[str, ...] = ROLES
+    """Roles that train in the first interval."""
+
+    care: Care = field(default_factory=Care)
+    """For what comes in at a switch."""
+
 
 class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
     """ZeRO-3 whose optimizer state, gradients and fp32 partitions exist for the sampled units only.
 
     Args:
-        plan: The units, and the blocks sampled first.
+        plan: The units, and those that train first.
         *args: As for ``DeepSpeedZeroOptimizer_Stage3``.
         **kwargs: Likewise.
     """
@@ -61,7 +68,12 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
 
     def __init__(self, *args: Any, plan: WindowPlan, **kwargs: Any) -> None:
         self._plan = plan
-        self._sampled = plan.sampled
+        self._sampled: tuple[int, ...] = plan.sampled
+        self._roles: tuple[str, ...] = plan.roles
+        self._care = plan.care
+        self.block_lr_scales: Mapping[int, float] = {}
+        """Learning-rate factor of blocks in this interval; those not named train at the optimizer's own rate."""
+        self._lr_scales_of_step: list[float] = []
         super().__init__(*args, **kwargs)
 
     # ---- layout: what the base class asks while it is built ------------------------------------------------------
@@ -83,14 +95,17 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
     def _setup_for_real_optimizer(self) -> None:
         """Remember the whole layout, then let the base class allocate state for the first window only."""
         compat.check_attributes(self)
+        care.check(self._care, self)
         self._all = {name: list(getattr(self, name)) for name in compat.SUB_GROUP_LISTS}
         self._param_group_of = dict(self.sub_group_to_group_id)
         self._unit_of_sub_group = [self._plan.unit_of[id(group[0])] for group in self._all["fp16_groups"]]
         self._master: dict[int, Tensor] = {}  # sub-group -> its live fp32 partition
         self._reduced: set[int] = set()  # ds_id of each parameter with a gradient since the last step
-        window = self._sub_groups(self._sampled)
+        self._roles = self.present(self._roles)
+        window = self._sub_groups((*self._sampled, *self._roles))
         if not window:
             raise EngineError("nothing to train: no block is sampled and every other parameter is frozen")
+        self._care.keep((*self._sampled, *self._roles))
         self._show(window)
         super()._setup_for_real_optimizer()
         self._master = dict(zip(window, self.fp32_partitioned_groups_flat, strict=True))
@@ -99,12 +114,12 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
         """Register the gradient hooks of every unit, once: a frozen leaf gets no gradient, so its hook never fires."""
         self._show(range(len(self._unit_of_sub_group)))
         super().create_reduce_and_remove_grad_hooks()
-        self._show(self._sub_groups(self._sampled))
+        self._show(self._sub_groups((*self._sampled, *self._roles)))
         self.require_grad_of_window()
 
-    def _sub_groups(self, sampled: Iterable[int]) -> list[int]:
-        sampled = set(sampled)
-        return [i for i, unit in enumerate(self._unit_of_sub_group) if isinstance(unit, str) or unit in sampled]
+    def _sub_groups(self, units: Iterable[Unit]) -> list[int]:
+        wanted = set(units)
+        return [i for i, unit in enumerate(self._unit_of_sub_group) if unit in wanted]
 
     def _show(self, sub_groups: Iterable[int]) -> None:
         """Point every list of the base class at ``sub_groups`` alone."""
@@ -113,11 +128,11 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
             setattr(self, name, [entries[i] for i in sub_groups])
         self.sub_group_to_group_id = {position: self._param_group_of[i] for position, i in enumerate(sub_groups)}
         self.fp32_partitioned_groups_flat = [self._master[i] for i in sub_groups if i in self._master]
-        self._lr_scale_of = [self._plan.lr_scales.get(self._unit_of_sub_group[i], 1.0) for i in sub_groups]
+        self._shown_units = [self._unit_of_sub_group[i] for i in sub_groups]
 
     def require_grad_of_window(self) -> None:
         """Let exactly the window's parameters require grad, whatever others (an adapter's on and off) made of it."""
-        window = set(self._sub_groups(self._sampled))
+        window = set(self._sub_groups((*self._sampled, *self._roles)))
         for i, group in enumerate(self._all["fp16_groups"]):
             for parameter in group:
                 parameter.requires_grad_(i in window)
@@ -133,17 +148,32 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
 
     @property
     def lr_scales(self) -> list[float]:
-        """Learning-rate factor of each sub-group of the window."""
-        return list(self._lr_scale_of)
+        """Learning-rate factor that each sub-group of the window had in the last step."""
+        return list(self._lr_scales_of_step)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of embeddings, head and rest, those of which something trains now."""
+        return self._roles
+
+    def present(self, roles: Iterable[str]) -> tuple[str, ...]:
+        """Those of ``roles`` of which something can train."""
+        wanted = set(self._unit_of_sub_group).intersection(roles)
+        return tuple(role for role in ROLES if role in wanted)
 
     @torch.no_grad()
-    def switch(self, sampled: Iterable[int]) -> None:
-        """Make ``sampled`` the blocks that train; release the state of those that leave.
+    def switch(self, sampled: Iterable[int], roles: Iterable[str] | None = None) -> None:
+        """Make ``sampled`` the blocks that train, and ``roles`` the roles; release the state of what leaves.
 
-        A block in both the old and the new set keeps its state. Call it between optimizer steps only, on every rank alike.
+        A unit in both the old and the new set keeps its state. Call it between optimizer steps only, on every rank alike.
+
+        Args:
+            sampled: Indices of blocks.
+            roles: Roles, of which those with nothing to train are passed over; None for those that train now.
         """
         sampled = tuple(sorted(sampled))
-        old, new = self._sub_groups(self._sampled), self._sub_groups(sampled)
+        wanted = self._roles if roles is None else self.present(roles)
+        old, new = self._sub_groups((*self._sampled, *self._roles)), self._sub_groups((*sampled, *wanted))
         if not new:
             raise EngineError(
                 f"nothing to train: layers {list(sampled)} are sampled and every other parameter is frozen"
@@ -151,7 +181,8 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
         self._finish_reductions()
         self._retire(sorted(set(old) - set(new)))
         self._materialise(sorted(set(new) - set(old)))
-        self._sampled = sampled
+        self._sampled, self._roles = sampled, wanted
+        self._care.keep((*sampled, *wanted))
         self._show(new)
         self._rebuild_gradient_partitions()
         self.require_grad_of_window()
@@ -227,9 +258,42 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
 
     # ---- step -----------------------------------------------------------------------------------------------------
 
+    def step(self, closure: Any = None) -> None:
+        """See the base class."""
+        super().step(closure)
+        if not self.overflow:
+            self._stepped()
+
+    def _stepped(self) -> None:
+        """Note that a step was taken, not skipped."""
+        self._lr_scales_of_step = [self._lr_scale(position) for position in range(len(self.fp16_groups))]
+        self._care.stepped()
+
+    def _get_norm_groups(self) -> list[Any]:
+        """Norms with the loss scale whose squares add up to the whole: of each unit, within its bound, if there are bounds."""
+        stock = super()._get_norm_groups
+        if self._care.growth_limit is None:
+            return list(stock())
+        order, norms = care.unit_norms(self, self._shown_units, stock)
+        limited = self._care.limit(order, norms / self.loss_scale) * self.loss_scale
+        return list(limited.to(self.device).unbind())
+
+    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
+        """See the base class; also holds the gradient to its unit's bound."""
+        super().unscale_and_clip_grads(sub_group_id, total_norm)
+        factor = self._care.factor(self._shown_units[sub_group_id])
+        gradient = self.fp32_partitioned_groups_flat[sub_group_id].grad
+        if factor is not None and gradient is not None:
+            gradient.mul_(factor.to(gradient.device))
+
+    def _lr_scale(self, sub_group_id: int) -> float:
+        unit = self._shown_units[sub_group_id]
+        own = self.block_lr_scales.get(unit, 1.0) if isinstance(unit, int) else self._plan.lr_scales.get(unit, 1.0)
+        return own * self._care.ramp(unit)
+
     def _optimizer_step(self, sub_group_id: int) -> None:
         """One sub-group's update, at its unit's share of the learning rate."""
-        scale = self._lr_scale_of[sub_group_id]
+        scale = self._lr_scale(sub_group_id)
         if scale == 1.0:
             super()._optimizer_step(sub_group_id)
             return
@@ -244,24 +308,33 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
     # ---- checkpoint -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Stage 3's state of the sampled sub-groups, and which blocks they belong to."""
+        """Stage 3's state of the sampled sub-groups, and which units they belong to."""
         state: dict[str, Any] = super().state_dict()
-        state[_STATE_KEY] = {"sampled": self._sampled}
+        state[_STATE_KEY] = {"sampled": self._sampled, "roles": self._roles, "care": self._care.state_dict()}
         return state
 
     def _rigid_load_state_dict(self, state_dict: dict[str, Any], load_optimizer_states: bool = True) -> None:
         if _STATE_KEY not in state_dict:
             raise CheckpointError("the checkpoint's optimizer state was not written by lisa_ds; it cannot be resumed")
-        saved = tuple(state_dict[_STATE_KEY]["sampled"])
-        if saved != self._sampled:
-            self.switch(saved)
+        saved = state_dict[_STATE_KEY]
+        # A checkpoint that does not tell its roles is of a run in which they were the same in all intervals, as here.
+        sampled, roles = tuple(saved["sampled"]), tuple(saved.get("roles", self._roles))
+        if (sampled, roles) != (self._sampled, self._roles):
+            self.switch(sampled, roles)
+        if len(state_dict["fp32_flat_groups"]) != len(self.fp32_partitioned_groups_flat):
+            raise CheckpointError(
+                f"the checkpoint's optimizer state has {len(state_dict['fp32_flat_groups'])} groups of parameters that train, this "
+                f"run's has {len(self.fp32_partitioned_groups_flat)}; build the optimizer with the parameter groups of the saved run"
+            )
         # torch's load_state_dict keeps what the file does not have: moments of before the load must not survive it.
         self.forget_moments()
         super()._rigid_load_state_dict(state_dict, load_optimizer_states)
+        self._care.load_state_dict(saved.get("care", {}), get_accelerator().current_device_name())
 
     def forget_moments(self) -> None:
         """Drop the moments of every sampled sub-group; they start at zero at the next step."""
         self.optimizer.state.clear()
+        self._care.begin_anew()
 
     def forget_second_copies(self) -> None:
         """Drop what hpZ keeps of every weight, after weights have been read; a step drops that of the window alone."""

@@ -1,0 +1,83 @@
+"""When embeddings and head train: the values of ``lisa.embeddings`` and ``lisa.lm_head``, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from lisa_ds.config.base import Section, mistake
+
+if TYPE_CHECKING:
+    from lisa_ds.config.lisa import LisaConfig
+
+_NAMES = ("always", "never", "sampled")
+_CHOICES = "should be 'always', 'never', 'sampled' or {every: n}"
+
+
+class Every(Section):
+    """Trains in intervals 0, n, 2n, ..."""
+
+    every: Annotated[int, Field(ge=1)]
+    """The number n of intervals from one in which it trains to the next."""
+
+    def __repr__(self) -> str:
+        """As it is written in a config, for messages and checkpoints."""
+        return f"{{every: {self.every}}}"
+
+    __str__ = __repr__
+
+
+def _policy(value: Any) -> Any:
+    """Read a policy. Told here, as a union's own messages name its members instead of what the user wrote."""
+    if isinstance(value, Every):
+        return "always" if value.every == 1 else value
+    if isinstance(value, Mapping):
+        if list(value) != ["every"]:
+            others = [key for key in value if key != "every"]
+            raise mistake(
+                f"has the one key 'every', got {', '.join(map(repr, others)) or 'none'}; write {{every: n}}, as in "
+                "{every: 4}"
+            )
+        count = value["every"]
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise mistake(f"every should be a number of intervals, 1 or more, got {count!r}")
+        return "always" if count == 1 else Every(every=count)
+    if not isinstance(value, str) or value not in _NAMES:
+        raise mistake(_CHOICES, choices=_NAMES)
+    return value
+
+
+Fixed = Literal["always", "never"]
+"""Of what trains in every interval or in none."""
+
+Policy = Annotated[Literal["always", "never", "sampled"] | Every, BeforeValidator(_policy)]
+"""When a role trains; ``{every: 1}`` is read as ``always``."""
+
+
+def policy_of(config: LisaConfig, role: str, *, tied: bool) -> str | Every:
+    """When ``role`` trains. What is left of a tied head, such as a bias, trains with the embeddings.
+
+    Args:
+        config: The ``lisa`` section.
+        role: ``embeddings``, ``lm_head`` or ``rest``.
+        tied: Whether the model's head shares its weight with the embeddings.
+    """
+    policy: str | Every = getattr(config, "embeddings" if tied and role == "lm_head" else role)
+    return policy
+
+
+def share_of(config: LisaConfig, role: str, *, tied: bool, num_layers: int) -> Fraction:
+    """Share of the intervals in which ``role`` trains, on average: exactly, from 0 to 1.
+
+    Raises:
+        ConfigError: As ``config.num_sampled``.
+    """
+    policy = policy_of(config, role, tied=tied)
+    if isinstance(policy, Every):
+        return Fraction(1, policy.every)
+    if policy == "sampled":
+        return Fraction(config.num_sampled(num_layers), num_layers)
+    return Fraction(policy == "always")
