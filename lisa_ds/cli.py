@@ -15,6 +15,9 @@ from lisa_ds.cluster import environment
 from lisa_ds.config import ModelConfig, load_config
 from lisa_ds.errors import ConfigError, LisaError
 
+SCORES = ("accumulated", "mean", "empirical", "hutchinson", "weight_norm")
+"""What `profile` measures: norms of gradients in two ways, the curvature of the loss in two, and norms of weights."""
+
 NOT_FITTING = 2
 """Exit code of `plan` for a run that does not fit: a batch script can ask before it starts."""
 
@@ -90,6 +93,15 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.figure:
         plan.figure(report, arguments.figure)
     return NOT_FITTING if report.fits is False else 0
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.lisa_config, arguments.overrides)
+    environment.fill()
+
+    from lisa_ds.train.profile import profile
+
+    profile(config, out=arguments.out, score=arguments.score)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -169,6 +181,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     plan.add_argument("--figure", type=Path, metavar="FILE", help="draw it as well: .png, .svg or .pdf")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.bf16=true")
     plan.set_defaults(command=_plan)
+
+    profile = commands.add_parser(
+        "profile", help="score all layers of a run's model on its data, into a file for a sampler"
+    )
+    profile.add_argument("--lisa_config", required=True, metavar="FILE", help="the run: a YAML or JSON file")
+    profile.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new file, such as scores.json")
+    profile.add_argument("--score", choices=SCORES, help="default: what the run's sampler measures, else accumulated")
+    profile.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as lisa.sampler.calibration_batches=16"
+    )
+    profile.set_defaults(command=_profile)
 
     generate = commands.add_parser("generate", help="let a model answer prompts")
     generate.add_argument("model", help="a directory, a hub name or builtin:smollm2-135m")

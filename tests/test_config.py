@@ -60,7 +60,7 @@ def test_defaults() -> None:
         ({"sampler": {"name": "fixed", "layers": []}}, "sampler: layers is empty: name at least one, or leave it out to draw them once"),
         ({"sampler": {"layers": [1]}}, "sampler: layers goes with name 'fixed' only, but name is 'uniform'"),
         ({"sampler": {"name": "fixed", "layers": [1, 1]}}, "sampler: layers names a layer twice: [1, 1]"),
-        ({"sampler": {"name": "uniform", "floor": 0.1}}, "sampler: floor goes with name 'fixed_scores' or 'weight_norm' or 'grad_norm' or 'fisher' only, but name is 'uniform'"),
+        ({"sampler": {"name": "uniform", "floor": 0.2}}, "sampler: floor goes with name 'fixed_scores' or 'weight_norm' or 'grad_norm' or 'fisher' only, but name is 'uniform'"),
         ({"sampler": {"name": "grad_norm", "flor": 0.1}}, "sampler.flor: unknown key, got 0.1; did you mean 'sampler.floor'?"),
         ({"sampler": {"name": "grad_norm", "floor": 1.5}}, "sampler.floor: should be less than or equal to 1, got 1.5"),
         ({"sampler": {"name": "grad_norm", "temperature": 0}}, "sampler.temperature: should be greater than 0, got 0"),

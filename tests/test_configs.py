@@ -13,7 +13,16 @@ import yaml
 from transformers import TrainingArguments
 
 from lisa_ds.cli import main
-from lisa_ds.config import DataConfig, LisaConfig, ModelConfig, OptimizerConfig, RunConfig, SamplerConfig, load_config
+from lisa_ds.config import (
+    DataConfig,
+    GrowthConfig,
+    LisaConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplerConfig,
+    load_config,
+)
 from lisa_ds.config.files import read_mapping
 from lisa_ds.train import arguments
 
@@ -83,7 +92,9 @@ def test_lisa_yaml_has_every_key_at_its_default() -> None:
         assert key in ours or value == (defaults[key] or value), f"training.{key}"
 
 
-@pytest.mark.parametrize("section", [ModelConfig, DataConfig, LisaConfig, SamplerConfig, OptimizerConfig, RunConfig])
+@pytest.mark.parametrize(
+    "section", [ModelConfig, DataConfig, LisaConfig, SamplerConfig, GrowthConfig, OptimizerConfig, RunConfig]
+)
 def test_the_reference_in_the_docs_is_that_of_the_code(section: Any) -> None:
     written = (CONFIGS.parent / "docs/config.md").read_text()
     for row in rows(section):

@@ -163,12 +163,14 @@ def test_limits_of_temperature_and_floor() -> None:
 def test_learning_rates_by_inverse_probability_are_capped_and_leave_uniform_draws_alone() -> None:
     chosen = scored(sampler={"inverse_probability_cap": 2.0, "floor": 0.2})
     for interval in range(50):
-        scales = chosen.lr_scales_at(interval)
+        scales = chosen.lr_scales_of(chosen.layers_at(interval), interval)
         assert set(scales) == set(chosen.layers_at(interval))
         for layer, scale in scales.items():
             assert scale == pytest.approx(min(2.0, 3 / 8 / chosen.probabilities_at(interval)[layer]))
-    assert scored().lr_scales_at(0) == {}
-    assert set(scored((1.0,) * 8, sampler={"inverse_probability_cap": 4.0}).lr_scales_at(0).values()) == {1.0}
+    assert scored().lr_scales_of((0, 1), 0) == {}
+    assert scored((1.0,) * 8, sampler={"inverse_probability_cap": 4.0}).lr_scales_of((0, 7), 0) == {0: 1.0, 7: 1.0}
+    starved = scored((1.0,) * 4 + (0.0,) * 4, sampler={"inverse_probability_cap": 4.0, "floor": 0.0})
+    assert starved.lr_scales_of((7,), 0) == {7: 4.0}
 
 
 def test_averages_of_what_training_showed() -> None:

@@ -96,8 +96,10 @@ class SamplerConfig(Section):
 
     @model_validator(mode="after")
     def _keys_belong_to_the_name(self) -> SamplerConfig:
-        for key in sorted(self.model_fields_set & set(_GOES_WITH)):
-            if getattr(self, key) is not None and self.name not in (names := _GOES_WITH[key]):
+        # A file that spells out every key may have the defaults of those that mean nothing to its sampler.
+        given = [key for key in _GOES_WITH if getattr(self, key) != type(self).model_fields[key].default]
+        for key in given:
+            if self.name not in (names := _GOES_WITH[key]):
                 raise mistake(f"{key} goes with name {' or '.join(map(repr, names))} only, but name is {self.name!r}")
         if self.layers == ():
             raise mistake("layers is empty: name at least one, or leave it out to draw them once")
@@ -107,7 +109,7 @@ class SamplerConfig(Section):
             raise mistake("name 'fixed_scores' needs a file of scores; `lisa-ds profile` writes one")
         if (self.lora_norms is None) != (self.full_norms is None):
             raise mistake("lora_norms and full_norms go together: the scores are their ratio")
-        if self.lora_norms is not None and "every" in self.model_fields_set:
+        if self.lora_norms is not None and "every" in given:
             raise mistake("every has no effect on norms that were recorded once; remove it")
         for key, reads in (
             ("ema_decay", self.score == "ema"),
@@ -119,7 +121,7 @@ class SamplerConfig(Section):
             ("every", self.score != "ema"),
             ("floor", self.draw != "successive"),
         ):
-            if key in self.model_fields_set and not reads:
+            if key in given and not reads:
                 kind = {"floor": f"draw {self.draw!r}"}.get(
                     key, f"score {self.score!r}" if self.name == "grad_norm" else f"estimator {self.estimator!r}"
                 )
@@ -171,7 +173,7 @@ class GrowthConfig(Section):
             if not self.schedule:
                 raise mistake("schedule is empty: name at least one interval, as in {10: 4}")
             for key in ("threshold", "add", "max_layers", "memory_gb"):
-                if key in self.model_fields_set:
+                if getattr(self, key) != type(self).model_fields[key].default:
                     raise mistake(f"{key} goes with patience only, but schedule says when layers are added")
         elif self.max_layers is None:
             raise mistake("max_layers is needed with patience, to plan the memory of the run")

@@ -17,12 +17,12 @@ from transformers import TrainerCallback
 
 from lisa_ds.config import LisaConfig
 from lisa_ds.engines.zero3 import LisaEngine, armed, compat, parallel
-from lisa_ds.engines.zero3.live import memory_report
+from lisa_ds.engines.zero3.live import memory_report, precision
 from lisa_ds.errors import ConfigError, EngineError
+from lisa_ds.integrations.calibration import CalibrationBatches
 from lisa_ds.integrations.sharing import count_rows_once
 from lisa_ds.layers import LayerStack
-from lisa_ds.memory import Precision, full_state_bytes
-from lisa_ds.optim import StateFormat
+from lisa_ds.memory import full_state_bytes
 
 STATE_KINDS = ("gradients", "master", "exp_avg", "exp_avg_sq")
 """The kinds of ``engine.memory_report()`` that LISA keeps for the sampled layers only."""
@@ -53,12 +53,13 @@ def attach(trainer: Any, lisa_config: LisaConfig | Mapping[str, Any] | str | Pat
     config = LisaConfig.load(lisa_config)
     _check(trainer)
     steps_per_epoch = _StepsPerEpoch(trainer)
+    calibration = CalibrationBatches(trainer, config) if config.sampler.calibrates else None
     train: Callable[..., Any] = trainer.train
 
     @functools.wraps(train)
     def train_by_lisa(*args: Any, **kwargs: Any) -> Any:
         # Trainer builds its engine inside train(), before it calls on_train_begin: a callback alone would come too late.
-        with armed(lambda model: model is trainer.model, config, lambda engine: steps_per_epoch.count()):
+        with armed(lambda model: model is trainer.model, config, lambda engine: steps_per_epoch.count(), calibration):
             return train(*args, **kwargs)
 
     trainer.train = train_by_lisa
@@ -131,21 +132,7 @@ def full_state(trainer: Any, stack: LayerStack) -> dict[str, int]:
     """Bytes that full fine-tuning of ``stack`` would keep alive on this rank, by the planner, in ``trainer``'s precision."""
     ranks = parallel.data_parallel_size(trainer.deepspeed)
     shape = parallel.model_shape(stack, ranks, frozen=False)
-    return full_state_bytes(shape, world_size=ranks, precision=precision(trainer))
-
-
-def precision(trainer: Any) -> Precision:
-    """Bytes of an element of each kind in ``trainer``'s engine, to plan with what it really uses."""
-    engine = trainer.deepspeed
-    weight, gradient = engine.get_data_types()
-    state_format = engine.state_format if isinstance(engine, LisaEngine) else StateFormat()
-    return Precision(
-        weight_bytes=weight.itemsize,
-        gradient_bytes=gradient.itemsize,
-        master_bytes=4 if state_format.precision == "mixed" else 0,
-        moments=state_format.moments_of(weight),
-        offload_optimizer=bool(engine.zero_offload_optimizer() and engine.zero_use_cpu_optimizer()),
-    )
+    return full_state_bytes(shape, world_size=ranks, precision=precision(trainer.deepspeed))
 
 
 class LisaCallback(TrainerCallback):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lisa_ds.config import LisaConfig
 from lisa_ds.errors import ConfigError
-from lisa_ds.sampling import probabilities, scores
+from lisa_ds.sampling import probabilities, scores, statistics
 from lisa_ds.sampling.growth import Growth
 from lisa_ds.sampling.schedule import draw, draw_by_probability
 
@@ -117,14 +117,14 @@ class LayerSampler:
         result: tuple[float, ...] = self._known[1]
         return result
 
-    def lr_scales_at(self, interval: int) -> dict[int, float]:
-        """Return what the learning rate of each block of ``interval``'s draw is multiplied by, where that is not 1."""
+    def lr_scales_of(self, layers: Iterable[int], interval: int) -> dict[int, float]:
+        """Return what the learning rate of each of ``layers`` is multiplied by in ``interval``; none where nothing is."""
         cap = self.config.sampler.inverse_probability_cap
         if cap is None:
             return {}
         chances = self.probabilities_at(interval)
         uniform = math.fsum(chances) / self.num_layers
-        return {layer: min(cap, uniform / chances[layer]) for layer in self.layers_at(interval)}
+        return {layer: min(cap, uniform / chances[layer]) if chances[layer] else cap for layer in layers}
 
     def needs_scores(self, interval: int) -> bool:
         """Whether scores are to be measured, and set, before ``interval`` is drawn."""
@@ -205,16 +205,15 @@ class LayerSampler:
         return found.scores
 
     def _from_norms(self, lora: str, full: str) -> tuple[float, ...]:
-        from lisa_ds.sampling import statistics
-
         norms = []
         for key, path in (("lora_norms", lora), ("full_norms", full)):
-            by_unit = statistics.mean_weight_norms(Path(path).expanduser())
-            blocks = [by_unit[name] for name in sorted((n for n in by_unit if n.isdecimal()), key=int)]
+            history = statistics.read(Path(path).expanduser())
+            means = history.mean_weight_norm()
+            blocks = [means.get(block, 0.0) for block in history.start.blocks]
             if len(blocks) != self.num_layers or not all(norm > 0 for norm in blocks):
                 raise ConfigError(
                     f"{self.config.where(f'sampler.{key}')}: {path} should have a positive weight norm of each of the model's "
-                    f"{self.num_layers} layers, got those of {len(blocks)}"
+                    f"{self.num_layers} layers, got {blocks}"
                 )
             norms.append(blocks)
         found = scores.ratios(*norms)

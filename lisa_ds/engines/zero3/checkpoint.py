@@ -40,6 +40,9 @@ class Progress:
     next_draw: int
     """Hash of the next interval's draw, to tell a changed schedule."""
 
+    draws: dict[str, Any] | None = None
+    """What this rank had seen, where draws depend on that; None in files of before there were such draws."""
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, so that a checkpoint can be read without this package."""
         return asdict(self)
@@ -126,6 +129,7 @@ def _read(
         num_layers=saved["num_layers"],
         policies={"optimizer.precision": "mixed", "optimizer.moments": "fp32", **saved["policies"]},  # of before these
         next_draw=saved["next_draw"],
+        draws=saved.get("draws"),
     )
     if progress.num_layers != num_layers:
         return None, f"{files[0]}: is of a model with {progress.num_layers} layers; this one has {num_layers}"

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
+from lisa_ds.config import LisaConfig
+from lisa_ds.engines.zero3 import parallel, scores
+from lisa_ds.engines.zero3.live import precision
+from lisa_ds.engines.zero3.scores import Calibration
+from lisa_ds.engines.zero3.statistics import BlockGradients, watch
 from lisa_ds.errors import EngineError
+from lisa_ds.memory import plan
 from lisa_ds.sampling import LayerSampler
 
 
@@ -25,7 +32,7 @@ class Draws:
     Args:
         sampler: Draws.
         measure: Measures the score of each block; equal on all ranks.
-        gradient_norms: The gradient norm of each block over the interval, equal on all ranks; None for those that did not train.
+        gradients: Those of training, for a sampler that watches them.
         affords: Whether so many blocks fit into the memory budget of a rank.
         device: Of collectives.
     """
@@ -35,16 +42,29 @@ class Draws:
         sampler: LayerSampler,
         *,
         measure: Callable[[], Sequence[float]],
-        gradient_norms: Callable[[], Sequence[float | None]],
+        gradients: BlockGradients | None,
         affords: Callable[[int], bool],
         device: torch.device,
     ) -> None:
         self._sampler = sampler
-        self._measure, self._gradient_norms, self._affords = measure, gradient_norms, affords
+        self._measure, self._gradients, self._affords = measure, gradients, affords
         self._device = device
+        self._at_first = sampler.state_dict()
         self._losses: Tensor | None = None  # their sum and number on this rank in this interval
         self.pending = sampler.needs_scores(0)
         """Whether the first draw waits for scores: the engine is built with a uniform one."""
+
+    @classmethod
+    def of_engine(cls, engine: Any, sampler: LayerSampler, calibration: Calibration | None) -> Draws:
+        """The draws of a LISA engine that has been built."""
+        watched = watch(engine.optimizer, engine._stack) if sampler.watches_gradients else None
+        return cls(
+            sampler,
+            measure=lambda: scores.measure(engine, sampler.config, calibration),
+            gradients=None if watched is None else BlockGradients(watched, sampler.num_layers),
+            affords=lambda count: _affords(engine, sampler.config, count),
+            device=engine.device,
+        )
 
     def note_loss(self, loss: Tensor) -> None:
         """Take note of the loss of a micro-batch, without waiting for it."""
@@ -72,8 +92,8 @@ class Draws:
         return layers
 
     def _learn(self, interval: int) -> None:
-        if self._sampler.watches_gradients:
-            self._sampler.observe(self._gradient_norms(), interval)
+        if self._gradients is not None:
+            self._sampler.observe(self._gradients.take(), interval)
         if self._sampler.growth.watches_loss:
             if self._losses is None:
                 raise EngineError(
@@ -102,16 +122,48 @@ class Draws:
         for rank, text in enumerate(facts):
             by_fact.setdefault(text, []).append(rank)
         told = "; ".join(f"ranks {ranks}: {text[:300]}" for text, ranks in by_fact.items())
-        raise EngineError(f"{what}: ranks differ and would train apart: {told}. Give every rank the same lisa config and data")
+        raise EngineError(
+            f"{what}: ranks differ and would train apart: {told}. Give every rank the same lisa config and data"
+        )
+
+    def begin_anew(self) -> None:
+        """Forget all that was seen."""
+        self._sampler.load_state_dict(self._at_first)
+        self._losses = None
+        if self._gradients is not None:
+            self._gradients.take()
+        self.pending = self._sampler.needs_scores(0)
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to draw on as if it had never stopped, also amid an interval."""
         losses = None if self._losses is None else self._losses.tolist()
-        return {"sampler": self._sampler.state_dict(), "losses": losses, "pending": self.pending}
+        gradients = None if self._gradients is None else self._gradients.state_dict()
+        return {
+            "sampler": self._sampler.state_dict(),
+            "losses": losses,
+            "gradients": gradients,
+            "pending": self.pending,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where :meth:`state_dict` was taken."""
         self._sampler.load_state_dict(state["sampler"])
         losses = state["losses"]
         self._losses = None if losses is None else torch.tensor(losses, dtype=torch.float64, device=self._device)
+        if self._gradients is not None and state["gradients"] is not None:
+            self._gradients.load_state_dict(state["gradients"])
         self.pending = state["pending"]
+
+
+def _affords(engine: Any, lisa: LisaConfig, count: int) -> bool:
+    """Whether the model state of a rank stays within ``growth.memory_gb`` with ``count`` blocks sampled."""
+    if lisa.growth is None or lisa.growth.memory_gb is None:
+        return True
+    buffers = [bucket.buffer for bucket in engine.optimizer.ipg_buckets.values()]
+    most = plan(
+        engine.model_shape,
+        lisa.model_copy(update={"num_sampled_layers": count, "sampling_ratio": None, "growth": None}),
+        world_size=parallel.data_parallel_size(engine),
+        precision=replace(precision(engine), bucket_bytes=sum(b.numel() * b.element_size() for b in buffers)),
+    ).most
+    return sum(most.values()) <= lisa.growth.memory_gb * 1e9

@@ -14,8 +14,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import stage3
 
 from lisa_ds.config import LisaConfig
-from lisa_ds.engines.zero3 import checkpoint, compat, fused, linear, parallel, policies
+from lisa_ds.engines.zero3 import checkpoint, compat, fused, linear, parallel, policies, scores
 from lisa_ds.engines.zero3.care import Care
+from lisa_ds.engines.zero3.draws import Draws
 from lisa_ds.engines.zero3.frontier import BackwardFrontier
 from lisa_ds.engines.zero3.live import memory_report
 from lisa_ds.engines.zero3.warm import load_weights
@@ -39,6 +40,7 @@ class LisaEngine(DeepSpeedEngine):
         lisa: The run's LISA section.
         steps_per_epoch: Given this engine, the optimizer steps in one pass over the data, for ``interval_steps: 1epoch``;
             None where unknown.
+        calibration: The batches on which samplers by gradients measure their scores; see :mod:`lisa_ds.engines.zero3.scores`.
         **kwargs: As ``deepspeed.initialize`` hands them to ``DeepSpeedEngine``.
 
     Raises:
@@ -47,16 +49,25 @@ class LisaEngine(DeepSpeedEngine):
     """
 
     def __init__(
-        self, *, lisa: LisaConfig, steps_per_epoch: Callable[[Any], int | None] = lambda engine: None, **kwargs: Any
+        self,
+        *,
+        lisa: LisaConfig,
+        steps_per_epoch: Callable[[Any], int | None] = lambda engine: None,
+        calibration: scores.Calibration | None = None,
+        **kwargs: Any,
     ) -> None:
         compat.check_deepspeed()
         compat.check_options(kwargs["config_class"])
         self._lisa = lisa
         self._steps_per_epoch = steps_per_epoch
+        self._calibration = calibration
         self._step_in_lisa = 0
         self._history: list[tuple[int, ...]] = []
         super().__init__(**kwargs)
         self._aim_backward()
+        self._draws = Draws.of_engine(self, self._sampler, calibration)
+        self._draws.agree("the lisa config", (lisa.model_dump_json(), len(self._stack.layers)))
+        self._scale_rates()
         self._log_interval()
 
     # ---- public ---------------------------------------------------------------------------------------------------
@@ -89,10 +100,9 @@ class LisaEngine(DeepSpeedEngine):
         return self._sampler.interval_at(self._step_in_lisa + 1) != self.interval
 
     @property
-    def probabilities(self) -> tuple[float, ...] | None:
-        """With which probability each block is in the present interval's draw; None if the sampler does not tell."""
-        probabilities_at = getattr(self._sampler, "probabilities_at", None)
-        return None if probabilities_at is None else tuple(probabilities_at(self.interval))
+    def probabilities(self) -> tuple[float, ...]:
+        """With which probability each block is in the present interval's draw."""
+        return self._sampler.probabilities_at(self.interval)
 
     @property
     def layer_history(self) -> list[tuple[int, ...]]:
@@ -176,9 +186,10 @@ class LisaEngine(DeepSpeedEngine):
         )
         self._frontier = BackwardFrontier(self.module, self._stack)
         self._uninstall_linear = linear.install(self.module.parameters())
+        scores.check(self, self._lisa, self._calibration)
         first = self._sampler.layers_at(0)
         self._history.append(first)
-        plan = WindowPlan(
+        layout = WindowPlan(
             unit_of=self._stack.unit_of,
             sampled=first,
             roles=self._roles_at(0),
@@ -189,10 +200,10 @@ class LisaEngine(DeepSpeedEngine):
                 always=policies.always_roles(self._lisa, tied=self._stack.tied),
             ),
         )
-        window: Any = functools.partial(WindowedStage3, plan=plan)
+        window: Any = functools.partial(WindowedStage3, plan=layout)
         if self._fuses:
             window = functools.partial(
-                fused.FusedStage3, plan=plan, state_format=self.state_format, seed=self._lisa.seed
+                fused.FusedStage3, plan=layout, state_format=self.state_format, seed=self._lisa.seed
             )
         saved = stage3.DeepSpeedZeroOptimizer_Stage3
         stage3.DeepSpeedZeroOptimizer_Stage3 = window
@@ -231,6 +242,8 @@ class LisaEngine(DeepSpeedEngine):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """See ``DeepSpeedEngine.forward``."""
         if torch.is_grad_enabled():
+            if self._draws.pending:
+                self._draw_by_first_scores()
             self.optimizer.require_grad_of_window()
             if self._backward_may_stop:
                 self._frontier.refresh()
@@ -244,10 +257,24 @@ class LisaEngine(DeepSpeedEngine):
         before = self.interval
         self._step_in_lisa += 1
         if self.interval != before:
-            self._switch(self._sampler.layers_at(self.interval), self._roles_at(self.interval))
+            self._switch(self._draws.at(self.interval), self._roles_at(self.interval))
+
+    def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        """See ``DeepSpeedEngine.backward``."""
+        if torch.is_tensor(loss) and loss.numel() == 1:
+            self._draws.note_loss(loss)
+        return super().backward(loss, *args, **kwargs)
+
+    def _draw_by_first_scores(self) -> None:
+        """Now, and not when the engine was built: a run that is resumed in between has its scores in the checkpoint."""
+        self._history.pop()
+        self._switch(self._draws.at(self.interval, ended=False))
 
     def _roles_at(self, interval: int) -> tuple[str, ...]:
         return roles_at(self._lisa, interval, num_layers=len(self._stack.layers), tied=self._stack.tied)
+
+    def _scale_rates(self) -> None:
+        self.optimizer.block_lr_scales = self._sampler.lr_scales_of(self.sampled_layers, self.interval)
 
     def _check_gradients(self) -> None:
         """Refuse to step where a sampled block was cut out of backward: its moments would decay towards nothing."""
@@ -262,6 +289,7 @@ class LisaEngine(DeepSpeedEngine):
 
     def _switch(self, layers: tuple[int, ...], roles: tuple[str, ...] | None = None) -> None:
         self._point_at(layers, roles)
+        self._scale_rates()
         self._history.append(layers)
         self._log_interval()
 
@@ -310,7 +338,8 @@ class LisaEngine(DeepSpeedEngine):
             history=tuple(self._history),
             num_layers=len(self._stack.layers),
             policies=policies.describe(self._lisa),
-            next_draw=self._sampler.hash_at(self.interval + 1),
+            next_draw=self._next_draw(),
+            draws=self._draws.state_dict(),
         )
         return super().save_checkpoint(
             save_dir,
@@ -364,7 +393,10 @@ class LisaEngine(DeepSpeedEngine):
             custom_load_fn=custom_load_fn,
         )
         self._step_in_lisa, self._history = progress.step, list(progress.history)
-        if progress.next_draw != self._sampler.hash_at(self.interval + 1) and self.global_rank == 0:
+        if progress.draws is not None:
+            self._draws.load_state_dict(progress.draws)
+        self._scale_rates()
+        if progress.next_draw != self._next_draw() and self.global_rank == 0:
             logger.warning(
                 "%s: was saved under another seed, sampler, number of layers or interval; from the next interval on, this "
                 "run's are drawn",
@@ -372,6 +404,10 @@ class LisaEngine(DeepSpeedEngine):
             )
         self._log_interval()
         return result
+
+    def _next_draw(self) -> int:
+        """A hash of the next interval's draw; where scores to come decide on it, of the rule."""
+        return self._sampler.rule() or self._sampler.hash_at(self.interval + 1)
 
     def _check_warm_start(self, directory: Path) -> None:
         if self.mp_world_size > 1:
@@ -382,8 +418,10 @@ class LisaEngine(DeepSpeedEngine):
 
     def _begin_anew(self) -> None:
         self._step_in_lisa, self._history = 0, []
+        self._draws.begin_anew()
         first = self._sampler.layers_at(0)
         self._point_at(first, self._roles_at(0))
+        self._scale_rates()
         self.optimizer.refresh_fp32_params()
         self.optimizer.forget_moments()
         self._history.append(first)

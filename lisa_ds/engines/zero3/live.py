@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lisa_ds.memory import Precision
+from lisa_ds.optim import StateFormat
+
 
 def memory_report(optimizer: Any, parameters: Iterable[Any]) -> dict[str, int]:
     """Model-state bytes on this rank, by kind.
@@ -42,6 +45,19 @@ def memory_report(optimizer: Any, parameters: Iterable[Any]) -> dict[str, int]:
         "parked_nvme": 0,
         "buckets": storage_bytes(bucket.buffer for bucket in optimizer.ipg_buckets.values()),
     }
+
+
+def precision(engine: Any) -> Precision:
+    """Bytes of an element of each kind in ``engine``, stock or ours, to plan with what it really uses."""
+    weight, gradient = engine.get_data_types()
+    state_format: StateFormat = getattr(engine, "state_format", StateFormat())
+    return Precision(
+        weight_bytes=weight.itemsize,
+        gradient_bytes=gradient.itemsize,
+        master_bytes=4 if state_format.precision == "mixed" else 0,
+        moments=state_format.moments_of(weight),
+        offload_optimizer=bool(engine.zero_offload_optimizer() and engine.zero_use_cpu_optimizer()),
+    )
 
 
 def storage_bytes(tensors: Iterable[Tensor | None]) -> int:

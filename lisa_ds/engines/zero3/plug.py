@@ -15,6 +15,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from lisa_ds.config import LisaConfig
 from lisa_ds.engines.zero3 import compat
 from lisa_ds.engines.zero3.engine import LisaEngine
+from lisa_ds.engines.zero3.scores import Calibration
 from lisa_ds.errors import EngineError
 
 
@@ -23,6 +24,7 @@ def armed(
     is_armed: Callable[[Any], bool],
     config: LisaConfig,
     steps_per_epoch: Callable[[Any], int | None] = lambda engine: None,
+    calibration: Calibration | None = None,
 ) -> Iterator[None]:
     """Inside the ``with``, ``deepspeed.initialize`` builds a :class:`LisaEngine` for the first model that is armed.
 
@@ -34,6 +36,7 @@ def armed(
         config: Its LISA section.
         steps_per_epoch: Optimizer steps in one pass over the data, asked of the engine half built (its batch size is known);
             None where unknown. For intervals counted in epochs.
+        calibration: As for :func:`initialize`.
     """
     compat.check_deepspeed()
     stock = deepspeed.DeepSpeedEngine
@@ -45,7 +48,7 @@ def armed(
             nonlocal built
             if built or not is_armed(kwargs.get("model")):
                 return stock(*args, **kwargs)
-            engine = LisaEngine(*args, lisa=config, steps_per_epoch=steps_per_epoch, **kwargs)
+            engine = LisaEngine(*args, lisa=config, steps_per_epoch=steps_per_epoch, calibration=calibration, **kwargs)
             built = True
             return engine
 
@@ -68,9 +71,10 @@ def initialize(
     lr_scheduler: Any = None,
     *,
     lisa_config: LisaConfig | dict[str, Any] | str | Path | None = None,
+    calibration: Calibration | None = None,
     **kwargs: Any,
 ) -> tuple[LisaEngine, Any, Any, Any]:
-    """``deepspeed.initialize`` with LISA: the same arguments and the same 4-tuple, plus ``lisa_config``.
+    """``deepspeed.initialize`` with LISA: the same arguments and the same 4-tuple, plus ``lisa_config`` and ``calibration``.
 
     Args:
         args: As for ``deepspeed.initialize``; so are all others but ``lisa_config``.
@@ -80,6 +84,9 @@ def initialize(
         training_data: A dataset; needed for an ``interval_steps`` counted in epochs.
         lr_scheduler: A scheduler or a callable.
         lisa_config: The LISA section: a :class:`~lisa_ds.LisaConfig`, a dict of its keys, or a YAML or JSON file.
+        calibration: For samplers that measure scores on data (``grad_norm``, ``fisher``): given the model, runs this rank's share
+            of the calibration batches through it and yields one loss for each. It is called once for each pass over them;
+            every rank must yield as many losses.
         **kwargs: ``config``, ``mpu``, ``dist_init_required``, ``collate_fn``, ….
 
     Returns:
@@ -106,7 +113,7 @@ def initialize(
         rows = engine.train_batch_size() // max(1, engine.autotp_size())
         return None if training_data is None else math.ceil(len(training_data) / rows)
 
-    with armed(lambda candidate: candidate is model, config, steps_per_epoch):
+    with armed(lambda candidate: candidate is model, config, steps_per_epoch, calibration):
         result = deepspeed.initialize(
             args=args,
             model=model,

@@ -71,6 +71,7 @@ class UnitStatistics:
         self._of_gradients, self._of_weights = (UnitSquares(len(self.units), device) for _ in range(2))
         self._squares = self._of_gradients.zeros()  # this rank's, since the beginning
         self._steps = [0] * len(self.units)
+        self._last, self._last_trained = self._of_gradients.zeros(), set[int]()  # of the step taken last
         self._step: Callable[..., Any] = optimizer.step
         optimizer.step = self._step_and_add
 
@@ -88,6 +89,11 @@ class UnitStatistics:
         """The units that have trained since ``since``."""
         pairs = zip(self.units, self._steps, since.steps, strict=True)
         return tuple(unit for unit, now, then in pairs if now > then)
+
+    def weight_norms(self) -> dict[Unit, float]:
+        """Norm of the weights of each unit, now. Every rank must call it; the numbers are the same on each."""
+        squares = _reduced(self._of_weights.of([self._part(p, p.ds_tensor) for p in self._weights if _is_readable(p)]))
+        return {unit: squares[i] ** 0.5 for unit, i in self._index.items()}
 
     def gradient_norms(self, since: Mark) -> dict[Unit, float | None]:
         """Root mean square of each unit's gradient norm over the steps since ``since`` in which it trained; None if in none.
@@ -135,9 +141,11 @@ class UnitStatistics:
         result = self._step(*args, **kwargs)
         if optimizer.overflow:  # a skipped step is no step
             return result
-        self._squares.add_(squares, alpha=scale**-2)
+        self._last = squares.mul_(scale**-2)
+        self._squares += self._last
         for i in trained:
             self._steps[i] += 1
+        self._last_trained = trained
         self.applied += 1
         for call in self.after_step:
             call()
@@ -190,6 +198,47 @@ class UnitStatistics:
     def _part(self, parameter: Any, partition: Tensor) -> Part:
         """What of ``partition`` is not padding."""
         return Part(partition[: own_elements(parameter)], self._unit_of[id(parameter)], _share(parameter))
+
+
+class BlockGradients:
+    """The gradient norms of the blocks, interval by interval; unlike readings between marks, resumed to the bit.
+
+    Args:
+        statistics: See :func:`watch`.
+        num_layers: Number of blocks.
+    """
+
+    def __init__(self, statistics: UnitStatistics, num_layers: int) -> None:
+        self._statistics, self._num_layers = statistics, num_layers
+        self._squares, self._steps = self._nothing()
+        statistics.after_step.append(self._add)
+
+    def take(self) -> list[float | None]:
+        """Each block's root mean square over the steps since the last call in which it trained; None if it did in none.
+
+        Every rank must call it; the numbers are the same on each.
+        """
+        squares = _reduced(self._squares)
+        roots = [(square / steps) ** 0.5 if steps else None for square, steps in zip(squares, self._steps, strict=True)]
+        self._squares, self._steps = self._nothing()
+        return block_norms(dict(zip(self._statistics.units, roots, strict=True)), self._num_layers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank has seen since the last call of :meth:`take`: plain values."""
+        return {"squares": self._squares.tolist(), "steps": list(self._steps)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up where :meth:`state_dict` was taken."""
+        self._squares = torch.tensor(state["squares"], dtype=self._squares.dtype, device=self._squares.device)
+        self._steps = list(state["steps"])
+
+    def _nothing(self) -> tuple[Tensor, list[int]]:
+        return torch.zeros_like(self._statistics._last), [0] * len(self._statistics.units)
+
+    def _add(self) -> None:
+        self._squares += self._statistics._last
+        for i in self._statistics._last_trained:
+            self._steps[i] += 1
 
 
 def watch(optimizer: Any, stack: LayerStack) -> UnitStatistics:

@@ -1,0 +1,54 @@
+"""The scores of blocks that samplers draw by: measured on calibration batches, on the weights, or in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lisa_ds.config import LisaConfig
+from lisa_ds.engines.zero3.probe import Calibration, Probe
+from lisa_ds.engines.zero3.statistics import watch
+from lisa_ds.errors import ConfigError, EngineError
+
+__all__ = ["Calibration", "check", "measure"]
+
+
+def check(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> None:
+    """Refuse a sampler that could not be fed, before the optimizer is laid out.
+
+    Raises:
+        ConfigError: It measures scores on calibration batches, and there are none.
+        EngineError: Or ranks share layers.
+    """
+    chosen = lisa.sampler
+    if not chosen.calibrates:
+        return
+    if calibration is None:
+        raise ConfigError(
+            f"{lisa.where('sampler.name')}: {chosen.name!r} measures scores on calibration batches: give initialize(..., "
+            "calibration=...), or profile the model beforehand with `lisa-ds profile` and use 'fixed_scores'"
+        )
+    if engine.mp_world_size > 1 or engine.sequence_parallel_size > 1:
+        raise EngineError(
+            f"lisa.sampler: {chosen.name!r} measures gradients of whole layers on whole sequences, but here ranks share them; "
+            "profile the model without that by `lisa-ds profile`, and use 'fixed_scores'"
+        )
+
+
+def measure(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> list[float]:
+    """The score of each block, equal on all ranks. Every rank must call it, between optimizer steps."""
+    chosen = lisa.sampler
+    if chosen.name == "weight_norm":
+        norms = watch(engine.optimizer, engine._stack).weight_norms()
+        return [norms[layer] for layer in range(len(engine._stack.layers))]
+    assert calibration is not None  # see check
+    kind = chosen.score if chosen.name == "grad_norm" else chosen.estimator
+    probe = Probe(
+        engine.optimizer,
+        engine.module,
+        engine._stack,
+        engine._frontier,
+        calibration,
+        probe_blocks=chosen.probe_blocks,
+        seed=lisa.seed,
+    )
+    return [max(0.0, score) for score in probe.scores(kind)]  # a trace of the Hessian may be negative

@@ -1,0 +1,65 @@
+"""The batches on which a trainer's layers are scored: rows of its training data, the same ones all along."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lisa_ds.config import LisaConfig
+from lisa_ds.errors import ConfigError
+
+
+class CalibrationBatches:
+    """``lisa.sampler.calibration_batches`` batches for each rank, and their losses as the trainer computes them.
+
+    Rows are chosen once by ``lisa.seed``, and batched as for training; for the empirical Fisher information one by one.
+
+    Args:
+        trainer: A ``transformers.Trainer``.
+        config: Its LISA section.
+    """
+
+    def __init__(self, trainer: Any, config: LisaConfig) -> None:
+        self._trainer, self._config = trainer, config
+        self._batches: list[Any] | None = None
+
+    def __call__(self, module: nn.Module) -> Iterator[Tensor]:
+        """Yield the loss of each batch of this rank."""
+        if self._batches is None:
+            self._batches = self._load()
+        for batch in self._batches:
+            loss: Tensor = self._trainer.compute_loss(module, self._trainer._prepare_inputs(dict(batch)))
+            yield loss
+
+    def _load(self) -> list[Any]:
+        trainer, chosen = self._trainer, self._config.sampler
+        data, args = trainer.train_dataset, trainer.args
+        if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
+            raise ConfigError(
+                f"{self._config.where('sampler.name')}: {chosen.name!r} scores layers on rows of the training data, which is a "
+                "stream here; profile the model beforehand with `lisa-ds profile` and use 'fixed_scores', or another sampler"
+            )
+        by_row = chosen.name == "fisher" and chosen.estimator == "empirical"
+        size = 1 if by_row else args.per_device_train_batch_size
+        wanted = chosen.calibration_batches * size * args.world_size
+        if wanted > len(data):
+            raise ConfigError(
+                f"{self._config.where('sampler.calibration_batches')}: {chosen.calibration_batches} batches of {size} rows on "
+                f"{args.world_size} ranks are {wanted} rows, and the training data has {len(data)}"
+            )
+        rows = random.Random(f"calibration/{self._config.seed}").sample(range(len(data)), wanted)
+        # The trainer's own way from rows to batches, for its columns, its collator and its ranks.
+        before = args.per_device_eval_batch_size
+        args.per_device_eval_batch_size = size
+        try:
+            return list(trainer.get_test_dataloader(_subset(data, rows)))
+        finally:
+            args.per_device_eval_batch_size = before
+
+
+def _subset(data: Any, rows: list[int]) -> Any:
+    return data.select(rows) if hasattr(data, "select") else torch.utils.data.Subset(data, rows)

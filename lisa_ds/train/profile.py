@@ -1,0 +1,154 @@
+"""``lisa-ds profile``: every layer of a run's model scored on its training data, without training it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import lisa_ds
+from lisa_ds import data, records
+from lisa_ds.config import LisaConfig, RunConfig, SamplerConfig
+from lisa_ds.engines.zero3.scores import measure
+from lisa_ds.errors import ConfigError
+from lisa_ds.integrations import hf, sharing
+from lisa_ds.integrations.streaming import streamed
+from lisa_ds.models import load_model, load_tokenizer
+from lisa_ds.sampling.scores import LayerScores
+from lisa_ds.train import arguments
+from lisa_ds.train.preflight import check_memory
+
+
+def profile(config: RunConfig, *, out: Path, score: str | None = None) -> LayerScores:
+    """Score the layers of ``config``'s model, and write the file that ``sampler: {name: fixed_scores}`` reads.
+
+    Every rank calls it.
+
+    Args:
+        config: A run; of its sampler, what is measured and on how many batches.
+        out: The file, written by rank 0.
+        score: ``accumulated``, ``mean`` (of gradients), ``empirical``, ``hutchinson`` (of the curvature) or ``weight_norm``; None
+            for what the run's sampler measures.
+
+    Raises:
+        LisaError: Something is wrong with config, data or model, or the file exists. Nothing has been written.
+    """
+    config = config.model_copy(update={"method": "lisa", "lisa": _measuring(config.lisa, score)})
+    given = arguments.check(config)
+    hf.check_deepspeed(arguments.deepspeed_config(config), config.where("deepspeed"), lisa=True)
+    if out.exists():
+        raise ConfigError(f"command line: --out: {out} exists already; remove it, or name another file")
+    check_memory(config)
+    tokenizer = load_tokenizer(config.model)
+    rows, _ = data.load_dataset(config.data, tokenizer, task=config.model.task)
+    args = arguments.build(config, given, resumed=False)
+    hf.join_process_group()
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    model_config = config.model
+    if config.model.task == "sequence_classification" and config.model.num_labels is None:
+        model_config = config.model.model_copy(update={"num_labels": data.num_labels(rows)})
+    torch.manual_seed(args.seed)  # a new head is drawn at random
+    with sharing.loading(), streamed():
+        model = load_model(model_config, dtype)
+    batches = _batches(config, args, rows, data.collator(tokenizer, task=config.model.task))
+    engine, *_ = lisa_ds.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=args.learning_rate),
+        config=_finished(args, model),
+        lisa_config=config.lisa,
+        calibration=batches,
+    )
+    found = LayerScores(
+        score=_name(config.lisa.sampler),
+        scores=tuple(measure(engine, config.lisa, batches)),
+        model=config.model.name_or_path,
+        settings={
+            "data": config.data.model_dump(mode="json"),
+            "sampler": config.lisa.sampler.model_dump(mode="json"),
+            "seed": config.lisa.seed,
+            "ranks": args.world_size,
+            "rows_per_batch": args.per_device_train_batch_size,
+        },
+        commit=records.commit(),
+        versions=records.versions(),
+    )
+    engine.destroy()
+    if args.process_index == 0:
+        found.write(out)
+        print(*_lines(found, out), sep="\n", flush=True)
+    dist.barrier()
+    return found
+
+
+def _measuring(lisa: LisaConfig, score: str | None) -> LisaConfig:
+    """The same section with a sampler that measures what is asked for."""
+    before = lisa.sampler
+    if score is None and (before.calibrates or before.name == "weight_norm"):
+        return lisa
+    name = {"empirical": "fisher", "hutchinson": "fisher", "weight_norm": "weight_norm"}.get(score or "", "grad_norm")
+    keys: dict[str, Any] = {"name": name}
+    if name != "weight_norm":
+        keys["score" if name == "grad_norm" else "estimator"] = score or "accumulated"
+        keys["calibration_batches"] = before.calibration_batches
+    if score in (None, "accumulated", "hutchinson"):
+        keys["probe_blocks"] = before.probe_blocks
+    return lisa.model_copy(update={"sampler": SamplerConfig(**keys), "growth": None})
+
+
+def _batches(
+    config: RunConfig, args: Any, rows: Any, collate: Callable[..., Any]
+) -> Callable[[nn.Module], Iterator[Tensor]]:
+    chosen = config.lisa.sampler
+    size = 1 if (chosen.name, chosen.estimator) == ("fisher", "empirical") else args.per_device_train_batch_size
+    wanted = chosen.calibration_batches * size * args.world_size if chosen.calibrates else 0
+    if wanted > len(rows):
+        raise ConfigError(
+            f"{config.where('lisa.sampler.calibration_batches')}: {chosen.calibration_batches} batches of {size} rows on "
+            f"{args.world_size} ranks are {wanted} rows, and the training data has {len(rows)}"
+        )
+    picked = random.Random(f"calibration/{config.lisa.seed}").sample(range(len(rows)), wanted)[
+        args.process_index :: args.world_size
+    ]
+
+    def losses(module: nn.Module) -> Iterator[Tensor]:
+        for begin in range(0, len(picked), size):
+            batch = collate([rows[i] for i in picked[begin : begin + size]])
+            loss: Tensor = module(**{key: value.to(args.device) for key, value in batch.items()}).loss
+            yield loss
+
+    return losses
+
+
+def _finished(args: Any, model: nn.Module) -> dict[str, Any]:
+    """The DeepSpeed config without ``auto``, as transformers finishes it."""
+    deepspeed = args.hf_deepspeed_config
+    deepspeed.trainer_config_process(args)
+    deepspeed.trainer_config_finalize(args, model, 1)
+    finished: dict[str, Any] = deepspeed.config
+    finished.pop("optimizer", None)
+    finished.pop("scheduler", None)
+    return finished
+
+
+def _name(sampler: SamplerConfig) -> str:
+    return {"grad_norm": f"grad_norm/{sampler.score}", "fisher": f"fisher/{sampler.estimator}"}.get(
+        sampler.name, sampler.name
+    )
+
+
+def _lines(found: LayerScores, out: Path) -> list[str]:
+    largest = max(found.scores) or 1.0
+    bars = [
+        f"{layer:5d}  {score:12.5g}  {'#' * round(40 * score / largest)}" for layer, score in enumerate(found.scores)
+    ]
+    return [
+        f"{found.score} of {len(found.scores)} layers of {found.model}",
+        "layer         score",
+        *bars,
+        f"wrote {out}",
+    ]
