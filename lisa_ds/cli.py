@@ -104,6 +104,15 @@ def _profile(arguments: argparse.Namespace) -> None:
     profile(config, out=arguments.out, score=arguments.score)
 
 
+def _report_layers(arguments: argparse.Namespace) -> None:
+    from lisa_ds.report import layers
+
+    histories = layers.load(arguments.runs)
+    print("\n".join(layers.lines(histories)))
+    if arguments.out is not None:
+        print("", *(f"wrote {path}" for path in layers.draw(histories, arguments.out, arguments.format)), sep="\n")
+
+
 def _generate(arguments: argparse.Namespace) -> None:
     import torch
     from transformers.utils import logging
@@ -192,6 +201,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "overrides", nargs="*", metavar="key=value", help="such as lisa.sampler.calibration_batches=16"
     )
     profile.set_defaults(command=_profile)
+
+
+    report = commands.add_parser("report", help="draw what runs have recorded")
+    reports = report.add_subparsers(required=True, metavar="WHAT")
+    layers = reports.add_parser(
+        "layers", help="norms of weights, gradients and updates by layer, visits, probabilities"
+    )
+    layers.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's output directory, or its layers.jsonl"
+    )
+    layers.add_argument(
+        "--out", type=Path, metavar="DIR", help="draw figures into it; without it, print the table alone"
+    )
+    layers.add_argument("--format", choices=("png", "svg"), default="png", help="of the figures; default: png")
+    layers.set_defaults(command=_report_layers)
 
     generate = commands.add_parser("generate", help="let a model answer prompts")
     generate.add_argument("model", help="a directory, a hub name or builtin:smollm2-135m")
