@@ -93,10 +93,11 @@ def weight_norms(histories: dict[str, History]) -> Any:
     """Mean weight norm by layer, a line for each run: embeddings, blocks from first to last, head."""
     blocks = _most_blocks(histories)
     figure, axes = _figure(blocks, height=4.6)
+    gap = max(1.5, blocks / 20)  # the ends have names, not numbers
     largest, smallest = 0.0, math.inf
     for i, (label, history) in enumerate(histories.items()):
         means = history.mean_weight_norm()
-        places = {"embeddings": 0, "lm_head": blocks + 1, **{unit: int(unit) + 1 for unit in history.start.blocks}}
+        places = {"embeddings": -gap, "lm_head": blocks - 1 + gap, **{unit: int(unit) for unit in history.start.blocks}}
         points = sorted((places[unit], norm) for unit, norm in means.items() if unit in places)
         if not points:
             continue
@@ -110,7 +111,7 @@ def weight_norms(histories: dict[str, History]) -> Any:
             axis_ticks(_plain_number)
         axes.grid(axis="y", which="minor", color="0.95")
     tied = all(history.start.tied for history in histories.values())
-    _name_layers(axes, blocks, "embed\n= head" if tied else "embed", None if tied else "head")
+    _name_layers(axes, blocks, gap, "embed\n= head" if tied else "embed", None if tied else "head")
     axes.set(ylabel="mean weight norm (2-norm, mean over recordings)", title="Weight norm by layer, mean over training")
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
@@ -226,15 +227,11 @@ def _panels(histories: dict[str, History], height: float) -> tuple[Any, list[Any
     return figure, list(panels)
 
 
-def _name_layers(axes: Any, blocks: int, first: str, last: str | None) -> None:
-    step = _stride(blocks)
-    shown = [
-        block for block in range(0, blocks, step) if (block >= step / 2 and blocks - block > step / 2) or step == 1
-    ]
-    ticks = [0, *(block + 1 for block in shown)] + ([blocks + 1] if last else [])
-    names = [first, *map(str, shown)] + ([last] if last else [])
-    axes.set_xticks(ticks, names)
-    axes.set_xlim(-0.8, blocks + (1.8 if last else 0.8))
+def _name_layers(axes: Any, blocks: int, gap: float, first: str, last: str | None) -> None:
+    shown = range(0, blocks, _stride(blocks))
+    ends = [blocks - 1 + gap] if last else []
+    axes.set_xticks([-gap, *shown, *ends], [first, *map(str, shown), *([last] if last else [])])
+    axes.set_xlim(-gap - 0.8, blocks - 0.2 + (gap if last else 0))
     axes.set_xlabel("layer: embedding, blocks by number, head" if last else "layer: embedding, blocks by number")
 
 
