@@ -1,0 +1,329 @@
+"""Tables and figure of ``benchmarks/ablate.py``, from its records alone; what was chosen is worked out anew by the same rules."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ablate_plan import DATA, RATES, Progress, Protocol
+
+from lisa_ds.records import Record
+
+BEGIN, END = "<!-- tables: make ablate-report -->", "<!-- end of tables -->"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Paired differences and what they come to."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Of the differences."""
+        return statistics.fmean(self.values)
+
+    def half_width(self, level: float = 0.95) -> float:
+        """Half of the t confidence interval; infinite for a single pair."""
+        n = len(self.values)
+        if n < 2:
+            return math.inf
+        return t_quantile((1 + level) / 2, n - 1) * statistics.stdev(self.values) / math.sqrt(n)
+
+    def __str__(self) -> str:
+        """Mean and 95 % interval."""
+        half = self.half_width()
+        if math.isinf(half):
+            return f"{self.mean:+.4f}"
+        return f"{self.mean:+.4f} [{self.mean - half:+.4f}, {self.mean + half:+.4f}]"
+
+
+class Measured:
+    """The records as the plan sees them."""
+
+    def __init__(self, found: Sequence[Record]) -> None:
+        runs: dict[str, Record] = {}
+        self.losses: dict[str, dict[str, float]] = {}
+        self.seconds: dict[str, float] = {}
+        for record in found:
+            key = record.settings["key"]
+            if record.name.endswith("_loss"):
+                runs[key] = record
+                self.losses.setdefault(key, {})[record.name.removesuffix("_loss")] = record.value
+            elif record.name == "run_time":
+                self.seconds[key] = record.value
+        self.runs = {key: runs[key] for key, losses in self.losses.items() if set(losses) == {"select", "verdict"}}
+        self.losses = {key: self.losses[key] for key in self.runs}
+        trained = [record for record in self.runs.values() if record.settings["method"] != "none"]
+        if not trained:
+            raise SystemExit("ablate: the file holds no training run")
+        device, batch, select, verdict = _commonest(
+            (r.settings["device"], r.settings["batch"], *(r.settings["rows"][part] for part in ("select", "verdict")))
+            for r in trained
+        )
+        trained = [record for record in trained if record.settings["device"] == device]
+        short = [r.settings["steps"] for r in trained if r.settings["stage"] != "final"]
+        final = [r.settings["steps"] for r in trained if r.settings["stage"] == "final"]
+        seen = {record.settings["data"] for record in trained}
+        self.protocol = Protocol(
+            device=device,
+            datasets=tuple(name for name in DATA if name in seen),
+            steps=_commonest(short or [Protocol.steps]),
+            final_steps=_commonest(final or [Protocol.final_steps]),
+            batch=batch,
+            select_rows=select,
+            verdict_rows=verdict,
+            model=_commonest(record.settings["model"] for record in trained),
+        )
+        # What has no result will not get one: the plan shall choose among what there is.
+        self.progress = Progress(self.protocol, self.losses, _Everything())
+        self.trained = trained
+
+    def gap(self, arm: str, reference: str, data: str) -> Gap | None:
+        """Verdict loss of one final arm minus another's, at the seeds that both have."""
+        pairs = zip(self.progress.final(arm, data), self.progress.final(reference, data), strict=False)
+        values = [
+            self.losses[ours.key]["verdict"] - self.losses[theirs.key]["verdict"]
+            for ours, theirs in pairs
+            if ours.key in self.losses and theirs.key in self.losses
+        ]
+        return Gap(tuple(values)) if values else None
+
+    def final_losses(self, arm: str, data: str) -> list[float]:
+        """Verdict losses of an arm, seed by seed."""
+        runs = self.progress.final(arm, data)
+        return [self.losses[run.key]["verdict"] for run in runs if run.key in self.losses]
+
+    def final_name(self, arm: str) -> str:
+        """What an arm turned out to be."""
+        runs = self.progress.final(arm, self.protocol.datasets[0])
+        return runs[0].arm if runs else arm
+
+    def comparisons(self) -> list[tuple[str, str, Gap]]:
+        """Every final arm but the base against the base, on every data set."""
+        arms = [arm for arm in self.progress.final_arms() if arm != "base"]
+        return [(arm, d, g) for d in self.protocol.datasets for arm in arms if (g := self.gap(arm, "base", d))]
+
+
+class _Everything(frozenset[str]):
+    def __contains__(self, item: object) -> bool:
+        return True
+
+
+def tables(found: Sequence[Record]) -> str:
+    """Markdown: the protocol, learning rates, screening, and the paired comparison."""
+    measured = Measured(found)
+    parts = [_protocol(measured), _rates(measured), _screen(measured)]
+    parts += [_final(measured, data) for data in measured.protocol.datasets]
+    return "\n\n".join(part for part in [*parts, _caveat(measured)] if part)
+
+
+def insert(path: Path, text: str) -> None:
+    """Replace what stands between the marks of a document."""
+    before, mark, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise SystemExit(f"{path}: should hold the lines {BEGIN!r} and {END!r}")
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+def _protocol(m: Measured) -> str:
+    p = m.protocol
+    record = m.trained[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    commits = ", ".join(sorted({r.commit for r in m.trained}))
+    seconds = statistics.median(m.seconds[r.settings["key"]] for r in m.trained if r.settings["key"] in m.seconds)
+    lines = [
+        f"{len(m.trained)} training runs of `{p.model}` on {record.device}, {record.settings['workers']} at a time; batch {p.batch}, "
+        f"{p.steps} steps for `rates` and `screen`, {p.final_steps} for `final`; at most {p.select_rows} held-out rows to choose on "
+        f"and {p.verdict_rows} others for verdicts; a run took {seconds:.1f} s (median). Commit {commits}; {versions}.",
+    ]
+    for data in p.datasets:
+        before = next((m.losses[run.key] for run in m.progress.before() if run.settings["data"] == data), None)
+        if before and all(before.values()):
+            lines.append(
+                f"Before training on {data}: {before['select']:.4f} on `select`, {before['verdict']:.4f} on `verdict`."
+            )
+    return "\n".join(lines)
+
+
+def _rates(m: Measured) -> str:
+    rows = []
+    for data in m.protocol.datasets:
+        for arm in RATES:
+            chosen = m.progress.rate(arm, data)
+            cells = []
+            for run in m.progress.rates(arm, data):
+                if run.key in m.losses:
+                    cell = f"{run.settings['lr']:.2g}: {m.losses[run.key]['select']:.4f}"
+                    cells.append(f"**{cell}**" if run.settings["lr"] == chosen else cell)
+            if cells:
+                rows.append(f"| {data} | {arm} | {', '.join(cells)} |")
+    if not rows:
+        return ""
+    head = ["### Learning rates", "", "Loss on `select`, one seed; the chosen rate in bold.", ""]
+    return "\n".join([*head, "| data | arm | rate: loss |", "| --- | --- | --- |", *rows])
+
+
+def _screened(m: Measured) -> list[tuple[float, str, str, tuple[float, ...]]]:
+    found = []
+    for option in m.protocol.options:
+        pairs = zip(m.progress.screen(option), m.progress.screen(None), strict=False)
+        values = tuple(
+            m.losses[ours.key]["select"] - m.losses[base.key]["select"]
+            for ours, base in pairs
+            if ours.key in m.losses and base.key in m.losses
+        )
+        if values:
+            found.append((statistics.fmean(values), option.factor, option.name, values))
+    return sorted(found)
+
+
+def _screen(m: Measured) -> str:
+    screened = _screened(m)
+    if not screened:
+        return ""
+    best = {m.progress.best(factor) for factor in {factor for _, factor, _, _ in screened}}
+    names = {option.name for option in best if option}
+    lines = [
+        "### Screening",
+        "",
+        f"{m.protocol.datasets[0]}: loss on `select` minus the base's at the same seed, lowest first; the best option of each factor, "
+        "in bold, goes on. Two seeds tell little: this only chooses.",
+        "",
+        "| option | factor | mean | seed by seed |",
+        "| --- | --- | --- | --- |",
+    ]
+    for mean, factor, name, values in screened:
+        shown = f"**{name}**" if name in names else name
+        lines.append(f"| {shown} | {factor} | {mean:+.4f} | {', '.join(f'{value:+.4f}' for value in values)} |")
+    unmeasured = [o.name for o in m.protocol.options if o.name not in {name for _, _, name, _ in screened}]
+    if unmeasured:
+        lines += ["", f"Not measured: {', '.join(unmeasured)}."]
+    return "\n".join(lines)
+
+
+def _final(m: Measured, data: str) -> str:
+    rows = []
+    for arm in m.progress.final_arms():
+        losses = m.final_losses(arm, data)
+        if losses:
+            to_base = "" if arm == "base" else m.gap(arm, "base", data) or ""
+            to_full = "" if arm == "full" else m.gap(arm, "full", data) or ""
+            rows.append(
+                f"| {m.final_name(arm)} | {len(losses)} | {statistics.fmean(losses):.4f} | {to_base} | {to_full} |"
+            )
+    if not rows:
+        return ""
+    return "\n".join(
+        [
+            f"### {data}: paired comparison",
+            "",
+            "Loss on `verdict`, on seeds that took part in no choice; mean paired difference with its 95 % t interval.",
+            "",
+            "| arm | seeds | loss | minus base | minus full |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+        ]
+    )
+
+
+def _caveat(m: Measured) -> str:
+    compared = m.comparisons()
+    if not compared:
+        return ""
+    level = 1 - 0.05 / len(compared)
+
+    def told(clear: Iterable[tuple[str, str, Gap]]) -> str:
+        return ", ".join(f"{m.final_name(arm)} on {d} ({gap.mean:+.4f})" for arm, d, gap in clear) or "none"
+
+    alone = [c for c in compared if abs(c[2].mean) > c[2].half_width()]
+    together = [c for c in compared if abs(c[2].mean) > c[2].half_width(level)]
+    return "\n".join(
+        [
+            f"These are {len(compared)} comparisons with the base: of so many intervals at 95 %, {0.05 * len(compared):.1f} would miss "
+            "zero by chance alone.",
+            "",
+            f"* Interval without zero, each comparison by itself: {told(alone)}.",
+            f"* The same at {100 * level:.2f} %, so that all hold together at 95 % (Bonferroni): {told(together)}.",
+        ]
+    )
+
+
+def draw(found: Sequence[Record], path: Path) -> None:
+    """Screening on the left, the paired comparison on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    m = Measured(found)
+    screened, compared = _screened(m), m.comparisons()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
+    for i, (mean, _, _, values) in enumerate(screened):
+        left.plot(values, [i] * len(values), "o", color="tab:grey", markersize=4)
+        left.plot(mean, i, "D", color="tab:blue", markersize=6)
+    left.set_yticks(range(len(screened)), [name for _, _, name, _ in screened])
+    left.set_title(f"screening, {m.protocol.datasets[0]}, {m.protocol.steps} steps: seeds and mean")
+    arms = list(dict.fromkeys(arm for arm, _, _ in compared))
+    for j, data in enumerate(m.protocol.datasets):
+        for arm, d, gap in compared:
+            if d == data:
+                half = gap.half_width()
+                place = arms.index(arm) + 0.2 * (j - 0.5)
+                error = None if math.isinf(half) else half
+                right.errorbar(gap.mean, place, xerr=error, fmt="o", color=f"C{j}", capsize=3)
+        right.plot([], [], "o", color=f"C{j}", label=data)
+    right.set_yticks(range(len(arms)), [m.final_name(arm).replace(": ", ":\n") for arm in arms])
+    right.set_title(f"paired comparison, {m.protocol.final_steps} steps: mean and 95 % interval")
+    right.legend()
+    for axes in (left, right):
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_xlabel("held-out loss minus the base's (nats per token)")
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t distribution, above the median.
+
+    Example:
+        >>> round(t_quantile(0.975, 4), 3)
+        2.776
+    """
+    scale = math.gamma((degrees + 1) / 2) / math.sqrt(degrees * math.pi) / math.gamma(degrees / 2)
+    # By x = sqrt(degrees) * tan(angle) the density becomes a power of the cosine, over a finite range.
+    return math.sqrt(degrees) * math.tan(
+        _bisect(
+            lambda angle: (
+                0.5 + scale * math.sqrt(degrees) * _simpson(lambda a: math.cos(a) ** (degrees - 1), 0.0, angle)
+            ),
+            probability,
+            0.0,
+            math.pi / 2,
+        )
+    )
+
+
+def _bisect(function: Callable[[float], float], target: float, low: float, high: float) -> float:
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) < target else (low, middle)
+    return (low + high) / 2
+
+
+def _simpson(function: Callable[[float], float], low: float, high: float, pieces: int = 200) -> float:
+    width = (high - low) / pieces
+    inner = sum((4 if i % 2 else 2) * function(low + i * width) for i in range(1, pieces))
+    return width / 3 * (function(low) + inner + function(high))
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
