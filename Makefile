@@ -1,7 +1,7 @@
 # Everything runs in a virtual environment of its own, .venv, which is built on first use and when its inputs change.
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-slow test-cluster test-gpu test-versions bench clean
+.PHONY: help install demo test check format test-slow test-cluster test-gpu test-versions bench ablate ablate-report clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -81,6 +81,16 @@ format: $(VENV)/installed  ## rewrite what can be rewritten
 bench: $(VENV)/installed  ## measure the optimizer, into docs/results
 	$(VENV)/bin/python benchmarks/masked_adamw.py --out docs/results/masked_adamw.jsonl --figure docs/results/masked_adamw.png
 	$(VENV)/bin/python benchmarks/optimizer_step.py --out docs/results/optimizer_step.jsonl
+
+# Continues what docs/results/ablation.jsonl holds already; hours on a CPU, minutes on a GPU. The data sets lie beside the
+# checkout; those that do not are skipped.
+ABLATE := $(VENV)/bin/python benchmarks/ablate.py --out docs/results/ablation.jsonl --doc docs/ablation.md --figure docs/results/ablation.png
+
+ablate: $(VENV)/installed  ## compare LISA's options on real data; ABLATE_FLAGS="--workers 8 --deadline-s 600"
+	$(ABLATE) --cache $(VENV)/ablate $(ABLATE_FLAGS)
+
+ablate-report: $(VENV)/installed  ## write the tables of docs/ablation.md anew from its records
+	$(ABLATE) --stage report
 
 # The tests marked `versions` on both ends of the ranges that pyproject.toml claims for these packages. Other
 # pins would hold them back, so only those of torch, and of the tools of the test itself, stay in force.

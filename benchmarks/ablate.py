@@ -259,8 +259,7 @@ class Campaign:
     def _take(self, run: Run, kind: str, result: Any) -> None:
         if kind == "failed":
             self.closed.add(run.key)
-            self.refused[run.arm] = result
-            self._say(f"failed: {run.arm}: {result}")
+            self._say(f"failed: {run.stage} {run.arm} seed {run.settings['seed']}:\n{result}")
             return
         self.losses[run.key] = {part: result[part] for part in PARTS}
         if run.settings["steps"]:

@@ -34,9 +34,9 @@ def serve(connection: Any, environment: dict[str, str], log: str, setup: dict[st
         while (settings := connection.recv()) is not None:
             try:
                 connection.send(("measured", settings, bench.measure(settings)))
-            except Exception as error:
+            except Exception:
                 traceback.print_exc()
-                connection.send(("failed", settings, f"{type(error).__name__}: {error}"))
+                connection.send(("failed", settings, traceback.format_exc()[-1500:]))
                 bench.clean()
     except (EOFError, KeyboardInterrupt):
         pass
