@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 IGNORED = -100
-EVAL_BATCH = 64
+EVAL_BATCH = 32
 LARGE = 2**20
 
 
@@ -270,6 +270,7 @@ class Bench:
                 storage = found.untyped_storage()
                 if storage.nbytes() >= LARGE and storage.data_ptr() not in places and storage.resizable():
                     storage.resize_(0)
+        gc.freeze()  # what stays alive need not be looked through again
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
