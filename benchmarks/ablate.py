@@ -244,9 +244,7 @@ class Campaign:
         try:
             LisaConfig.load(run.settings["lisa"])
         except ConfigError as error:
-            if run.arm not in self.refused:
-                self._say(f"not available: {run.arm}: {error}")
-            self.refused[run.arm] = str(error)
+            self.refused[run.arm] = str(error).splitlines()[0]
             return False
         return True
 

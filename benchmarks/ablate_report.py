@@ -163,7 +163,8 @@ def _rates(m: Measured) -> str:
                     cell = f"{run.settings['lr']:.2g}: {m.losses[run.key]['select']:.4f}"
                     cells.append(f"**{cell}**" if run.settings["lr"] == chosen else cell)
             if cells:
-                rows.append(f"| {data} | {arm} | {', '.join(cells)} |")
+                edge = ", at the edge of what was tried" if chosen in (min(RATES[arm]), max(RATES[arm])) else ""
+                rows.append(f"| {data} | {arm} | {', '.join(cells)}{edge} |")
     if not rows:
         return ""
     head = ["### Learning rates", "", "Loss on `select`, one seed; the chosen rate in bold.", ""]
