@@ -280,8 +280,8 @@ def draw(found: Sequence[Record], path: Path) -> None:
                 error = None if math.isinf(half) else half
                 right.errorbar(gap.mean, place, xerr=error, fmt="o", color=f"C{j}", capsize=3)
         right.plot([], [], "o", color=f"C{j}", label=data)
-    right.set_yticks(range(len(arms)), [m.final_name(arm).replace(": ", ":\n") for arm in arms])
-    right.set_title(f"paired comparison, {m.protocol.final_steps} steps: mean and 95 % interval")
+    right.set_yticks(range(len(arms)), [m.final_name(arm).replace(": ", ":\n").replace(" + ", "\n+ ") for arm in arms])
+    right.set_title(f"pairs, {m.protocol.final_steps} steps: mean and 95 % interval")
     right.legend()
     for axes in (left, right):
         axes.axvline(0, color="black", linewidth=0.8)

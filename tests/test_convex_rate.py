@@ -37,7 +37,7 @@ def test_a_slope_is_found_again() -> None:
     assert half == pytest.approx(0.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("gamma", [1, 4])
+@pytest.mark.parametrize("gamma", [4, convex_rate.BLOCKS])
 def test_the_mean_gap_falls_like_one_over_the_root_of_steps(problem: convex_rate.Problem, gamma: int) -> None:
     first, last, slope = outcome(problem, Arm("lisa", gamma))
     assert last < 0.6 * first
