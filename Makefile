@@ -87,7 +87,7 @@ bench: $(VENV)/installed  ## measure the optimizer, into docs/results
 ABLATE := $(VENV)/bin/python benchmarks/ablate.py --out docs/results/ablation.jsonl --doc docs/ablation.md --figure docs/results/ablation.png
 
 ablate: $(VENV)/installed  ## compare LISA's options on real data; ABLATE_FLAGS="--workers 8 --deadline-s 600"
-	$(ABLATE) --cache $(VENV)/ablate $(ABLATE_FLAGS)
+	$(ABLATE) $(ABLATE_FLAGS)
 
 ablate-report: $(VENV)/installed  ## write the tables of docs/ablation.md anew from its records
 	$(ABLATE) --stage report

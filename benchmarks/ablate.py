@@ -28,6 +28,7 @@ import ablate_run
 from ablate_plan import DATA, Progress, Protocol, Run
 
 from lisa_ds import records
+from lisa_ds.cache import cache_dir
 from lisa_ds.config import LisaConfig
 from lisa_ds.errors import ConfigError
 
@@ -70,7 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stage", choices=["all", *STAGES, "report"], default="all")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="where the data sets lie")
     parser.add_argument("--datasets", nargs="+", choices=list(DATA), default=list(DATA))
-    parser.add_argument("--cache", type=Path, default=Path(".ablate"), help="tokens are kept here")
+    parser.add_argument("--cache", type=Path, default=cache_dir() / "ablate", help="tokens are kept here")
     parser.add_argument("--prepare", action="store_true", help="only tokenise")
     parser.add_argument("--model", default=Protocol.model, help="name or directory of the model")
     parser.add_argument("--model-name", default=Protocol.model, help="what the records call it")
@@ -271,9 +272,11 @@ class Campaign:
             f"{result.get('eval_seconds', 0):.1f} measuring)"
         )
 
-    def _records(self, run: Run, result: dict[str, float]) -> Iterator[records.Record]:
+    def _records(self, run: Run, result: dict[str, Any]) -> Iterator[records.Record]:
         values = [(f"{part}_loss", result[part], "nats") for part in PARTS]
+        settings = {"key": run.key, "stage": run.stage, "workers": self.arguments.workers, **run.settings}
         for name, value, unit in (*values, ("run_time", result["seconds"], "s")):
+            about = {"drawn": result.get("drawn", [])} if name == "run_time" else {}
             yield records.Record(
                 name=name,
                 variant=run.arm,
@@ -284,7 +287,7 @@ class Campaign:
                 device=self.device,
                 commit=self.commit,
                 versions=self.versions,
-                settings={"key": run.key, "stage": run.stage, "workers": self.arguments.workers, **run.settings},
+                settings={**settings, **about},
             )
 
     def _say(self, text: str) -> None:

@@ -54,13 +54,16 @@ def _importance(title: str, **sampler: Any) -> Option:
     return Option(title, "importance", {"sampler": sampler})
 
 
+PROBED = {"calibration_batches": 4, "every": 3}
+"""Scores are measured every 15 steps: a probe costs about as many steps as it has batches."""
+
 OPTIONS = (
     _importance("weight_norm", name="weight_norm"),
-    _importance("grad_norm, accumulated", name="grad_norm", score="accumulated"),
-    _importance("grad_norm, mean", name="grad_norm", score="mean"),
+    _importance("grad_norm, recipe", name="grad_norm", draw="successive", probe_blocks=30, **PROBED),
+    _importance("grad_norm, mean", name="grad_norm", score="mean", **PROBED),
+    _importance("grad_norm, mean, 1/p", name="grad_norm", score="mean", inverse_probability_cap=4.0, **PROBED),
     _importance("grad_norm, ema", name="grad_norm", score="ema"),
-    _importance("grad_norm, successive", name="grad_norm", score="mean", draw="successive"),
-    _importance("fisher, empirical", name="fisher", estimator="empirical"),
+    _importance("fisher, empirical", name="fisher", calibration_batches=16, every=3),
     Option("embeddings, scale 1", "embeddings", {"embeddings_lr_scale": 1.0}),
     Option("embeddings, scale 1, rate / 3", "embeddings", {"embeddings_lr_scale": 1.0}, lr_factor=1 / 3),
     Option("embeddings, scale 0.3", "embeddings", {"embeddings_lr_scale": 0.3}),

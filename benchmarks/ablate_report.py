@@ -50,6 +50,7 @@ class Measured:
         runs: dict[str, Record] = {}
         self.losses: dict[str, dict[str, float]] = {}
         self.seconds: dict[str, float] = {}
+        self.drawn: dict[str, Any] = {}
         for record in found:
             key = record.settings["key"]
             if record.name.endswith("_loss"):
@@ -57,6 +58,7 @@ class Measured:
                 self.losses.setdefault(key, {})[record.name.removesuffix("_loss")] = record.value
             elif record.name == "run_time":
                 self.seconds[key] = record.value
+                self.drawn[key] = record.settings.get("drawn") or None
         self.runs = {key: runs[key] for key, losses in self.losses.items() if set(losses) == {"select", "verdict"}}
         self.losses = {key: self.losses[key] for key in self.runs}
         trained = [record for record in self.runs.values() if record.settings["method"] != "none"]
@@ -103,6 +105,15 @@ class Measured:
         """What an arm turned out to be."""
         runs = self.progress.final(arm, self.protocol.datasets[0])
         return runs[0].arm if runs else arm
+
+    def same_draws(self) -> list[list[str]]:
+        """Arms that should draw by different rules, and drew the same layers in every run: nothing was compared."""
+        groups: dict[str, list[str]] = {}
+        for option in [None, *(option for option in self.protocol.options if "sampler" in option.changes)]:
+            draws = [self.drawn.get(run.key) for run in self.progress.screen(option)]
+            if draws and all(draws):
+                groups.setdefault(repr(draws), []).append(option.name if option else "base")
+        return [names for names in groups.values() if len(names) > 1]
 
     def comparisons(self) -> list[tuple[str, str, Gap]]:
         """Every final arm but the base against the base, on every data set."""
@@ -206,6 +217,8 @@ def _screen(m: Measured) -> str:
     unmeasured = [o.name for o in m.protocol.options if o.name not in {name for _, _, name, _ in screened}]
     if unmeasured:
         lines += ["", f"Not measured: {', '.join(unmeasured)}."]
+    for names in m.same_draws():
+        lines += ["", f"**Drew the same layers in every run, so that they are one arm: {', '.join(names)}.**"]
     return "\n".join(lines)
 
 

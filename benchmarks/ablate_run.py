@@ -148,8 +148,8 @@ class Bench:
         self.pristine.config.use_cache = False
         self.held_out: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
-    def measure(self, settings: dict[str, Any]) -> dict[str, float]:
-        """Train as ``settings`` say; held-out losses per labelled token on both parts, and times."""
+    def measure(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Train as ``settings`` say; held-out losses per labelled token on both parts, times, and the layers drawn."""
         start = time.perf_counter()
         if settings["method"] == "none":
             return {**self._losses(settings["data"], self._plain_loss), "seconds": time.perf_counter() - start}
@@ -160,6 +160,7 @@ class Bench:
         trainer.deepspeed.eval()
         losses = self._losses(settings["data"], lambda batch: self._engine_loss(trainer, batch))
         done = time.perf_counter()
+        drawn = [list(layers) for layers in getattr(trainer.deepspeed, "layer_history", ())]
         trainer.deepspeed.destroy()
         self.clean()
         return {
@@ -167,6 +168,7 @@ class Bench:
             "seconds": time.perf_counter() - start,
             "train_seconds": trained - training,
             "eval_seconds": done - trained,
+            "drawn": drawn,
         }
 
     def _trainer(self, settings: dict[str, Any]) -> Any:

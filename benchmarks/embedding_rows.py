@@ -19,6 +19,7 @@ import numpy as np
 from ablate_plan import DATA, MODEL
 
 from lisa_ds import records
+from lisa_ds.cache import cache_dir
 
 BATCHES = (4, 8, 16, 32, 64, 128)
 INTERVALS = (5, 20)
@@ -119,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; written anew")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--cache", type=Path, default=Path(".ablate"), help="tokens are kept here")
+    parser.add_argument("--cache", type=Path, default=cache_dir() / "ablate", help="tokens are kept here")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--no-step", action="store_true", help="leave out the step of the real model")
     arguments = parser.parse_args()

@@ -202,7 +202,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     profile.set_defaults(command=_profile)
 
-
     report = commands.add_parser("report", help="draw what runs have recorded")
     reports = report.add_subparsers(required=True, metavar="WHAT")
     layers = reports.add_parser(

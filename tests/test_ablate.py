@@ -99,6 +99,7 @@ def test_tables(finished: tuple[list[Run], Progress], tmp_path: Path) -> None:
     runs, progress = finished
     found = [record for run in runs for record in recorded(run, progress.losses[run.key])]
     text = ablate_report.tables(found)
+    assert "Drew the same layers in every run, so that they are one arm: base, grad_norm, ema." in text
     assert f"Not measured: {REFUSED}." in text
     assert "| **K 10** | interval | -0.0" in text
     row = next(line for line in text.splitlines() if line.startswith("| interval: K 10"))
@@ -120,7 +121,13 @@ def recorded(run: Run, losses: Any) -> list[Record]:
     about = {"variant": run.arm, "device": "CPU", "commit": "0", "versions": {}, "x": run.settings["steps"]}
     settings = {"key": run.key, "stage": run.stage, "workers": 1, **run.settings}
     values = {"select_loss": losses["select"], "verdict_loss": losses["verdict"], "run_time": 1.0}
-    return [Record(name=name, value=value, unit="", settings=settings, **about) for name, value in values.items()]
+    sampler = (run.settings["lisa"] or {}).get("sampler", {})
+    rule = {} if sampler.get("score") == "ema" else sampler  # as if it drew uniformly
+    drawn = {"drawn": [[len(str(rule)), 40]]}
+    return [
+        Record(name=name, value=value, unit="", settings={**settings, **(drawn if name == "run_time" else {})}, **about)
+        for name, value in values.items()
+    ]
 
 
 @pytest.mark.parametrize(
