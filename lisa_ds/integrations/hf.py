@@ -163,6 +163,7 @@ class LisaCallback(TrainerCallback):
                 f"attach: the trainer built a {type(engine).__name__} and would train without LISA; attach to the trainer "
                 "whose train() is called, and wrap or compile no model beforehand"
             )
+        engine.draw_first()  # inside the trainer's own forward its losses would get mixed up
         self._interval = engine.interval
         if engine.has_moments:  # resumed amid an interval
             self._tell(engine, state)

@@ -65,12 +65,12 @@ class LabelLogitsTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """See ``Trainer.compute_loss``."""
-        if self.labelled_only and "labels" in inputs:
-            self._kept = labelled_positions(inputs["labels"])
+        before = self._kept
+        self._kept = labelled_positions(inputs["labels"]) if self.labelled_only and "labels" in inputs else None
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
         finally:
-            self._kept = None
+            self._kept = before
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """See ``Trainer.save_model``; a model that is saved generates with a cache again, which training has no use for."""

@@ -151,6 +151,16 @@ class LisaEngine(DeepSpeedEngine):
             raise EngineError(f"switch_to: got layers {list(wanted)}, but the model has layers 0 to {count - 1}")
         self._switch(wanted)
 
+    def draw_first(self) -> None:
+        """Measure the scores of the first draw and draw by them, if that is still to be done.
+
+        The first forward of training does it, and not the building of the engine: a run that is resumed in between has its scores
+        in the checkpoint. Call it earlier where forward is no good time for other passes through the model. On every rank.
+        """
+        if self._draws.pending:
+            self._history.pop()
+            self._switch(self._draws.at(self.interval, ended=False))
+
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         """Refused: DeepSpeed's reload lays the 16-bit weights out anew from the sampled sub-groups alone.
 
@@ -242,8 +252,7 @@ class LisaEngine(DeepSpeedEngine):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """See ``DeepSpeedEngine.forward``."""
         if torch.is_grad_enabled():
-            if self._draws.pending:
-                self._draw_by_first_scores()
+            self.draw_first()
             self.optimizer.require_grad_of_window()
             if self._backward_may_stop:
                 self._frontier.refresh()
@@ -264,11 +273,6 @@ class LisaEngine(DeepSpeedEngine):
         if torch.is_tensor(loss) and loss.numel() == 1:
             self._draws.note_loss(loss)
         return super().backward(loss, *args, **kwargs)
-
-    def _draw_by_first_scores(self) -> None:
-        """Now, and not when the engine was built: a run that is resumed in between has its scores in the checkpoint."""
-        self._history.pop()
-        self._switch(self._draws.at(self.interval, ended=False))
 
     def _roles_at(self, interval: int) -> tuple[str, ...]:
         return roles_at(self._lisa, interval, num_layers=len(self._stack.layers), tied=self._stack.tied)
