@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ class LiveBytes(TorchDispatchMode):
         self.peaks: dict[str, int] = {}
         self._known: dict[int, weakref.finalize] = {}
         self._phase = ""
+        self._lock = threading.RLock()  # the communication library's thread may be the one that frees a tensor
 
     def adopt(self) -> None:
         """Count what was alive before: tensors of every kind that Python knows of."""
@@ -64,18 +66,20 @@ class LiveBytes(TorchDispatchMode):
             return
         storage = value.untyped_storage()
         key = id(storage)
-        if key in self._known:
-            return
-        size = storage.nbytes()
-        self.now += size
-        if self._phase and self.now > self.peaks[self._phase]:
-            self.peaks[self._phase] = self.now
-            self.at_peak()
-        self._known[key] = weakref.finalize(storage, self._forget, key, size)
+        with self._lock:
+            if key in self._known:
+                return
+            size = storage.nbytes()
+            self.now += size
+            if self._phase and self.now > self.peaks[self._phase]:
+                self.peaks[self._phase] = self.now
+                self.at_peak()
+            self._known[key] = weakref.finalize(storage, self._forget, key, size)
 
     def at_peak(self) -> None:
         """Called at each new peak; to find out what it is made of."""
 
     def _forget(self, key: int, size: int) -> None:
-        self.now -= size
-        self._known.pop(key, None)
+        with self._lock:
+            self.now -= size
+            self._known.pop(key, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,13 +11,19 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-from lisa_ds.engines.zero3.probe import Probe
+from benchmarks.live_bytes import LiveBytes
+from lisa_ds.engines.zero3 import detour, probe
+from lisa_ds.engines.zero3.probe import KINDS, Probe
+from lisa_ds.errors import EngineError
+from lisa_ds.memory import probe_bytes
 from tests import zero3_runs
-from tests.trajectory import Case
+from tests.trajectory import LAYERS, Case
 from tests.zero3_runs import build_engine, full_parameters
 
-BATCHES, ROWS, LENGTH = 3, 2, 12
+BATCHES, ROWS, LENGTH = 2, 2, 12
+WINDOWED = ["accumulated", "hutchinson"]  # kinds that score a few blocks at a time
 SEED = 5
 
 
@@ -87,53 +94,85 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     ]
 
 
-def run_scores(cases: list[Case], sizes: list[int], kinds: list[str]) -> dict[str, dict[str, Any]]:
+def run_scores(cases: list[Case], sizes: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
     """For each case, the scores after two steps of training, with the weights they belong to and what they disturbed."""
     deepspeed.init_distributed(dist_backend="gloo")
     zero3_runs.seed_weights()
     result: dict[str, dict[str, Any]] = {}
     for case in cases:
         engine = with_dropout(build_engine(case))
-        for step_case in [case]:
-            zero3_runs.train(engine, step_case)
+        zero3_runs.train(engine, case)
+        with detour.partitioned(
+            engine.optimizer
+        ):  # train() has looked at every weight: what a step leaves whole is not now
+            pass
         before = snapshot(engine)
-        scores = {
-            (kind, size): make_probe(engine, probe_blocks=size).scores(kind)
-            for kind in kinds
-            for size in (sizes if kind in ("accumulated", "hutchinson") else sizes[:1])
-        }
+        wanted = [(kind, size) for kind in KINDS for size in sizes.get(case.name, [3]) if size == 3 or kind in WINDOWED]
+        scores = {(kind, size): make_probe(engine, probe_blocks=size).scores(kind) for kind, size in wanted}
         result[case.name] = {
             "scores": scores,
             "changed": changed(before, snapshot(engine)),
             "parameters": full_parameters(engine),
         }
+        if case.name == "plain":
+            with patched(detour, "_evaluating", lambda module, stack: contextlib.nullcontext()):
+                result[case.name]["with dropout"] = make_probe(engine).scores("mean")
         engine.destroy()
     return result
 
 
-def run_beside_training(cases: list[Case], kinds: list[str]) -> dict[str, dict[str, Any]]:
+def run_beside_training(cases: list[Case]) -> dict[str, dict[str, Any]]:
     """Each case with and without scores after some of its steps: how far apart the two runs are."""
     deepspeed.init_distributed(dist_backend="gloo")
     zero3_runs.seed_weights()
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
+
+    def run(case: Case, score: Callable[[Any, int], None]) -> Any:
+        engine = with_dropout(build_engine(case))
+        torch.manual_seed(31 + dist.get_rank())
+        outcome = zero3_runs.train(engine, case, after_step=lambda step: score(engine, step))
+        engine.destroy()
+        return outcome
+
+    def score(engine: Any, step: int) -> None:
+        for kind in {0: WINDOWED, 2: ["mean", "empirical"]}.get(step, []):  # in mid interval, and right after a switch
+            make_probe(engine, probe_blocks=3).scores(kind)
+
+    def interrupted(engine: Any, step: int) -> None:
+        if step == 0:
+            with contextlib.suppress(KeyError):
+                make_probe(engine, calibration=calls_that_fail(3)).scores("hutchinson")
+
+    def unrestored(engine: Any, step: int) -> None:
+        with patched(Probe, "_saved", saved_in_vain):
+            score(engine, step)
+
     for case in cases:
-
-        def run(score: Callable[[Any], None], case: Case = case) -> Any:
-            engine = with_dropout(build_engine(case))
-            torch.manual_seed(31 + dist.get_rank())
-            outcome = zero3_runs.train(
-                engine, case, after_step=lambda step: score(engine) if step in (0, 2, 3) else None
-            )
-            engine.destroy()
-            return outcome
-
-        def score(engine: Any) -> None:
-            for kind in kinds:
-                make_probe(engine, probe_blocks=2).scores(kind)
-
-        plain, probed = run(lambda engine: None), run(score)
-        result[case.name] = difference(plain, probed)
+        plain = run(case, lambda engine, step: None)
+        result[case.name] = difference(plain, run(case, score))
+        if case.name == "plain":
+            result["interrupted"] = difference(plain, run(case, interrupted))
+            result["unrestored"] = difference(plain, run(case, unrestored))
     return result
+
+
+def calls_that_fail(number: int) -> Callable[[nn.Module], Iterator[Tensor]]:
+    """Calibration whose call of that number fails after its first batch, on every rank."""
+    calls = [0]
+
+    def data(module: nn.Module) -> Iterator[Tensor]:
+        calls[0] += 1
+        for loss in calibration(module):
+            yield loss
+            if calls[0] == number:
+                raise KeyError("anything")
+
+    return data
+
+
+@contextlib.contextmanager
+def saved_in_vain(self: Probe, parameters: list[Any]) -> Iterator[list[Tensor]]:
+    yield [parameter.ds_tensor.detach().clone() for parameter in parameters]
 
 
 def difference(plain: Any, probed: Any) -> dict[str, Any]:
@@ -143,6 +182,141 @@ def difference(plain: Any, probed: Any) -> dict[str, Any]:
         "layers": plain.layers == probed.layers,
         "moved": [n for n, p in plain.parameters.items() if not torch.equal(p, probed.parameters[n])],
     }
+
+
+def run_bytes() -> dict[str, Any]:
+    """The peak of what scoring keeps alive, by kind and window, beside what the planner says."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    result: dict[str, Any] = {}
+    for case, width, sizes in ((Case("fp32"), 4, (1, 2, LAYERS)), (Case("bf16", dtype="bf16"), 2, (2,))):
+        engine = build_engine(case)
+        for kind, size in [(k, size) for k in KINDS for size in (sizes if k == "accumulated" else [2])]:
+            meter = LiveBytes()
+            with contextlib.ExitStack() as undo:
+                for name in ("Sums", "Norms", "Squares", "Slopes"):
+                    undo.enter_context(patched(probe, name, metered(getattr(probe, name), meter)))
+                undo.enter_context(patched(Probe, "_saved", metered_copy(Probe._saved, meter)))
+                undo.enter_context(patched(probe, "fill", metered_fill(probe.fill, meter)))
+                undo.enter_context(patched(probe.dist, "reduce_scatter_fn", unseen(probe.dist.reduce_scatter_fn)))
+                make_probe(engine, calibration=first_batch, probe_blocks=size).scores(kind)
+            ranks, shape = dist.get_world_size(), engine.model_shape
+            planned = probe_bytes(shape, kind=kind, probe_blocks=size, world_size=ranks, weight_bytes=width)
+            result[case.name, kind, size] = (meter.peaks["probe"], planned)
+        engine.destroy()
+    result["blocks"] = [sum(layer) for layer in shape.layers]
+    return result
+
+
+def first_batch(module: nn.Module) -> Iterator[Tensor]:
+    yield next(calibration(module))
+
+
+def unseen(collective: Any) -> Any:
+    """``collective`` without the copy that gloo makes for itself, which is no tensor of ours."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return collective(*args, **kwargs)
+
+    return run
+
+
+def metered(collector: Any, meter: LiveBytes) -> Any:
+    """``collector`` with every tensor counted that it allocates, and every gradient that is given to it."""
+
+    class Metered(collector):  # type: ignore[misc]
+        def __init__(self, *args: Any) -> None:
+            with meter, meter.phase("probe"):
+                super().__init__(*args)
+            self.kept = meter.now
+
+        def take(self, parameter: Any) -> None:
+            late = time.monotonic() + 10
+            while meter.now > self.kept and time.monotonic() < late:
+                time.sleep(0.001)  # gloo's thread may not have let go of the last tensor yet
+            with meter, meter.phase("probe"):
+                meter._see(parameter.grad)
+                super().take(parameter)
+
+    return Metered
+
+
+def metered_copy(saved: Any, meter: LiveBytes) -> Any:
+    @contextlib.contextmanager
+    def metered_saved(self: Probe, parameters: list[Any]) -> Iterator[list[Tensor]]:
+        with contextlib.ExitStack() as stack:
+            with meter, meter.phase("probe"):
+                copies = stack.enter_context(saved(self, parameters))
+            yield copies
+
+    return metered_saved
+
+
+def metered_fill(fill: Any, meter: LiveBytes) -> Any:
+    def metered_write(parameter: Any, read_into: Any) -> None:
+        meter._known.setdefault(id(parameter.ds_tensor.untyped_storage()), None)  # type: ignore[arg-type]
+        with meter, meter.phase("probe"):
+            fill(parameter, read_into)
+
+    return metered_write
+
+
+def run_mistakes() -> dict[str, Any]:
+    """What is said of each mistake, and what a loss that does not reach every block counts for."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    case = Case("mistakes", steps=1)
+    engine = build_engine(case)
+    zero3_runs.train(engine, case)
+    rank = dist.get_rank()
+    said: dict[str, Any] = {}
+
+    def attempt(name: str, data: Any, kind: str = "mean") -> None:
+        before = snapshot(engine)
+        try:
+            make_probe(engine, calibration=data, probe_blocks=LAYERS - 1).scores(kind)
+            said[name] = None
+        except EngineError as error:
+            said[name] = str(error)
+        said[f"{name}, changed"] = changed(before, snapshot(engine))
+
+    rows = batches(rank)
+
+    def losses(count: int) -> Any:
+        return lambda module: (module(input_ids=rows[0], labels=rows[0]).loss for _ in range(count))
+
+    attempt("counts", losses(2 + rank))
+    attempt("nothing", losses(0))
+    attempt("detached", lambda module: (loss.detach() for loss in losses(2)(module)))
+    once = iter(rows)
+    attempt("used_up", lambda module: (module(input_ids=r, labels=r).loss for r in once), "accumulated")
+    attempt("not_finite", lambda module: (loss * float("inf") for loss in losses(1)(module)))
+    attempt("kind", losses(1), "gradient")
+    engine.backward(engine(input_ids=rows[0], labels=rows[0]).loss)
+    leaf = next(engine.module.parameters())
+    leaf.grad = torch.zeros_like(leaf)
+    attempt("gradients_left", losses(1))
+    leaf.grad = None
+    engine.step()
+
+    def first_three_only(module: Any) -> Iterator[Tensor]:
+        yield module(input_ids=rows[0], labels=rows[0]).loss
+        yield module(input_ids=rows[1], output_hidden_states=True).hidden_states[3].square().mean()
+
+    for kind in ("accumulated", "mean", "empirical"):
+        said[kind] = make_probe(engine, calibration=first_three_only).scores(kind)
+        said[f"{kind}, one batch"] = make_probe(engine, calibration=losses(1)).scores(kind)
+    return said
+
+
+def run_shared_layers() -> str:
+    """What is said where two ranks share each layer."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    engine = build_engine(Case("autotp", heads=2, autotp=2))
+    try:
+        make_probe(engine)
+    except EngineError as error:
+        return str(error)
+    return ""
 
 
 @contextlib.contextmanager

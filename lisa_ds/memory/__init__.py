@@ -6,6 +6,7 @@ from lisa_ds.memory.architectures import Architecture as Architecture
 from lisa_ds.memory.forecast import Forecast as Forecast
 from lisa_ds.memory.forecast import RunSettings as RunSettings
 from lisa_ds.memory.forecast import forecast as forecast
+from lisa_ds.memory.probe import probe_bytes as probe_bytes
 from lisa_ds.memory.state import KINDS as KINDS
 from lisa_ds.memory.state import ModelShape as ModelShape
 from lisa_ds.memory.state import Plan as Plan
@@ -27,5 +28,6 @@ __all__ = [
     "forecast",
     "full_state_bytes",
     "plan",
+    "probe_bytes",
     "state_bytes",
 ]

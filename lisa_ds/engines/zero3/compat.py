@@ -81,6 +81,7 @@ _STAGE3_ATTRIBUTES = (
     "offload_optimizer",
     "parameter_offload",
     "persistent_parameters",
+    "sequence_parallel_size",
     "sub_group_to_group_id",
     "torch_autocast_gradscaler",
 )

@@ -9,20 +9,21 @@ Note on what is kept.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from lisa_ds.engines.zero3.collectors import Collector, Norms, Slopes, Squares, Sums
 from lisa_ds.engines.zero3.detour import detour, partitioned, release
+from lisa_ds.engines.zero3.directions import key_of, mover
 from lisa_ds.engines.zero3.frontier import BackwardFrontier
 from lisa_ds.engines.zero3.partitions import fill
 from lisa_ds.engines.zero3.window import WindowedStage3
@@ -40,8 +41,7 @@ Every rank yields the same number of losses.
 
 KINDS = ("accumulated", "mean", "empirical", "hutchinson")
 
-_CHUNK = 2**20  # elements worked on at a time, as lisa_ds.memory.probe says
-_EPSILON = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 4e-3}
+_EPSILON = {torch.float32: 1e-4, torch.bfloat16: 3e-3, torch.float16: 1e-3}
 
 
 class Probe:
@@ -58,7 +58,7 @@ class Probe:
         calibration: See :data:`Calibration`.
         probe_blocks: Blocks scored at a time by ``accumulated`` and ``hutchinson``.
         seed: Of the directions of ``hutchinson``.
-        epsilon: How far ``hutchinson`` moves each weight; by default 1e-3 in fp32, 1e-2 in bf16.
+        epsilon: How far ``hutchinson`` moves each weight; by default 1e-4 in fp32, 3e-3 in bf16, 1e-3 in fp16.
 
     Raises:
         EngineError: Ranks share layers or sequences.
@@ -85,7 +85,7 @@ class Probe:
             [parameter for parameter in block.parameters() if id(parameter) in owned] for block in stack.layers
         ]
         self._key_of = {
-            id(parameter): _key(seed, number) for number, parameter in enumerate(module.parameters())
+            id(parameter): key_of(seed, number) for number, parameter in enumerate(module.parameters())
         }  # by place in the model: the same on any number of ranks
         self._epsilon = epsilon
         self._batches: int | None = None
@@ -105,7 +105,7 @@ class Probe:
                 one random ``v`` of signs. ``H v`` is the central difference of gradients at weights moved by ``epsilon * v``
                 one way and the other. It may be negative. Two passes for each ``probe_blocks`` blocks. Blocks moved at the
                 same time add their cross terms, whose mean is zero; ``probe_blocks: 1`` has none. In fp32 the difference is
-                good to about three digits; weights and gradients in 16 bits leave the order of magnitude.
+                good to three digits or more; weights and gradients in 16 bits leave one digit, or less.
 
         Raises:
             EngineError: The ranks yield different numbers of losses, a loss depends on no block, or a score is not finite.
@@ -224,7 +224,7 @@ class Probe:
                     for parameter, weights in zip(parameters, saved, strict=True):
                         parameter.ds_secondary_tensor = None
                         parameter.ds_tensor.copy_(weights)
-                        fill(parameter, _mover(sign * epsilon, self._key_of[id(parameter)]))
+                        fill(parameter, mover(sign * epsilon, self._key_of[id(parameter)]))
                 side = "above" if sign > 0 else "below"
                 slopes.append(self._pass("hutchinson", f"{label}, {side}", blocks, Slopes))
         return [(above - below) / (2 * epsilon) for above, below in zip(*slopes, strict=True)]
@@ -232,7 +232,7 @@ class Probe:
     @contextmanager
     def _saved(self, parameters: Sequence[Any]) -> Iterator[list[Tensor]]:
         """Put the partitions of ``parameters`` back afterwards, as they are now, whatever happens inside."""
-        saved = [parameter.ds_tensor.detach().clone() for parameter in parameters]
+        saved = [parameter.ds_tensor.clone() for parameter in parameters]
         try:
             yield saved
         finally:
@@ -287,186 +287,3 @@ def _in_step(module: nn.Module, group: Any, device: torch.device) -> Iterator[Ca
         yield meet
     finally:
         handle.remove()
-
-
-# ---- what is made of gradients as they come ----------------------------------------------------------------------------
-
-
-class Collector(Protocol):
-    """Makes a number for each block of gradients that come one at a time."""
-
-    additive: bool
-    """Whether a gradient may come in parts."""
-
-    def __init__(self, blocks: list[list[Any]], group: Any, device: torch.device, key_of: dict[int, int]) -> None: ...
-
-    def take(self, parameter: Any) -> None:
-        """Use ``parameter.grad``, and free it."""
-
-    def batch_done(self) -> None:
-        """All gradients of a batch have come."""
-
-    def result(self, batches: int) -> list[float]:
-        """A number for each block, once all ``batches`` are done; a collective of all ranks."""
-
-
-class _Collector:
-    additive = True
-
-    def __init__(self, blocks: list[list[Any]], group: Any, device: torch.device, key_of: dict[int, int]) -> None:
-        self._blocks, self._group, self._device, self._key_of = blocks, group, device, key_of
-        self._ranks = dist.get_world_size(group)
-        self._block_of = {id(parameter): i for i, block in enumerate(blocks) for parameter in block}
-
-    def batch_done(self) -> None:
-        pass
-
-
-class Sums(_Collector):
-    """Keeps this rank's partition of the sum of each gradient, in fp32."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        parameters = list(itertools.chain.from_iterable(self._blocks))
-        sizes = [-(-parameter.ds_numel // self._ranks) for parameter in parameters]
-        sums = torch.zeros(sum(sizes), dtype=torch.float32, device=self._device)
-        starts = itertools.accumulate(sizes, initial=0)
-        self._sum_of = {
-            id(parameter): sums.narrow(0, start, size)
-            for parameter, start, size in zip(parameters, starts, sizes, strict=False)
-        }
-
-    def take(self, parameter: Any) -> None:
-        self._sum_of[id(parameter)].add_(_own_part(parameter, self._group))
-
-    def result(self, batches: int) -> list[float]:
-        squares = torch.zeros(len(self._sum_of), dtype=torch.float64, device=self._device)
-        for part, square in zip(self._sum_of.values(), squares, strict=True):
-            _add_squares(part, square)
-        dist.all_reduce(squares, group=self._group)
-        norms = iter((squares.sqrt() / self._ranks).tolist())
-        return [sum(itertools.islice(norms, len(block))) for block in self._blocks]
-
-
-class Norms(_Collector):
-    """Keeps the norm of each block's gradient, averaged over ranks, of each batch."""
-
-    additive = False
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._squares = torch.zeros(len(self._blocks), dtype=torch.float64, device=self._device)
-        self._batches: list[list[float]] = []
-
-    def take(self, parameter: Any) -> None:
-        _add_squares(_own_part(parameter, self._group), self._squares[self._block_of[id(parameter)]])
-
-    def batch_done(self) -> None:
-        self._batches.append(self._squares.tolist())
-        self._squares.zero_()
-
-    def result(self, batches: int) -> list[float]:
-        squares = torch.tensor(self._batches, dtype=torch.float64, device=self._device)
-        dist.all_reduce(squares, group=self._group)
-        norms: list[float] = (squares.sqrt() / self._ranks).mean(0).tolist()
-        return norms
-
-
-class Squares(_Collector):
-    """Keeps the sum of the squares of each block's gradients, each rank's for itself."""
-
-    additive = False
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._squares = torch.zeros(len(self._blocks), dtype=torch.float64, device=self._device)
-
-    def take(self, parameter: Any) -> None:
-        _add_squares(parameter.grad.reshape(-1), self._squares[self._block_of[id(parameter)]])
-        parameter.grad = None
-
-    def result(self, batches: int) -> list[float]:
-        dist.all_reduce(self._squares, group=self._group)
-        means: list[float] = (self._squares / (batches * self._ranks)).tolist()
-        return means
-
-
-class Slopes(_Collector):
-    """Keeps the product of each block's gradient with its direction."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._products = torch.zeros(len(self._blocks), dtype=torch.float64, device=self._device)
-
-    def take(self, parameter: Any) -> None:
-        gradient, key = parameter.grad.reshape(-1), self._key_of[id(parameter)]
-        product = self._products[self._block_of[id(parameter)]]
-        for start in range(0, gradient.numel(), _CHUNK):
-            part = gradient[start : start + _CHUNK]
-            signs = rademacher(key, start, part.numel(), part.device)
-            product.add_(part.double().mul_(signs).sum())
-        parameter.grad = None
-
-    def result(self, batches: int) -> list[float]:
-        dist.all_reduce(self._products, group=self._group)
-        means: list[float] = (self._products / (batches * self._ranks)).tolist()
-        return means
-
-
-def _own_part(parameter: Any, group: Any) -> Tensor:
-    """This rank's partition of the gradient, summed over ranks: ``(ceil(numel / ranks),)``, fp32 if there are several ranks.
-
-    The gradient itself is let go of.
-    """
-    gradient, ranks = parameter.grad, dist.get_world_size(group)
-    parameter.grad = None
-    if ranks == 1:
-        return gradient.reshape(-1)
-    size = -(-gradient.numel() // ranks)
-    padded = torch.empty(size * ranks, dtype=torch.float32, device=gradient.device)
-    padded[: gradient.numel()].view_as(gradient).copy_(gradient)
-    padded[gradient.numel() :].zero_()
-    own = padded.narrow(0, size * dist.get_rank(group), size)
-    dist.reduce_scatter_fn(own, padded, group=group)  # into a part of its own input, as Stage 3 has it
-    return own
-
-
-def _add_squares(values: Tensor, total: Tensor) -> None:
-    """Add the squares of ``values`` ``(n,)`` to ``total`` ``()``, in fp64."""
-    for start in range(0, values.numel(), _CHUNK):
-        total.add_(torch.linalg.vector_norm(values[start : start + _CHUNK], dtype=torch.float64).square_())
-
-
-# ---- directions --------------------------------------------------------------------------------------------------------
-
-
-def rademacher(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """Random signs, from ``start`` on, of the direction that ``key`` names: ``(count,)``, int64, each 1 or -1.
-
-    Each is a hash of its index, the finaliser of MurmurHash3 twice: any part of a direction can be had on any device by itself.
-    """
-    signs = torch.arange(start, start + count, device=device)
-    _mix(signs)
-    _mix(signs.bitwise_xor_(key))
-    return signs.bitwise_and_(1).mul_(2).sub_(1)
-
-
-def _mix(values: Tensor) -> None:
-    """Hash 32-bit numbers, kept in int64 so that a shift brings in zeros, in place."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        values.bitwise_xor_(values >> shift).mul_(factor).bitwise_and_(0xFFFFFFFF)
-    values.bitwise_xor_(values >> 16)
-
-
-def _key(seed: int, number: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest(), "little")
-
-
-def _mover(amount: float, key: int) -> Callable[[Tensor, int], None]:
-    def move(weights: Tensor, first: int) -> None:
-        for start in range(0, weights.numel(), _CHUNK):
-            part = weights[start : start + _CHUNK]
-            signs = rademacher(key, first + start, part.numel(), part.device)
-            part.copy_(torch.add(part.float(), signs, alpha=amount))
-
-    return move

@@ -1,0 +1,159 @@
+"""What is made of gradients as they come, one parameter at a time: a number for each block.
+
+A collector takes ``parameter.grad`` and frees it before the next one comes. What it holds meanwhile is counted by
+:func:`lisa_ds.memory.probe_bytes`; whoever changes one changes both.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Protocol
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+from lisa_ds.engines.zero3.directions import CHUNK, along
+
+
+class Collector(Protocol):
+    """Makes a number for each block of gradients that come one at a time."""
+
+    additive: bool
+    """Whether a gradient may come in parts."""
+
+    def __init__(self, blocks: list[list[Any]], group: Any, device: torch.device, key_of: dict[int, int]) -> None: ...
+
+    def take(self, parameter: Any) -> None:
+        """Use ``parameter.grad``, and free it."""
+
+    def batch_done(self) -> None:
+        """All gradients of a batch have come."""
+
+    def result(self, batches: int) -> list[float]:
+        """A number for each block, once all ``batches`` are done; a collective of all ranks."""
+
+
+class _Collector:
+    additive = True
+
+    def __init__(self, blocks: list[list[Any]], group: Any, device: torch.device, key_of: dict[int, int]) -> None:
+        self._blocks, self._group, self._device, self._key_of = blocks, group, device, key_of
+        self._ranks = dist.get_world_size(group)
+        self._block_of = {id(parameter): i for i, block in enumerate(blocks) for parameter in block}
+
+    def batch_done(self) -> None:
+        pass
+
+
+class Sums(_Collector):
+    """Keeps this rank's partition of the sum of each gradient, in fp32."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        parameters = list(itertools.chain.from_iterable(self._blocks))
+        sizes = [-(-parameter.ds_numel // self._ranks) for parameter in parameters]
+        sums = torch.zeros(sum(sizes), dtype=torch.float32, device=self._device)
+        starts = itertools.accumulate(sizes, initial=0)
+        self._sum_of = {
+            id(parameter): sums.narrow(0, start, size)
+            for parameter, start, size in zip(parameters, starts, sizes, strict=False)
+        }
+
+    def take(self, parameter: Any) -> None:
+        self._sum_of[id(parameter)].add_(_own_part(parameter, self._group))
+
+    def result(self, batches: int) -> list[float]:
+        squares = torch.zeros(len(self._sum_of), dtype=torch.float64, device=self._device)
+        for part, square in zip(self._sum_of.values(), squares, strict=True):
+            _add_squares(part, square)
+        dist.all_reduce(squares, group=self._group)
+        norms = iter((squares.sqrt() / self._ranks).tolist())
+        return [sum(itertools.islice(norms, len(block))) for block in self._blocks]
+
+
+class Norms(_Collector):
+    """Keeps the norm of each block's gradient, averaged over ranks, of each batch."""
+
+    additive = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._squares = torch.zeros(len(self._blocks), dtype=torch.float64, device=self._device)
+        self._batches: list[list[float]] = []
+
+    def take(self, parameter: Any) -> None:
+        _add_squares(_own_part(parameter, self._group), self._squares[self._block_of[id(parameter)]])
+
+    def batch_done(self) -> None:
+        self._batches.append(self._squares.tolist())
+        self._squares.zero_()
+
+    def result(self, batches: int) -> list[float]:
+        squares = torch.tensor(self._batches, dtype=torch.float64, device=self._device)
+        dist.all_reduce(squares, group=self._group)
+        norms: list[float] = (squares.sqrt() / self._ranks).mean(0).tolist()
+        return norms
+
+
+class Squares(_Collector):
+    """Keeps the sum of the squares of each block's gradients, each rank's for itself."""
+
+    additive = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._squares = torch.zeros(len(self._blocks), dtype=torch.float64, device=self._device)
+
+    def take(self, parameter: Any) -> None:
+        _add_squares(parameter.grad.reshape(-1), self._squares[self._block_of[id(parameter)]])
+        parameter.grad = None
+
+    def result(self, batches: int) -> list[float]:
+        dist.all_reduce(self._squares, group=self._group)
+        means: list[float] = (self._squares / (batches * self._ranks)).tolist()
+        return means
+
+
+class Slopes(_Collector):
+    """Keeps the product of each block's gradient with its direction."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._products = torch.zeros(len(self._blocks), dtype=torch.float64, device=self._device)
+
+    def take(self, parameter: Any) -> None:
+        gradient, key = parameter.grad.reshape(-1), self._key_of[id(parameter)]
+        product = self._products[self._block_of[id(parameter)]]
+        for start in range(0, gradient.numel(), CHUNK):
+            product.add_(along(gradient[start : start + CHUNK], key, start))
+        parameter.grad = None
+
+    def result(self, batches: int) -> list[float]:
+        dist.all_reduce(self._products, group=self._group)
+        means: list[float] = (self._products / (batches * self._ranks)).tolist()
+        return means
+
+
+def _own_part(parameter: Any, group: Any) -> Tensor:
+    """This rank's partition of the gradient, summed over ranks: ``(ceil(numel / ranks),)``, fp32 if there are several ranks.
+
+    The gradient itself is let go of.
+    """
+    gradient, ranks = parameter.grad, dist.get_world_size(group)
+    parameter.grad = None
+    if ranks == 1:
+        return gradient.reshape(-1)
+    size = -(-gradient.numel() // ranks)
+    padded = torch.empty(size * ranks, dtype=torch.float32, device=gradient.device)
+    padded[: gradient.numel()].view_as(gradient).copy_(gradient)
+    padded[gradient.numel() :].zero_()
+    own = padded.narrow(0, size * dist.get_rank(group), size)
+    dist.reduce_scatter_fn(own, padded, group=group)  # into a part of its own input, as Stage 3 has it
+    return own
+
+
+def _add_squares(values: Tensor, total: Tensor) -> None:
+    """Add the squares of ``values`` ``(n,)`` to ``total`` ``()``, in fp64."""
+    for start in range(0, values.numel(), CHUNK):
+        total.add_(torch.linalg.vector_norm(values[start : start + CHUNK], dtype=torch.float64).square_())

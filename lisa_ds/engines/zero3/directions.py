@@ -1,0 +1,53 @@
+"""Random directions in the space of weights, of which any rank can make any part by itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**20
+"""Elements worked on at a time, as lisa_ds.memory.probe says."""
+
+
+def rademacher(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """Random signs, from ``start`` on, of the direction that ``key`` names: ``(count,)``, int64, each 1 or -1.
+
+    Each is a hash of its index, the finaliser of MurmurHash3 twice: any part of a direction can be had on any device by itself.
+    """
+    signs = torch.arange(start, start + count, device=device)
+    _mix(signs)
+    _mix(signs.bitwise_xor_(key))
+    return signs.bitwise_and_(1).mul_(2).sub_(1)
+
+
+def _mix(values: Tensor) -> None:
+    """Hash 32-bit numbers, kept in int64 so that a shift brings in zeros, in place."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        values.bitwise_xor_(values >> shift).mul_(factor).bitwise_and_(0xFFFFFFFF)
+    values.bitwise_xor_(values >> 16)
+
+
+def along(values: Tensor, key: int, start: int) -> Tensor:
+    """The product, ``()`` in fp64, of ``values`` with the part of a direction that begins at ``start``."""
+    signs = rademacher(key, start, values.numel(), values.device)
+    return values.double().mul_(signs).sum()
+
+
+def key_of(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest(), "little")
+
+
+def mover(amount: float, key: int) -> Callable[[Tensor, int], None]:
+    def move(weights: Tensor, first: int) -> None:
+        for start in range(0, weights.numel(), CHUNK):
+            _move(weights[start : start + CHUNK], key, first + start, amount)
+
+    return move
+
+
+def _move(weights: Tensor, key: int, start: int, amount: float) -> None:
+    signs = rademacher(key, start, weights.numel(), weights.device)
+    weights.copy_(torch.add(weights.float(), signs, alpha=amount))
