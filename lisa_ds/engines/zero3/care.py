@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from lisa_ds.engines.zero3 import compat
 from lisa_ds.errors import EngineError
 from lisa_ds.layers import Unit
+from lisa_ds.ops import Hyper, Segment, SegmentTable
 
 _INF = float("inf")
 
@@ -117,17 +119,68 @@ class Care:
         self._coming = None
 
 
-def check(care: Care, optimizer: Any) -> None:
-    """Refuse what the limiter cannot see.
+class CarefulStage3(DeepSpeedZeroOptimizer_Stage3):
+    """Stage 3 that holds gradients to their units' bounds, if there are bounds; the window is built on it."""
 
-    Raises:
-        EngineError: The loss is scaled by something other than DeepSpeed.
-    """
-    if care.growth_limit is not None and optimizer.torch_autocast_gradscaler is not None:
-        raise EngineError(
-            f"lisa.norm_growth_limit: got {care.growth_limit}, but torch_autocast with float16 scales the loss by a GradScaler of "
-            "its own, so that norms of two steps cannot be compared; use bf16 or DeepSpeed's fp16, or remove the limit"
-        )
+    # Of the window.
+    _care: Care
+    _shown_units: list[Unit]
+    fp32_partitioned_groups_flat: list[Tensor]
+
+    def check_care(self) -> None:
+        """Refuse what the limiter cannot see.
+
+        Raises:
+            EngineError: The loss is scaled by something other than DeepSpeed.
+        """
+        if self._care.growth_limit is not None and self.torch_autocast_gradscaler is not None:
+            raise EngineError(
+                f"lisa.norm_growth_limit: got {self._care.growth_limit}, but torch_autocast with float16 scales the loss by a "
+                "GradScaler of its own, so that norms of two steps cannot be compared; use bf16 or DeepSpeed's fp16, or remove the "
+                "limit"
+            )
+
+    def _get_norm_groups(self) -> list[Any]:
+        """Norms with the loss scale whose squares add up to the whole: of each unit, within its bound, if there are bounds."""
+        stock = super()._get_norm_groups
+        if self._care.growth_limit is None:
+            return list(stock())
+        order, norms = unit_norms(self, self._shown_units, stock)
+        limited = self._care.limit(order, norms / self.loss_scale) * self.loss_scale
+        return list(limited.to(self.device).unbind())
+
+    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
+        """See the base class; also holds the gradient to its unit's bound."""
+        super().unscale_and_clip_grads(sub_group_id, total_norm)
+        factor = self._care.factor(self._shown_units[sub_group_id])
+        gradient = self.fp32_partitioned_groups_flat[sub_group_id].grad
+        if factor is not None and gradient is not None:
+            gradient.mul_(factor.to(gradient.device))
+
+    def launches(self, table: SegmentTable, factor: Tensor, seed: int) -> list[tuple[SegmentTable, Tensor]]:
+        """The launches of a fused step, each with its factor: one, or one for each unit where each has a factor of its own.
+
+        Args:
+            table: Over the whole window.
+            factor: What every gradient is multiplied by.
+            seed: Of stochastic rounding.
+        """
+        if self._care.growth_limit is None:
+            return [(table, factor)]
+        parts: dict[Unit, tuple[list[Segment], list[Hyper]]] = {}
+        units = [
+            unit for unit, group in zip(self._shown_units, self.fp16_groups, strict=True) for _ in range(len(group))
+        ]
+        for unit, segment, hyper in zip(units, table.segments, table.hypers, strict=True):
+            segments, hypers = parts.setdefault(unit, ([], []))
+            segments.append(segment)
+            hypers.append(hyper)
+        found = []
+        for unit, (segments, hypers) in parts.items():
+            own = self._care.factor(unit)
+            assert own is not None
+            found.append((SegmentTable(segments, hypers, seed=seed), factor * own.to(table.device, torch.float32)))
+        return found
 
 
 def holds_own_parts(optimizer: Any) -> bool:

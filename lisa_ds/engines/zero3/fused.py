@@ -21,7 +21,6 @@ from torch import Tensor
 from lisa_ds.engines.zero3 import care, compat, parallel
 from lisa_ds.engines.zero3.window import WindowedStage3
 from lisa_ds.errors import EngineError
-from lisa_ds.layers import Unit
 from lisa_ds.ops import Hyper, Segment, SegmentTable, default_backend, masked_adamw_, sum_of_squares
 from lisa_ds.ops.reference import dequantise_signed, dequantise_unsigned
 from lisa_ds.ops.segments import QUANT_BLOCK
@@ -164,7 +163,7 @@ class FusedStage3(WindowedStage3):
         if not self.offload_optimizer:
             self.zero_grad(set_to_none=True)
         bad = (~norm.isfinite()).float()
-        for part, factor in self._parts(table, self._factor(norm, scale)):
+        for part, factor in self.launches(table, self._factor(norm, scale), self._seed):
             masked_adamw_(part, factor=factor, found_inf=bad)
         self._put_weights_in_place()
         self.overflow = bool(bad)
@@ -253,27 +252,6 @@ class FusedStage3(WindowedStage3):
         # Stage 3 says -1 for a norm that is not finite.
         norms = torch.where(norms < 0, float("inf"), norms)
         return norms.square().sum().sqrt().float()
-
-    def _parts(self, table: SegmentTable, factor: Tensor) -> list[tuple[SegmentTable, Tensor]]:
-        """The launches of a step: one, or one for each unit where each has a factor of its own."""
-        if self._care.growth_limit is None:
-            return [(table, factor)]
-        parts: dict[Unit, tuple[list[Segment], list[Hyper]]] = {}
-        units = itertools.chain.from_iterable(
-            [unit] * len(group) for unit, group in zip(self._shown_units, self.fp16_groups, strict=True)
-        )
-        for unit, segment, hyper in zip(units, table.segments, table.hypers, strict=True):
-            segments, hypers = parts.setdefault(unit, ([], []))
-            segments.append(segment)
-            hypers.append(hyper)
-        found = []
-        for unit, (segments, hypers) in parts.items():
-            own = self._care.factor(unit)
-            assert own is not None
-            found.append(
-                (SegmentTable(segments, hypers, seed=self._seed), factor * own.to(table.device, torch.float32))
-            )
-        return found
 
     def _factor(self, norm: Tensor, scale: float) -> Tensor:
         """What gradients are multiplied by: clip coefficient over loss scale."""

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from lisa_ds.engines.zero3 import care, compat
-from lisa_ds.engines.zero3.care import Care
+from lisa_ds.engines.zero3 import compat
+from lisa_ds.engines.zero3.care import Care, CarefulStage3
 from lisa_ds.errors import CheckpointError, EngineError
 from lisa_ds.layers import ROLES, Unit
 
@@ -49,7 +48,7 @@ class WindowPlan:
     """For what comes in at a switch."""
 
 
-class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
+class WindowedStage3(CarefulStage3):
     """ZeRO-3 whose optimizer state, gradients and fp32 partitions exist for the sampled units only.
 
     Args:
@@ -95,7 +94,7 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
     def _setup_for_real_optimizer(self) -> None:
         """Remember the whole layout, then let the base class allocate state for the first window only."""
         compat.check_attributes(self)
-        care.check(self._care, self)
+        self.check_care()
         self._all = {name: list(getattr(self, name)) for name in compat.SUB_GROUP_LISTS}
         self._param_group_of = dict(self.sub_group_to_group_id)
         self._unit_of_sub_group = [self._plan.unit_of[id(group[0])] for group in self._all["fp16_groups"]]
@@ -268,23 +267,6 @@ class WindowedStage3(DeepSpeedZeroOptimizer_Stage3):
         """Note that a step was taken, not skipped."""
         self._lr_scales_of_step = [self._lr_scale(position) for position in range(len(self.fp16_groups))]
         self._care.stepped()
-
-    def _get_norm_groups(self) -> list[Any]:
-        """Norms with the loss scale whose squares add up to the whole: of each unit, within its bound, if there are bounds."""
-        stock = super()._get_norm_groups
-        if self._care.growth_limit is None:
-            return list(stock())
-        order, norms = care.unit_norms(self, self._shown_units, stock)
-        limited = self._care.limit(order, norms / self.loss_scale) * self.loss_scale
-        return list(limited.to(self.device).unbind())
-
-    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
-        """See the base class; also holds the gradient to its unit's bound."""
-        super().unscale_and_clip_grads(sub_group_id, total_norm)
-        factor = self._care.factor(self._shown_units[sub_group_id])
-        gradient = self.fp32_partitioned_groups_flat[sub_group_id].grad
-        if factor is not None and gradient is not None:
-            gradient.mul_(factor.to(gradient.device))
 
     def _lr_scale(self, sub_group_id: int) -> float:
         unit = self._shown_units[sub_group_id]
