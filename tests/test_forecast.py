@@ -17,7 +17,7 @@ from lisa_ds.cli import main
 from lisa_ds.config import LisaConfig, load_config
 from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.integrations import hf
-from lisa_ds.memory import Architecture, Forecast, RunSettings, advice, catalogue, forecast, settings
+from lisa_ds.memory import Architecture, Forecast, RunSettings, advice, catalogue, forecast, residents, settings
 from lisa_ds.memory.gather import Coordinator, GatherSettings
 from lisa_ds.memory.ledger import Ledger
 from lisa_ds.report import plan
@@ -127,6 +127,33 @@ def test_what_saves_memory_does() -> None:
     assert (
         of("Llama-3.1-8B", method="lora").peak < base.peak
     )  # with 128k tokens, embeddings and head outweigh two layers
+
+
+def test_roles_that_come_and_go_are_planned_for_with_their_way_in() -> None:
+    name = "Llama-3.1-8B"
+    always, at_times = of(name), of(name, lisa={"embeddings": "sampled", "lm_head": {"every": 3}})
+    for phase in ("forward", "backward", "step"):
+        assert at_times.phases[phase] == always.phases[phase]  # an interval may have all of them
+    shape = Architecture.from_config(catalogue.require(name)).shape
+    # A switch drops their moments, and copies a unit to fp32 that may be the embeddings.
+    run = RunSettings(world_size=1, lisa=LisaConfig.load({"embeddings": "sampled"}))
+    held = residents.of(Architecture.from_config(catalogue.require(name)), run, None)
+    assert held.switched == sum(shape.embeddings) > sum(shape.layers[0])
+    assert held.always_moments == 8 * (sum(shape.lm_head) + sum(shape.rest))
+    steady = residents.of(Architecture.from_config(catalogue.require(name)), replace(run, lisa=LisaConfig()), None)
+    assert steady.switched == sum(shape.layers[0])
+
+
+def test_an_interval_without_embeddings_is_planned_like_frozen_ones() -> None:
+    architecture = Architecture.from_config(catalogue.require("Llama-3.1-8B"))
+    at_times = RunSettings(world_size=2, lisa=LisaConfig.load({"embeddings": {"every": 2}}))
+    never = replace(at_times, lisa=LisaConfig.load({"embeddings": "never"}))
+    out = forecast(architecture, at_times, sampled=[30, 31], roles=("lm_head", "rest")).phases
+    frozen = forecast(architecture, never, sampled=[30, 31]).phases
+    assert {phase: out[phase] for phase in ("forward", "backward", "step")} == {
+        phase: frozen[phase] for phase in ("forward", "backward", "step")
+    }
+    assert sum(out["backward"].values()) < forecast(architecture, at_times, sampled=[30, 31]).peak
 
 
 @pytest.mark.parametrize("name", sorted(catalogue.CATALOGUE))
@@ -302,6 +329,24 @@ def test_text_json_and_figure_tell_the_same(tmp_path: Path, capsys: pytest.Captu
     assert set(told["methods"]) == {"lisa", "full", "lora", "galore"}
     for method in told["methods"].values():
         assert max(sum(parts.values()) for parts in method["phases"].values()) == method["peak"]
+
+
+@pytest.mark.parametrize(
+    ("model", "lisa", "said"),
+    [
+        ("Llama-3.1-8B", {}, "2 layers at a time and embeddings, lm_head, rest"),
+        (
+            "Llama-3.1-8B",
+            {"embeddings": {"every": 3}, "lm_head": "sampled", "rest": "never"},
+            "2 layers at a time and embeddings ({every: 3}), lm_head (sampled)",
+        ),
+        ("Llama-3.2-1B", {"embeddings": "sampled"}, "2 layers at a time and embeddings (sampled), rest"),  # tied
+    ],
+)
+def test_the_text_says_which_roles_train_when(model: str, lisa: dict[str, Any], said: str) -> None:
+    architecture = Architecture.from_config(catalogue.require(model))
+    report = plan.make(model, architecture, RunSettings(world_size=1, lisa=LisaConfig.load(lisa)), None)
+    assert any(line.endswith(f"LISA: {said}") for line in plan.lines(report))
 
 
 def test_a_run_that_does_not_fit_has_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lisa_ds import records
-from lisa_ds.config import LisaConfig
 from lisa_ds.engines.zero3.fragments import read_weights
 from lisa_ds.errors import CheckpointError
 from lisa_ds.memory import Precision, state_bytes
@@ -32,6 +31,7 @@ pytestmark = pytest.mark.multirank
 
 RANKS, SHARING = 4, 2
 NEVER = {"embeddings": "never"}
+CARE = {"embeddings": {"every": 2}, "lm_head": {"every": 3}, "rewarm_steps": 3, "norm_growth_limit": 1.02}
 TWO = {"heads": 2, "autotp": SHARING}
 
 
@@ -46,6 +46,7 @@ AUTOTP = [
     case("autotp_non_reentrant_offload", checkpointing="non_reentrant", offload=True, accumulation=2, **TWO),
     case("autotp_frozen_embeddings_reentrant", checkpointing="reentrant", lisa=NEVER, **TWO),
     case("autotp_tied", tied=True, **TWO),
+    case("autotp_with_care", lisa=CARE, fresh=True, checkpointing="reentrant", **TWO),
 ]
 SHARED = [
     Shared(case("mpu")),
@@ -115,24 +116,18 @@ def test_ranks_agree_on_draws_and_frozen_partitions_keep_every_bit(runs: Any, na
 
 @pytest.mark.parametrize("case", [*AUTOTP, *(run.case for run in SHARED), *SEQUENCES], ids=lambda case: case.name)
 def test_live_bytes_equal_the_planner_and_the_formula(runs: Any, case: Case) -> None:
-    config = LisaConfig.load(case.lisa_config)
-    never = {role for role in ("embeddings", "lm_head", "rest") if case.lisa.get(role) == "never"}
     for rank in runs:
         extra = rank[case.name].extra
         for step, seen in enumerate(extra["reports"]):
             if step % case.interval_steps == 0:  # the moments of a fresh layer come with its first step
                 continue
-            report, sampled = seen["report"], seen["layers"]
-            partition = sum(
-                -(-numel // ranks)
-                for unit, numel, ranks in extra["parts"]
-                if unit not in never and (isinstance(unit, str) or unit in sampled)
-            )
+            report, sampled, roles = seen["report"], seen["layers"], seen["roles"]
+            partition = sum(-(-numel // ranks) for unit, numel, ranks in extra["parts"] if unit in (*sampled, *roles))
             assert report["master"] + report["exp_avg"] + report["exp_avg_sq"] == 12 * partition
             assert report["weights"] == 4 * sum(-(-numel // ranks) for _, numel, ranks in extra["parts"])
             precision = Precision(4, 4, report["buckets"], offload_optimizer=case.offload)
             assert report == state_bytes(
-                extra["shape"], sampled=sampled, world_size=extra["ranks"], config=config, precision=precision
+                extra["shape"], sampled=sampled, roles=roles, world_size=extra["ranks"], precision=precision
             )
 
 
