@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,30 @@ SWITCHES = 100
 
 def test_memory_is_flat_over_a_hundred_switches(tmp_path: Path) -> None:
     case = Case("flat", interval_steps=1, width=4)  # wide, so that a leaked state would be seen in the resident bytes
-    for seen in run_ranks(2, run_many_switches, tmp_path, case, SWITCHES, timeout_s=240):
-        assert seen[-1]["switches"] == SWITCHES + 1
-        assert len({step["layers"] for step in seen}) > 5
-        warm = seen[4:]
-        assert len({step["hooks"] for step in warm}) == 1
-        kinds = [{k: v for k, v in step["report"].items() if "exp_avg" not in k} for step in seen]
-        assert all(kind == kinds[0] for kind in kinds)
-        # A block drawn twice in a row keeps its two moments and its step count; nothing else may come or go.
-        assert len({step["tensors"] - 3 * step["states"] for step in warm}) == 1
-        resident = [step["resident"] for step in warm]
-        assert resident[-1] - resident[0] < 8 * 2**20
+    # Looked at after each fifth step: with the embeddings and without, with the head and without.
+    comes_and_goes = {"embeddings": {"every": 2}, "lm_head": {"every": 3}, "rewarm_steps": 3, "norm_growth_limit": 1.1}
+    cases = [(case, SWITCHES), (replace(case, name="roles", lisa=comes_and_goes), SWITCHES // 2)]
+    for seen_by_case in run_ranks(2, run_many_switches, tmp_path, cases, timeout_s=360):
+        for (_, switches), seen in zip(cases, seen_by_case, strict=True):
+            assert seen[-1]["switches"] == switches + 1
+            assert len({step["layers"] for step in seen}) > 5
+            warm = seen[4:]
+            assert len({step["hooks"] for step in warm}) == 1
+            present = {step["roles"] for step in seen}
+            assert len(present) == (1 if switches == SWITCHES else 4)
+            for roles in present:
+                alike = [step for step in seen if step["roles"] == roles]
+                kinds = [{k: v for k, v in step["report"].items() if "exp_avg" not in k} for step in alike]
+                assert all(kind == kinds[0] for kind in kinds)
+                # A unit drawn twice in a row keeps its two moments and its step count, and the norm of its gradient; nothing
+                # else may come or go.
+                assert len({_others(step) for step in alike if step in warm}) <= 1
+            resident = [step["resident"] for step in warm]
+            assert resident[-1] - resident[0] < 8 * 2**20
+
+
+def _others(step: dict[str, Any]) -> int:
+    return int(step["tensors"] - 3 * step["states"] - step["norms"])
 
 
 @pytest.fixture(scope="module")

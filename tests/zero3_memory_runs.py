@@ -22,9 +22,13 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def run_many_switches(case: Case, switches: int) -> list[dict[str, Any]]:
-    """Train one step, switch, and so on; what is alive after each fifth switch."""
+def run_many_switches(cases: list[tuple[Case, int]]) -> list[list[dict[str, Any]]]:
+    """For each case and number of switches: train one step, switch, and so on; what is alive after each fifth switch."""
     deepspeed.init_distributed(dist_backend="gloo")
+    return [_many_switches(case, switches) for case, switches in cases]
+
+
+def _many_switches(case: Case, switches: int) -> list[dict[str, Any]]:
     engine = build_engine(case)
     rank = dist.get_rank()
     rows = next(trajectory.micro_batches(case, dist.get_world_size()))[0][rank * MICRO_BATCH : (rank + 1) * MICRO_BATCH]
@@ -46,9 +50,12 @@ def run_many_switches(case: Case, switches: int) -> list[dict[str, Any]]:
                 "tensors": sum(1 for thing in gc.get_objects() if isinstance(thing, Tensor)),
                 "states": len(engine.optimizer.optimizer.state),
                 "layers": engine.sampled_layers,
+                "roles": engine.sampled_roles,
+                "norms": len(engine.optimizer._care.state_dict()["norms"]),
                 "switches": len(engine.layer_history) - 1,
             }
         )
+    engine.destroy()
     return seen
 
 
