@@ -37,7 +37,7 @@ def build_stock(case: Case) -> Any:
 
 
 def run(case: Case, engine: Any) -> list[dict[str, Any]]:
-    """For each applied step, what was read and what it should be; gradients are averaged over an interval."""
+    """For each whole interval, what was read and what it should be."""
     stack = LayerStack.from_model(engine.module)
     watched = statistics.watch(engine.optimizer, stack)
     assert statistics.watch(engine.optimizer, stack) is watched
@@ -47,37 +47,42 @@ def run(case: Case, engine: Any) -> list[dict[str, Any]]:
     before: dict[str, Tensor] = {}
     readings: list[dict[str, Any]] = []
 
+    def ends_interval() -> bool:
+        return bool(getattr(engine, "ends_interval", (watched.applied + 1) % case.interval_steps == 0))
+
     def on_step(step: int) -> None:
         scale = engine.optimizer.loss_scale
         gradients = {n: safe_get_full_grad(p) for n, p in trained(engine).items()}
         squares.append(by_unit(unit_of, {n: (g.double() / scale).square().sum().item() for n, g in gradients.items()}))
-        before.clear()
-        before.update({n: safe_get_full_fp32_param(p).double() for n, p in trained(engine).items()})
+        if ends_interval():
+            before.update({n: safe_get_full_fp32_param(p).double() for n, p in trained(engine).items()})
 
     def after_step() -> None:
         nonlocal mark
+        if not before:
+            return
         norms = watched.read(mark)
         weights = {n: gathered(p) for n, p in engine.module.named_parameters()}
         after = {n: safe_get_full_fp32_param(p).double() for n, p in trained(engine).items()}
         moved = {n: (after[n] - before[n]).square().sum().item() for n in after}
         formula = {n: update_square(engine, n, p, before[n]) for n, p in trained(engine).items()}
         units = set().union(*squares)
+        means = {u: (sum(t[u] for t in squares if u in t) / sum(u in t for t in squares)) ** 0.5 for u in units}
         readings.append(
             {
                 "read": (norms.weight, norms.gradient, norms.update),
                 "weight": rooted(by_unit(unit_of, {n: w.double().square().sum().item() for n, w in weights.items()})),
-                "gradient": {
-                    u: (sum(t[u] for t in squares if u in t) / sum(u in t for t in squares)) ** 0.5 for u in units
-                },
+                "gradient": means,
                 "update": rooted(by_unit(unit_of, formula)),
                 "moved": rooted(by_unit(unit_of, moved)),
+                "last_gradient": rooted(squares[-1]),
                 "trained": set(watched.trained(mark)),
                 "blocks": statistics.block_norms(watched.gradient_norms(mark), trajectory.LAYERS),
             }
         )
-        if getattr(engine, "ends_interval", len(readings) % case.interval_steps == 0):
-            mark = watched.mark()
-            squares.clear()
+        mark = watched.mark()
+        squares.clear()
+        before.clear()
 
     watched.after_step.append(after_step)
     loop(engine, case, on_step, forget=squares)
@@ -144,3 +149,26 @@ def by_unit(unit_of: dict[str, Any], values: dict[str, float]) -> Table:
 
 def rooted(table: Table) -> Table:
     return {unit: None if value is None else value**0.5 for unit, value in table.items()}
+
+
+def with_shared_layers() -> dict[str, Any]:
+    """Two ranks that hold a part of most weights and a copy of the others: what counts twice, and what once."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    case = Case("shared", autotp=2, heads=2, clip=0.0, steps=1, interval_steps=1000)
+    engine = zero3_runs.build_engine(case)
+    stack = LayerStack.from_model(engine.module)
+    unit_of = trajectory.units(engine.module)
+    watched = statistics.watch(engine.optimizer, stack)
+    mark, found = watched.mark(), []
+    before = {n: p.clone() for n, p in zero3_runs.full_parameters(engine).items()}
+    watched.after_step.append(lambda: found.append(watched.read(mark)))
+    zero3_runs.train(engine, case)
+    after = zero3_runs.full_parameters(engine)
+    return {
+        "norms": (found[0].weight, found[0].gradient, found[0].update),
+        "weight": rooted(by_unit(unit_of, {n: float(p.double().square().sum()) for n, p in after.items()})),
+        "grad_norm": float(engine.get_global_grad_norm()),
+        "moved": rooted(
+            by_unit(unit_of, {n: float((p - before[n]).double().square().sum()) for n, p in after.items()})
+        ),
+    }
