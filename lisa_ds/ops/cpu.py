@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +54,16 @@ def sum_of_squares(table: SegmentTable) -> Tensor:
         table.addresses, len(table.numels), TYPE_CODES[table.layout.grad], torch.get_num_threads()
     )
     return torch.tensor(total, dtype=torch.float64)
+
+
+def squares_of(tensors: Sequence[Tensor]) -> float:
+    """Sum of the squares of all ``tensors``: of one type (bfloat16, float16 or float32), contiguous, on the CPU."""
+    _load()
+    rows = [[0, tensor.data_ptr(), *[0] * 6, tensor.numel(), *[0] * 3] for tensor in tensors]
+    total: float = torch.ops.lisa_ds.sum_of_squares(
+        torch.tensor(rows), len(rows), TYPE_CODES[tensors[0].dtype], torch.get_num_threads()
+    )
+    return total
 
 
 _loaded: list[bytes] = []  # a second library would register the same operators, which ends the process

@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lisa_ds.ops import cpu, unavailable
+from lisa_ds.ops.segments import TYPE_CODES
 from lisa_ds.optim import MaskedAdamW
 
-_NORM_CHUNK = 2**20  # elements that are added up in fp32; their sums are added up in fp64
+# Elements that torch adds up in fp32; their sums are added up in fp64. On the CPU it adds in few lanes, and loses digits sooner.
+_NORM_CHUNK = {"cpu": 2**14}
+_NORM_CHUNK_ELSEWHERE = 2**20
 _UPDATE_CHUNK = 2**18  # elements of an update that exist at a time; a multiple of the 256 that share a scale
 
 _DEEPSPEED_ADAMS = ("FusedAdam", "DeepSpeedCPUAdam")
@@ -52,23 +56,37 @@ class UnitSquares:
     @torch.no_grad()
     def of(self, parts: Sequence[Part]) -> Tensor:
         """The sums over ``parts``: ``(num_units,)``, fp64. The host does not wait for the device."""
+        on_host: list[Part] = []
         by_kind: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[tuple[int, float]]]] = {}
         for part in parts:
             if not part.values.numel():
                 continue
+            if _takes_kernel(part.values):
+                on_host.append(part)
+                continue
             tensors, places = by_kind.setdefault((part.values.device, part.values.dtype), ([], []))
-            for chunk in torch.split(part.values.detach().reshape(-1), _NORM_CHUNK):
+            size = _NORM_CHUNK.get(part.values.device.type, _NORM_CHUNK_ELSEWHERE)
+            for chunk in torch.split(part.values.detach().reshape(-1), size):
                 tensors.append(chunk)
                 places.append((part.unit, part.share))
+        total = self._by_kernel(on_host) if on_host else self.zeros()
+        if not by_kind:
+            return total
         norms = [
-            torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).to(self.device)
-            for tensors, _ in by_kind.values()
+            torch.stack(torch._foreach_norm(tensors, 2, torch.promote_types(dtype, torch.float32))).to(self.device)
+            for (_, dtype), (tensors, _) in by_kind.items()
         ]
-        return (
-            self.summed(torch.cat(norms), [p for _, places in by_kind.values() for p in places])
-            if norms
-            else self.zeros()
-        )
+        return total + self.summed(torch.cat(norms), [place for _, places in by_kind.values() for place in places])
+
+    def _by_kernel(self, parts: Sequence[Part]) -> Tensor:
+        groups: dict[tuple[int, float, torch.dtype], list[Tensor]] = {}
+        for part in parts:
+            key = (part.unit, part.share, part.values.dtype)
+            groups.setdefault(key, []).append(part.values.detach().contiguous())
+        totals = [0.0] * self._num_units
+        for (unit, share, _), tensors in groups.items():
+            totals[unit] += share * cpu.squares_of(tensors)
+        return torch.tensor(totals, dtype=torch.float64).to(self.device, non_blocking=True)
 
     def summed(self, norms: Tensor, places: Sequence[tuple[int, float]]) -> Tensor:
         """The sums of the squares of ``norms``, ``(n,)``, whose units and shares are in ``places``."""
@@ -82,6 +100,11 @@ class UnitSquares:
             )
         _, index, share = self._places
         return self.zeros().index_add_(0, index, norms.double().square_() * share)
+
+
+def _takes_kernel(values: Tensor) -> bool:
+    # On the CPU torch widens 16-bit numbers in memory first, which takes several times as long.
+    return values.device.type == "cpu" and values.dtype in TYPE_CODES and unavailable("cpu") is None
 
 
 @dataclass(frozen=True)
@@ -154,5 +177,5 @@ def update_square(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Ada
         if decay:
             # w_before = (w_after + u) / (1 - decay), and u + decay * w_before is the update
             update.add_(after.float(), alpha=decay).div_(1 - decay)
-        total += update.norm().double().square()
+        total += update.square_().sum()  # pairwise, where norm() would lose digits on the CPU
     return total

@@ -1,0 +1,72 @@
+"""Norms of many tensors by unit, and of an update from what it has left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lisa_ds.engines.zero3 import norms
+from lisa_ds.engines.zero3.norms import Part, UnitSquares, adam_step, update_square
+
+TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_squares_are_added_up_by_unit_and_share(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Odd sizes, a size beyond a chunk, nothing at all, and every type a model may be of."""
+    if not kernel:  # as on a device, or without a compiler
+        monkeypatch.setattr(norms, "_takes_kernel", lambda values: False)
+    torch.manual_seed(0)
+    parts, expected = [], torch.zeros(3, dtype=torch.float64)
+    for i, (dtype, shape) in enumerate((d, s) for d in TYPES for s in ((1,), (255, 3), (0,), (2**20 + 1,))):
+        part = Part(torch.randn(shape).to(dtype), unit=i % 3, share=1.0 if i % 2 else 0.5)
+        parts.append(part)
+        expected[part.unit] += part.share * part.values.double().square().sum()
+    sums = UnitSquares(3, "cpu")
+    for _ in range(2):
+        assert sums.of(parts) == pytest.approx(expected, rel=5e-6)
+    assert sums.of(parts[:1]) == pytest.approx([0.5 * parts[0].values.double().square().item(), 0, 0], rel=1e-6)
+    assert sums.of([]).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.AdamW, {"weight_decay": 0.3}),
+        (torch.optim.AdamW, {"weight_decay": 0.0}),
+        (torch.optim.Adam, {"weight_decay": 0.3}),  # whose decay is in the moments
+        (torch.optim.Adam, {"weight_decay": 0.3, "decoupled_weight_decay": True}),
+    ],
+)
+def test_an_update_is_what_the_optimizer_did(kind: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(300_001, dtype=torch.float64))  # more than is worked on at a time
+    optimizer = kind([weight], lr=1e-2, eps=1e-4, **options)
+    for _ in range(3):
+        weight.grad = torch.randn_like(weight)
+        before = weight.detach().clone()
+        optimizer.step()
+        state = optimizer.state[weight]
+        step = adam_step(optimizer, optimizer.param_groups[0], state)
+        assert step is not None
+        square = update_square(weight, state["exp_avg"], state["exp_avg_sq"], step)
+        assert square.item() == pytest.approx((weight - before).square().sum().item(), rel=1e-5)
+
+
+class OwnStep(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(torch.optim.SGD, {}), (torch.optim.NAdam, {}), (OwnStep, {}), (torch.optim.AdamW, {"amsgrad": True})],
+)
+def test_another_optimizer_s_update_is_not_guessed(kind: Any, options: dict[str, Any]) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = kind([weight], lr=1e-2, **options)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert adam_step(optimizer, optimizer.param_groups[0], optimizer.state[weight]) is None
