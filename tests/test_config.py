@@ -165,6 +165,14 @@ def test_the_lisa_section_is_read_alone_or_from_a_whole_run(file: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "when"), [("", "interval"), ("on", "interval"), ("off", "off"), ("'off'", "off"), ("5", 5)]
+)
+def test_statistics_may_be_switched_off_as_yaml_spells_it(file: Path, text: str, when: str | int) -> None:
+    file.write_text(RUN + (f"statistics: {text}" if text else ""))
+    assert load_config(file).statistics == when
+
+
 def test_overrides_are_yaml_and_know_scientific_notation(file: Path) -> None:
     file.write_text(RUN + "training: {learning_rate: 2e-5, bf16: true}\nlisa:\n")
     config = load_config(
@@ -211,6 +219,11 @@ def test_a_mistake_of_the_command_line_is_named_so(file: Path, override: str, me
         (RUN + "training: 3", "run.yaml: training: should be a valid dictionary, got 3"),
         (RUN + "method: lora", "run.yaml: method: not built yet, arrives with the comparison of methods, got 'lora'"),
         (RUN + "deepspeed: 3", "run.yaml: deepspeed: should be the path of a DeepSpeed config or its keys, got 3"),
+        (
+            RUN + "statistics: often",
+            "run.yaml: statistics: should be off, interval or a number of steps, 1 or more, got 'often'",
+        ),
+        (RUN + "statistics: 0", "run.yaml: statistics: should be off, interval or a number of steps, 1 or more, got 0"),
         (RUN + "lisa: {packing: true}", "run.yaml: lisa.packing: unknown key, got True; did you mean 'data.packing'?"),
         (RUN + "lisa: {lr: 1}", "run.yaml: lisa.lr: unknown key, got 1; did you mean 'training.learning_rate'?"),
         (

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lisa_ds.cli import main
 from lisa_ds.errors import DataError
 from lisa_ds.sampling import statistics
 from lisa_ds.sampling.statistics import History, Recording, Start, Writer
@@ -168,6 +169,22 @@ def test_what_cannot_be_read_is_refused_by_name(plain: tuple[Path, dict[str, Any
     assert plain[1]["refused"].startswith(
         "LayerStatistics: reads ZeRO-3's partitions, but the trainer's DeepSpeed config"
     )
+
+
+def test_the_report_is_of_what_was_recorded(
+    plain: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Full, LoRA and DoRA (whose weights are not known) beside each other, and a model whose head is tied."""
+    pytest.importorskip("matplotlib")
+    runs = [plain[0] / name for name in ("full", "lora", "dora", "unclipped")]
+    assert main(["report", "layers", *map(str, runs), "--out", str(tmp_path)]) == 0
+    table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    for place, run in ((1, runs[0]), (4, runs[1])):
+        norms = [line.weight_norm["2"] for line in statistics.read(run).recordings]
+        assert float(table["2"][place]) == pytest.approx(sum(norms) / 4, rel=1e-3)
+    assert table["2"][7] == "-"
+    assert table["lm_head"][10:] == ["-", "-", "-"]
+    assert [path.name for path in tmp_path.glob("*.png")] == ["weight_norms.png"]
 
 
 @pytest.mark.parametrize("every", [0, True, "often", 1.5])

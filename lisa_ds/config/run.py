@@ -23,12 +23,12 @@ def _path_or_keys(value: Any) -> Any:
 
 
 def _statistics(value: Any) -> Any:
-    if value is False:  # what YAML makes of a bare `off`
-        return "off"
+    if isinstance(value, bool):  # what YAML makes of a bare `off` or `on`
+        return "interval" if value else "off"
     if value in ("off", "interval") and isinstance(value, str):
         return value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise mistake("should be off, interval, or a number of optimizer steps, 1 or more")
+    if not isinstance(value, int) or value < 1:
+        raise mistake("should be off, interval or a number of steps, 1 or more")
     return value
 
 
