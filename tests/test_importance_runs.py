@@ -39,7 +39,7 @@ def write_classifier(folder: Path) -> Path:
     bert.save_pretrained(folder / "bert")
     tiny.tokenizer().save_pretrained(folder / "bert")
     tiny.write_rows(
-        folder / "labelled.jsonl", lambda i: {"text": "even " * 3 if i % 2 else "odd " * 3, "label": i % 2}, 64
+        folder / "labelled.jsonl", lambda i: {"text": ("even " if i % 2 else "odd ") * 3 + str(i), "label": i % 2}, 64
     )
     return folder
 

@@ -143,11 +143,16 @@ def run_mistakes() -> dict[str, str]:
     except LisaError as error:
         found["scores differ"] = str(error)
     engine.destroy()
+    model = trajectory.build_model()
     try:
         lisa_ds.initialize(
-            model=trajectory.build_model(),
-            optimizer=torch.optim.SGD(trajectory.build_model().parameters(), lr=1.0),
-            config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}},
+            model=model,
+            optimizer=torch.optim.AdamW(model.parameters()),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_allow_untested_optimizer": True,
+                "zero_optimization": {"stage": 3},
+            },
             lisa_config={"sampler": "grad_norm"},
         )
     except LisaError as error:
