@@ -104,6 +104,7 @@ def measure(run: Run) -> dict[str, Any]:
 
     import lisa_ds
     from benchmarks.live_bytes import LiveBytes
+    from lisa_ds.engines.zero3 import scores
     from lisa_ds.engines.zero3.live import memory_report
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
@@ -117,6 +118,11 @@ def measure(run: Run) -> dict[str, Any]:
     }
     model_config = AutoConfig.for_model(**run.config, use_cache=False)
     live = LiveBytes()
+    ids = torch.randint(0, run.config["vocab_size"], (run.batch, run.sequence))
+
+    def calibration(module: Any) -> Any:
+        yield module(input_ids=ids, labels=ids).loss
+
     with live:
         with deepspeed.zero.Init(config_dict_or_path=config):
             model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16 if run.bf16 else torch.float32)
@@ -127,13 +133,16 @@ def measure(run: Run) -> dict[str, Any]:
         with live.phase("init"):
             if run.method == "lisa":
                 engine, *_ = lisa_ds.initialize(
-                    model=model, optimizer=optimizer, config=config, lisa_config=run.lisa_config
+                    model=model,
+                    optimizer=optimizer,
+                    config=config,
+                    lisa_config=run.lisa_config,
+                    calibration=calibration,
                 )
             else:
                 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if run.method == "lisa":
             _follow_switch(engine, live)
-        ids = torch.randint(0, run.config["vocab_size"], (run.batch, run.sequence))
         sampled: tuple[int, ...] = ()
         state: dict[str, int] = {}
         for step in range(STEPS):
@@ -149,6 +158,9 @@ def measure(run: Run) -> dict[str, Any]:
                 engine.step()
             if step == 1:
                 state = memory_report(engine.optimizer, engine.module.parameters())
+            if step == 1 and run.lisa_config.sampler.calibrates:
+                with live.phase("scores"):
+                    scores.measure(engine, run.lisa_config, calibration)
     return {
         "peaks": {phase: peak for phase, peak in live.peaks.items() if phase != "-"},
         "state": state,
@@ -160,9 +172,9 @@ def measure(run: Run) -> dict[str, Any]:
 def _follow_switch(engine: Any, live: Any) -> None:
     switch = engine.optimizer.switch
 
-    def followed(layers: Any) -> None:
+    def followed(*units: Any) -> None:
         with live.phase("switch"):
-            switch(layers)
+            switch(*units)
 
     engine.optimizer.switch = followed
 

@@ -28,9 +28,21 @@ from tests.ranks import run_ranks
 SMALL = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL |= {"model_type": "llama", "num_hidden_layers": 5, "vocab_size": 512}
 LIVE = [
-    plan_accuracy.Run("tied", SMALL | {"tie_word_embeddings": True}, 2, batch=2, sequence=64),
     plan_accuracy.Run(
-        "checkpointing, embeddings never", SMALL, 2, sequence=128, checkpointing=True, lisa={"embeddings": "never"}
+        "tied",
+        SMALL | {"tie_word_embeddings": True},
+        2,
+        batch=2,
+        sequence=64,
+        lisa={"sampler": {"name": "grad_norm", "score": "mean"}},
+    ),
+    plan_accuracy.Run(
+        "checkpointing, embeddings never",
+        SMALL,
+        2,
+        sequence=128,
+        checkpointing=True,
+        lisa={"embeddings": "never", "sampler": {"name": "grad_norm", "probe_blocks": 2}},
     ),
     plan_accuracy.Run(
         "nothing held",
@@ -69,9 +81,12 @@ def test_state_is_exact_and_peaks_are_within_five_percent_of_live_tensors(
     phases, state = plan_accuracy.planned(run, tuple(seen["sampled"]))
     assert seen["state"] == state
     peaks = seen["peaks"]
-    assert max(phases[phase] for phase in peaks) == pytest.approx(max(peaks.values()), rel=0.05)
+    training = peaks.keys() - {"scores"}
+    assert max(phases[phase] for phase in training) == pytest.approx(max(peaks[p] for p in training), rel=0.05)
     for phase in ("forward", "backward"):
         assert phases[phase] == pytest.approx(peaks[phase], rel=0.05), phase
+    if "scores" in peaks:  # planned from above: small weights count as if they were whole all the time
+        assert peaks["scores"] <= phases["scores"] <= 1.25 * peaks["scores"]
 
 
 @pytest.mark.multirank

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lisa_ds.config import LisaConfig
 from lisa_ds.memory import other_methods, residents
 from lisa_ds.memory.architectures import Architecture
 from lisa_ds.memory.gather import GatherSettings
+from lisa_ds.memory.probe import probe_bytes
 from lisa_ds.memory.state import ModelShape, default_bucket
 from lisa_ds.memory.step import StepSettings, step_peaks
 
@@ -147,12 +148,36 @@ def forecast(
         "backward": _add(state, peaks.backward),
         "step": _add(state, small, {"scratch": cast}),
     }
+    if run.method == "lisa" and run.lisa.sampler.calibrates:
+        phases["scores"] = _add(state, *_scoring(architecture, run, settings))
     if run.method == "lisa":
         phases["switch"] = max((phases["step"], _switch(state, small, held, run)), key=_total)
     gathered = held.largest_parameter * run.width if run.world_size > 1 else 0
     phases["export"] = _add(state, small, {"gathered": gathered})
     host["export on rank 0"] = run.width * whole.num_parameters
     return Forecast({name: _tidy(parts) for name, parts in phases.items()}, {k: v for k, v in host.items() if v})
+
+
+def _scoring(
+    architecture: Architecture, run: RunSettings, settings: StepSettings
+) -> tuple[dict[str, int], dict[str, int]]:
+    """What scoring all blocks by their gradients takes: a backward pass of those scored together, and what it keeps."""
+    chosen = run.lisa.sampler
+    kind = chosen.score if chosen.name == "grad_norm" else chosen.estimator
+    count = len(architecture.shape.layers)
+    together = min(chosen.probe_blocks, count) if kind in ("accumulated", "hutchinson") else count
+    rows = run.sequence if kind == "empirical" else run.tokens
+    # Gradients are taken one by one, and no bucket is filled; from the lowest blocks backward has the longest way. ZeRO-3 does not
+    # know the order of such a pass, so it fetches nothing ahead and holds nothing back.
+    alone = replace(settings.gather, prefetch_bucket_size=0, max_reuse_distance=0)
+    peaks = step_peaks(
+        architecture, replace(settings, tokens=rows, bucket_size=0, gather=alone), sampled=range(together), roles=()
+    ).backward
+    own = {part: size for part, size in peaks.items() if part != "gradients in flight"}
+    kept = probe_bytes(
+        architecture.shape, kind=kind, probe_blocks=together, world_size=run.world_size, weight_bytes=run.width
+    )
+    return own, {"scratch": kept}
 
 
 def bucket_elements(shape: ModelShape, run: RunSettings) -> int:
