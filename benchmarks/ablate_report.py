@@ -301,6 +301,7 @@ def draw(found: Sequence[Record], path: Path) -> None:
         axes.invert_yaxis()
         axes.set_xlabel("held-out loss minus the base's (nats per token)")
         axes.grid(alpha=0.3)
+        axes.locator_params(axis="x", nbins=6)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
