@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -98,6 +99,9 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _profile(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.lisa_config, arguments.overrides)
     environment.fill()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if os.environ["RANK"] == "0":
+        logging.getLogger("lisa_ds.scores").setLevel(logging.INFO)  # how far it is
 
     from lisa_ds.train.profile import profile
 

@@ -44,6 +44,7 @@ class LayerStatistics(TrainerCallback):
         every: ``interval``: at the end of each of LISA's intervals, without LISA every 20 steps. Or a number of steps.
         method: What the run is called in reports; None for ``lisa``, ``lora`` or ``full``, as it is found.
         layers_path: As in the LISA section.
+        model: What the file calls the model; by default, what it was loaded from.
         settings: What else there is to say about the run; kept in the file as it is.
 
     Example::
@@ -61,6 +62,7 @@ class LayerStatistics(TrainerCallback):
         every: Literal["interval"] | int = "interval",
         method: str | None = None,
         layers_path: str = "auto",
+        model: str | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         if every != "interval" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
@@ -68,7 +70,7 @@ class LayerStatistics(TrainerCallback):
         self._trainer = trainer
         self._path = Path(path if path is not None else Path(trainer.args.output_dir) / statistics.FILE_NAME)
         self._every, self._method, self._layers_path = every, method, layers_path
-        self._settings = dict(settings or {})
+        self._model, self._settings = model, dict(settings or {})
         self._reader: _Reader | None = None
         self._writer: statistics.Writer | None = None
         self._last = 0  # step of the last recording
@@ -116,7 +118,7 @@ class LayerStatistics(TrainerCallback):
         start = statistics.Start(
             step=step,
             method=self._method or found,
-            model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+            model=self._model or str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
             units=tuple(str(unit) for unit in units_of(stack)),
             tied=stack.tied,
             settings={**{key: getattr(args, key) for key in kept}, "world_size": args.world_size, **self._settings},

@@ -104,3 +104,5 @@ def _prepare_environment() -> None:
     if os.environ["RANK"] != "0":
         warnings.simplefilter("ignore")
         logging.getLogger("lisa_ds").setLevel(logging.ERROR)
+    else:
+        logging.getLogger("lisa_ds.scores").setLevel(logging.INFO)

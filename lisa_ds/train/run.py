@@ -130,7 +130,12 @@ def _layer_statistics(config: RunConfig, trainer: LabelLogitsTrainer) -> LayerSt
     settings: dict[str, Any] = {"lisa": config.lisa.model_dump(mode="json")} if config.method == "lisa" else {}
     every: Any = config.statistics
     return LayerStatistics(
-        trainer, every=every, method=config.method, layers_path=config.lisa.layers_path, settings=settings
+        trainer,
+        every=every,
+        method=config.method,
+        layers_path=config.lisa.layers_path,
+        model=config.model.name_or_path,
+        settings=settings,
     )
 
 

@@ -30,7 +30,7 @@ from lisa_ds.engines.zero3.window import WindowedStage3
 from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
 
-logger = logging.getLogger("lisa_ds")
+logger = logging.getLogger("lisa_ds.scores")  # a pass may take long: launch/train.py shows its lines
 
 Calibration = Callable[[nn.Module], Iterable[Tensor]]
 """A generator function: from the partitioned model, one loss ``()`` a batch of this rank's share of the calibration data.
