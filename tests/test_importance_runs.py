@@ -89,7 +89,7 @@ def test_a_profile_is_what_a_run_draws_by(tmp_path: Path) -> None:
     found = {}
     for score in ("mean", "weight_norm"):
         done = subprocess.run(
-            [*command, f"{score}.json", "--score", score],
+            [*command, f"{score}.json", "--score", score, "lisa.interval_steps=1epoch"],
             **{"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 200},
         )
         assert done.returncode == 0, done.stdout + done.stderr

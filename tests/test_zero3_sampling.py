@@ -16,7 +16,17 @@ from lisa_ds.sampling import LayerSampler
 from tests import trajectory
 from tests.ranks import run_ranks
 from tests.trajectory import EPS, LAYERS
-from tests.zero3_sampling_runs import BATCHES, INTERVAL, ROWS, STEPS, data, run_mistakes, run_resumed, run_samplers
+from tests.zero3_sampling_runs import (
+    BATCHES,
+    INTERVAL,
+    ROWS,
+    STEPS,
+    data,
+    run_corners,
+    run_mistakes,
+    run_resumed,
+    run_samplers,
+)
 
 pytestmark = pytest.mark.multirank
 
@@ -63,13 +73,14 @@ def test_layers_scores_and_weights_are_those_of_one_process(
     runs: Runs, references: dict[str, dict[str, Any]], name: str, world_size: int
 ) -> None:
     expected = references[name]
+    over_ranks = zip(*(rank[name]["losses"] for rank in runs(world_size)), strict=True)
+    assert [sum(losses) / world_size for losses in over_ranks] == pytest.approx(expected["losses"], abs=1e-5)
     for rank in runs(world_size):
         found = rank[name]
         assert found["history"] == expected["history"]
         for mine, its in zip(found["scores"], expected["scores"], strict=True):
             assert (mine is None) == (its is None)
             assert mine is None or mine == pytest.approx(its, rel=1e-4)
-        assert found["losses"] is not None
         for parameter, value in expected["parameters"].items():
             assert (found["parameters"][parameter] - value).abs().max() < 1e-6, parameter
         # Equal on all ranks to the bit, or they would drift apart.
@@ -130,6 +141,27 @@ def test_ranks_that_would_train_apart_stop(tmp_path_factory: pytest.TempPathFact
         assert found["no loss"].startswith("lisa.growth.patience: watches the loss that engine.backward(loss) is given")
 
 
+def test_the_first_draw_waits_for_scores_unless_somebody_else_has_drawn(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    for found in run_ranks(
+        2, run_corners, tmp_path_factory.mktemp("corners"), tmp_path_factory.mktemp("saved"), timeout_s=300
+    ):
+        chosen, first, second, newer = (found[key] for key in ("chosen", "first", "second", "newer"))
+        assert chosen["history"][0] == (1, 3)
+        assert {scale for unit, scale in chosen["scales"][0].items() if isinstance(unit, int)} == {1.0}
+        assert chosen["scores"][0] is None
+        assert chosen["scores"][-1] is not None
+        assert first["scores"][0] is not None
+        assert {scale for scale in first["scales"][0].values()} != {1.0}
+        assert second["history"] == first["history"]
+        assert all(torch.equal(second["parameters"][name], value) for name, value in first["parameters"].items())
+        assert newer["history"][0] == found["older"]
+        assert newer["scores"][0] is None  # what was begun without scores is trained to the interval's end
+        assert newer["scores"][1] is not None
+        assert found["files"].startswith("the lisa config: ranks differ and would train apart")
+
+
 # ---- the same runs in one process, by plain torch -----------------------------------------------------------------
 
 
@@ -180,7 +212,8 @@ def reference(lisa: dict[str, Any]) -> dict[str, Any]:
     history: list[tuple[int, ...]] = []
     scores: list[tuple[float, ...] | None] = []
     squares: list[list[float]] = [[] for _ in range(LAYERS)]
-    losses: list[float] = []
+    losses: list[float] = []  # of the interval
+    seen: list[float] = []
     for step, rows in enumerate([*data(STEPS, seed=6), None]):
         interval, within = divmod(step, INTERVAL)
         if not within:
@@ -207,6 +240,7 @@ def reference(lisa: dict[str, Any]) -> dict[str, Any]:
         scores.append(sampler.scores)
         loss = model(input_ids=rows, labels=rows).loss
         losses.append(loss.item())
+        seen.append(loss.item())
         model.zero_grad()
         loss.backward()
         scales = sampler.lr_scales_of(history[-1], interval)
@@ -216,4 +250,9 @@ def reference(lisa: dict[str, Any]) -> dict[str, Any]:
         for name, optimizer in optimizers.items():
             optimizer.param_groups[0]["lr"] = 1e-3 * scales.get(block_of(name), 1.0)  # type: ignore[arg-type]
             optimizer.step()
-    return {"history": history, "scores": scores, "parameters": {n: p.detach() for n, p in named.items()}}
+    return {
+        "losses": seen,
+        "history": history,
+        "scores": scores,
+        "parameters": {n: p.detach() for n, p in named.items()},
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import lisa_ds
 from lisa_ds.errors import LisaError
+from lisa_ds.sampling.scores import LayerScores
 from tests import trajectory
 from tests.trajectory import EPS
 from tests.zero3_runs import full_parameters
@@ -165,4 +167,51 @@ def run_mistakes() -> dict[str, str]:
             engine.step()
     except LisaError as error:
         found["no loss"] = str(error)
+    return found
+
+
+def run_corners(folder: Path) -> dict[str, Any]:
+    """Where a first draw by scores meets a caller's own, a checkpoint from before it, or one that knows of no scores."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    (folder / f"host{dist.get_rank()}").mkdir()
+    recipe = {"sampler": {"name": "grad_norm", "draw": "successive", "inverse_probability_cap": 3.0}}
+    found: dict[str, Any] = {}
+    engine = build(recipe)
+    engine.switch_to([1, 3])
+    found["chosen"] = train(engine)
+    engine.destroy()
+
+    engine = build(recipe)
+    engine.save_checkpoint(str(folder), tag="pending")
+    found["first"] = train(engine)
+    engine.destroy()
+    engine = build(recipe, shift=0.5)
+    engine.load_checkpoint(str(folder), tag="pending")
+    found["second"] = train(engine)
+    engine.destroy()
+
+    engine = build({})
+    rows = share(data(1, seed=6)[0])
+    engine.backward(engine(input_ids=rows, labels=rows).loss)
+    engine.step()
+    engine.save_checkpoint(str(folder), tag="older")
+    found["older"] = engine.sampled_layers
+    engine.destroy()
+    file = folder / "older" / f"zero_pp_rank_{dist.get_rank()}_mp_rank_00_model_states.pt"
+    saved = torch.load(file, weights_only=False)
+    del saved["lisa"]["draws"]  # as written before there were scores
+    torch.save(saved, file)
+    engine = build(recipe, shift=0.5)
+    engine.load_checkpoint(str(folder), tag="older")
+    found["newer"] = train(engine, first=1)
+    engine.destroy()
+
+    os.chdir(folder / f"host{dist.get_rank()}")  # a disk of its own
+    scores = (1.0, 2.0, 3.0, 4.0, 5.0) if dist.get_rank() else (9.0, 0.0, 0.0, 0.0, 9.0)
+    LayerScores("mine", scores).write("scores.json")
+    try:
+        build({"sampler": {"name": "fixed_scores", "file": "scores.json", "floor": 0.0}})
+        found["files"] = ""
+    except LisaError as error:
+        found["files"] = str(error)
     return found

@@ -82,7 +82,7 @@ class LisaConfig(Section):
     """Optimizer steps between two draws (K in the paper), or ``"1epoch"``. Micro-steps do not count."""
 
     seed: int = 0
-    """Seed of the draws. They depend on this and the interval alone."""
+    """Seed of the draws. They depend on this and the interval alone; by scores, on the scores, too."""
 
     layers_path: Annotated[str, Field(min_length=1)] = "auto"
     """Dotted path from the model to its block stack (several: separated by commas), or ``auto``."""
@@ -94,8 +94,8 @@ class LisaConfig(Section):
     """Whether more layers are drawn later on; None for the same number all along."""
 
     embeddings: Policy = "always"
-    """When the embeddings train: ``always``, ``never``, ``sampled`` (in an interval with the probability that a block has on
-    average, by a draw of their own), or ``{every: n}`` (in intervals 0, n, 2n, ...)."""
+    """When the embeddings train: ``always``, ``never``, ``sampled`` (in an interval with the probability that a block has in the
+    first draw, by a draw of their own), or ``{every: n}`` (in intervals 0, n, 2n, ...)."""
 
     lm_head: Policy = "always"
     """When the head trains, said likewise. Tied to the embeddings it is one weight, under one policy: theirs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator, Sized
 from typing import Any
@@ -32,8 +33,19 @@ class CalibrationBatches:
         if self._batches is None:
             self._batches = self._load()
         for batch in self._batches:
-            loss: Tensor = self._trainer.compute_loss(module, self._trainer._prepare_inputs(dict(batch)))
-            yield loss
+            yield self._loss(module, batch)
+
+    def _loss(self, module: nn.Module, batch: Any) -> Tensor:
+        trainer = self._trainer
+        metrics = getattr(trainer, "_metrics", None)
+        if metrics is not None:  # TRL's trainers note accuracies there, for their next evaluation
+            trainer._metrics = copy.deepcopy(metrics)
+        try:
+            loss: Tensor = trainer.compute_loss(module, trainer._prepare_inputs(dict(batch)))
+        finally:
+            if metrics is not None:
+                trainer._metrics = metrics
+        return loss
 
     def _load(self) -> list[Any]:
         trainer, chosen = self._trainer, self._config.sampler

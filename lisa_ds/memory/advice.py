@@ -116,6 +116,8 @@ def _candidates(run: RunSettings) -> Iterator[tuple[str, str, Callable[[RunSetti
             if f"{role}_lr_scale" in run.lisa.model_fields_set:
                 what += f"; remove lisa.{role}_lr_scale"
             yield f"lisa.{role}=never", what, with_lisa(**{role: "never"})
+        if run.lisa.growth is not None:
+            yield "lisa.growth=null", "no more layers are added later", with_lisa(growth=None)
         if not run.lisa.sampler.layers and run.lisa.num_sampled_layers > 1 and run.lisa.sampling_ratio is None:
             yield "lisa.num_sampled_layers=1", "one block at a time trains", with_lisa(num_sampled_layers=1)
     if fuses and run.bf16:

@@ -211,6 +211,8 @@ def _method(run: RunSettings, tied: bool) -> str:
         drawn = f"{lisa.sampling_ratio:.0%} of the layers"
     else:
         drawn = f"{lisa.num_sampled_layers} layers at a time"
+    if lisa.growth is not None:
+        drawn += f", later up to {lisa.growth.largest()[1]}"
     return f"LISA: {drawn}" + (f" and {', '.join(trains)}" if trains else "")
 
 

@@ -67,5 +67,7 @@ class Growth:
         return {"count": self._count, "lowest": self._lowest, "waited": self._waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where :meth:`state_dict` was taken."""
-        self._count, self._lowest, self._waited = state["count"], state["lowest"], state["waited"]
+        """Take up where :meth:`state_dict` was taken; how many blocks there are to be at first, and at most, is the config's."""
+        if self.watches_loss:
+            self._count = max(self._first, min(state["count"], self._most))
+            self._lowest, self._waited = state["lowest"], state["waited"]

@@ -128,9 +128,9 @@ class LayerSampler:
 
     def needs_scores(self, interval: int) -> bool:
         """Whether scores are to be measured, and set, before ``interval`` is drawn."""
-        chosen = self.config.sampler
-        measured = chosen.calibrates or (chosen.name == "weight_norm" and chosen.lora_norms is None)
-        return measured and (self._scores is None or interval >= self._scored_at + chosen.every)
+        if self._measure is None:
+            return False
+        return self._scores is None or not self._scored_at <= interval < self._scored_at + self.config.sampler.every
 
     def set_scores(self, scores: Sequence[float], interval: int) -> None:
         """Draw by ``scores`` from ``interval`` on.
@@ -142,6 +142,16 @@ class LayerSampler:
             raise ValueError(f"set_scores: got {len(scores)} scores for {self.num_layers} layers")
         probabilities.weights(scores)
         self._scores, self._scored_at = tuple(scores), interval
+
+    @property
+    def _measure(self) -> str | None:
+        """What scores are measured by, for samplers that have them measured."""
+        chosen = self.config.sampler
+        if chosen.name == "weight_norm":
+            return chosen.name if chosen.lora_norms is None else None
+        if not chosen.calibrates:
+            return None
+        return f"{chosen.name}/{chosen.score if chosen.name == 'grad_norm' else chosen.estimator}"
 
     @property
     def watches_gradients(self) -> bool:
@@ -178,6 +188,7 @@ class LayerSampler:
     def state_dict(self) -> dict[str, Any]:
         """What the draws to come depend on besides the config: plain values."""
         return {
+            "measure": self._measure,
             "scores": self._scores,
             "scored_at": self._scored_at,
             "seen": list(self._seen),
@@ -187,7 +198,9 @@ class LayerSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where :meth:`state_dict` was taken."""
         given = self.config.sampler.file or self.config.sampler.lora_norms
-        if not given:  # scores of a file are the file's
+        if (
+            not given and state["measure"] == self._measure
+        ):  # scores of a file are the file's; of another measure, its own
             self._scores = None if state["scores"] is None else tuple(state["scores"])
             self._scored_at, self._seen = state["scored_at"], list(state["seen"])
         self.growth.load_state_dict(state["growth"])

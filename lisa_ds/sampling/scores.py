@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,21 @@ class LayerScores:
     versions: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: str | Path) -> None:
-        """Write the file; it appears whole or not at all."""
+        """Write the file; it appears whole or not at all.
+
+        Raises:
+            DataError: It cannot be written.
+        """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-        unfinished.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, allow_nan=False) + "\n")
-        unfinished.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, allow_nan=False) + "\n")
+            unfinished.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                unfinished.unlink()
+            raise DataError(f"{path}: cannot be written: {error.strerror}") from None
 
     @classmethod
     def read(cls, path: str | Path) -> LayerScores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lisa_ds
-from lisa_ds import data, records
+from lisa_ds import data, methods, records
 from lisa_ds.config import LisaConfig, RunConfig, SamplerConfig
 from lisa_ds.engines.zero3.scores import measure
 from lisa_ds.errors import ConfigError
@@ -41,8 +42,11 @@ def profile(config: RunConfig, *, out: Path, score: str | None = None) -> LayerS
     config = config.model_copy(update={"method": "lisa", "lisa": _measuring(config.lisa, score)})
     given = arguments.check(config)
     hf.check_deepspeed(arguments.deepspeed_config(config), config.where("deepspeed"), lisa=True)
-    if out.exists():
-        raise ConfigError(f"command line: --out: {out} exists already; remove it, or name another file")
+    if given.get("fp16"):
+        hf.check_fp16(config.where("training.fp16"))
+    methods.check(config)
+    if os.environ.get("RANK", "0") == "0":
+        _check_target(out)
     check_memory(config)
     tokenizer = load_tokenizer(config.model)
     rows, _ = data.load_dataset(config.data, tokenizer, task=config.model.task)
@@ -88,8 +92,9 @@ def profile(config: RunConfig, *, out: Path, score: str | None = None) -> LayerS
 def _measuring(lisa: LisaConfig, score: str | None) -> LisaConfig:
     """The same section with a sampler that measures what is asked for."""
     before = lisa.sampler
-    if score is None and (before.calibrates or before.name == "weight_norm"):
-        return lisa
+    once = {"interval_steps": 1, "growth": None}  # nothing trains
+    if score is None and (before.calibrates or (before.name == "weight_norm" and before.lora_norms is None)):
+        return lisa.model_copy(update=once)
     name = {"empirical": "fisher", "hutchinson": "fisher", "weight_norm": "weight_norm"}.get(score or "", "grad_norm")
     keys: dict[str, Any] = {"name": name}
     if name != "weight_norm":
@@ -97,7 +102,16 @@ def _measuring(lisa: LisaConfig, score: str | None) -> LisaConfig:
         keys["calibration_batches"] = before.calibration_batches
     if score in (None, "accumulated", "hutchinson"):
         keys["probe_blocks"] = before.probe_blocks
-    return lisa.model_copy(update={"sampler": SamplerConfig(**keys), "growth": None})
+    return lisa.model_copy(update={**once, "sampler": SamplerConfig(**keys)})
+
+
+def _check_target(out: Path) -> None:
+    """Before anything is loaded."""
+    if out.exists():
+        raise ConfigError(f"command line: --out: {out} exists already; remove it, or name another file")
+    place = next(path for path in out.absolute().parents if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"command line: --out: {out} cannot be written: {place} is a file, or may not be written to")
 
 
 def _batches(

@@ -69,7 +69,9 @@ class Draws:
     def note_loss(self, loss: Tensor) -> None:
         """Take note of the loss of a micro-batch, without waiting for it."""
         if self._sampler.growth.watches_loss:
-            seen = torch.stack([loss.detach().double().reshape(()), loss.new_ones((), dtype=torch.float64)])
+            value = loss.detach().double().reshape(())
+            counts = value.isfinite()  # a step that overflows is no step
+            seen = torch.stack([torch.where(counts, value, 0.0), counts.double()])
             self._losses = seen if self._losses is None else self._losses + seen
 
     def at(self, interval: int, *, ended: bool = True) -> tuple[int, ...]:
@@ -103,7 +105,8 @@ class Draws:
             total = self._losses.to(self._device)
             dist.all_reduce(total)
             self._losses = None
-            self._sampler.growth.observe(float(total[0] / total[1]), self._affords)
+            if total[1] > 0:
+                self._sampler.growth.observe(float(total[0] / total[1]), self._affords)
 
     def agree(self, what: str, fact: Any) -> None:
         """Compare ``fact`` on all ranks.
@@ -125,6 +128,10 @@ class Draws:
         raise EngineError(
             f"{what}: ranks differ and would train apart: {told}. Give every rank the same lisa config and data"
         )
+
+    def go_on(self) -> None:
+        """Take the present draw as it is: somebody else has chosen it. The next one is of this sampler's."""
+        self.pending = False
 
     def begin_anew(self) -> None:
         """Forget all that was seen."""

@@ -66,9 +66,13 @@ class LisaEngine(DeepSpeedEngine):
         super().__init__(**kwargs)
         self._aim_backward()
         self._draws = Draws.of_engine(self, self._sampler, calibration)
-        self._draws.agree("the lisa config", (lisa.model_dump_json(), len(self._stack.layers)))
+        self._draws.agree("the lisa config", (lisa.model_dump_json(), self._sampler.hash_at(0)))
         self._scale_rates()
-        self._log_interval()
+        if self.global_rank == 0:
+            for notice in self._sampler.notices:
+                logger.warning("%s", notice)
+        if not self._draws.pending:
+            self._log_interval()
 
     # ---- public ---------------------------------------------------------------------------------------------------
 
@@ -149,6 +153,9 @@ class LisaEngine(DeepSpeedEngine):
         count = len(self._stack.layers)
         if wanted and not 0 <= wanted[0] <= wanted[-1] < count:
             raise EngineError(f"switch_to: got layers {list(wanted)}, but the model has layers 0 to {count - 1}")
+        if self._draws.pending:
+            self._draws.go_on()
+            self._history.pop()
         self._switch(wanted)
 
     def draw_first(self) -> None:
@@ -252,7 +259,8 @@ class LisaEngine(DeepSpeedEngine):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """See ``DeepSpeedEngine.forward``."""
         if torch.is_grad_enabled():
-            self.draw_first()
+            if self.module.training:
+                self.draw_first()
             self.optimizer.require_grad_of_window()
             if self._backward_may_stop:
                 self._frontier.refresh()
@@ -278,7 +286,8 @@ class LisaEngine(DeepSpeedEngine):
         return roles_at(self._lisa, interval, num_layers=len(self._stack.layers), tied=self._stack.tied)
 
     def _scale_rates(self) -> None:
-        self.optimizer.block_lr_scales = self._sampler.lr_scales_of(self.sampled_layers, self.interval)
+        drawn = self.sampled_layers == self._sampler.layers_at(self.interval)  # and not chosen by a caller of switch_to
+        self.optimizer.block_lr_scales = self._sampler.lr_scales_of(self.sampled_layers, self.interval) if drawn else {}
 
     def _check_gradients(self) -> None:
         """Refuse to step where a sampled block was cut out of backward: its moments would decay towards nothing."""
@@ -397,7 +406,10 @@ class LisaEngine(DeepSpeedEngine):
             custom_load_fn=custom_load_fn,
         )
         self._step_in_lisa, self._history = progress.step, list(progress.history)
-        if progress.draws is not None:
+        self._draws.agree(f"{Path(load_dir) / tag}", (progress.step, progress.sampled))
+        if progress.draws is None:
+            self._draws.go_on()
+        else:
             self._draws.load_state_dict(progress.draws)
         self._scale_rates()
         if progress.next_draw != self._next_draw() and self.global_rank == 0:

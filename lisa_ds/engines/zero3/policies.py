@@ -66,9 +66,10 @@ def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> None
         if not trainable.isdisjoint(map(id, stack.parameters(role)))
     ]
     if config.sampler.varies and not always:
+        key, other = ("sampler.draw", "systematic") if config.sampler.by_scores else ("sampler", "uniform")
         raise ConfigError(
-            "lisa.sampler: 'bernoulli' may draw no layer at all, and in an interval in which none of embeddings, lm_head and rest "
-            "is there to train either, nothing would; choose 'uniform', or let one of them train always"
+            f"lisa.{key}: 'bernoulli' may draw no layer at all, and in an interval in which none of embeddings, lm_head and rest "
+            f"is there to train either, nothing would; choose {other!r}, or let one of them train always"
         )
 
 

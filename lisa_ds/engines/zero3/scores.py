@@ -6,7 +6,7 @@ from typing import Any
 
 from lisa_ds.config import LisaConfig
 from lisa_ds.engines.zero3.probe import Calibration, Probe
-from lisa_ds.engines.zero3.statistics import watch
+from lisa_ds.engines.zero3.statistics import UnitStatistics
 from lisa_ds.errors import ConfigError, EngineError
 
 __all__ = ["Calibration", "check", "measure"]
@@ -38,7 +38,9 @@ def measure(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> l
     """The score of each block, equal on all ranks. Every rank must call it, between optimizer steps."""
     chosen = lisa.sampler
     if chosen.name == "weight_norm":
-        norms = watch(engine.optimizer, engine._stack).weight_norms()
+        statistics = UnitStatistics(engine.optimizer, engine._stack)
+        norms = statistics.weight_norms()
+        statistics.remove()
         return [norms[layer] for layer in range(len(engine._stack.layers))]
     assert calibration is not None  # see check
     kind = chosen.score if chosen.name == "grad_norm" else chosen.estimator
