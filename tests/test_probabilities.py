@@ -14,7 +14,7 @@ import pytest
 
 from lisa_ds.config import LisaConfig
 from lisa_ds.errors import ConfigError, DataError
-from lisa_ds.sampling import LayerSampler
+from lisa_ds.sampling import LayerSampler, statistics
 from lisa_ds.sampling.probabilities import (
     inclusion_probabilities,
     successive_inclusion_probabilities,
@@ -310,3 +310,36 @@ def test_the_papers_ratio_of_norms() -> None:
         ratios([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="positive"):
         ratios([1.0], [0.0])
+
+
+def record(path: Path, norms: list[list[float]]) -> str:
+    """Layer statistics of a run: a list of its blocks' weight norms for each recording."""
+    units = ("embeddings", *map(str, range(len(norms[0]))))
+    writer = statistics.Writer(path, statistics.Start(step=0, method="full", model="tiny", units=units))
+    for step, values in enumerate(norms, start=1):
+        by_unit = dict(zip(units, [50.0, *values], strict=True))
+        none = dict.fromkeys(units)
+        writer.append(
+            statistics.Recording(
+                **{"step": step, "interval": step, "weight_norm": by_unit, "gradient_norm": none, "update_norm": none},
+                **{"sampled": units, "gradient_steps": 1},
+            )
+        )
+    return str(path)
+
+
+def test_the_papers_probabilities_come_from_the_recordings_of_two_runs(tmp_path: Path) -> None:
+    lora = record(tmp_path / "lora.jsonl", [[1.0, 2.0, 3.0, 4.0], [3.0, 2.0, 1.0, 8.0]])  # means 2, 2, 2, 6
+    full = record(tmp_path / "full.jsonl", [[4.0, 8.0, 4.0, 4.0]])
+    ratio = {"name": "weight_norm", "lora_norms": lora, "full_norms": full, "floor": 0.0}
+    chosen = sampler(4, num_sampled_layers=1, sampler=ratio)
+    assert chosen.scores == (0.5, 0.25, 0.5, 1.5)
+    assert chosen.probabilities_at(0) == pytest.approx([0.5 / 2.75, 0.25 / 2.75, 0.5 / 2.75, 1.5 / 2.75])
+    assert not chosen.needs_scores(7)
+    (notice,) = chosen.notices
+    assert "above those of full fine-tuning in layers [3] (ratio up to 1.5)" in notice
+    assert sampler(4, num_sampled_layers=1, sampler=ratio | {"lora_norms": full}).notices == []
+    with pytest.raises(
+        ConfigError, match=r"sampler.lora_norms: .*lora.jsonl should have a positive weight norm of each .* 8 l"
+    ):
+        sampler(8, sampler=ratio)
