@@ -209,7 +209,7 @@ def test_every_rank_refuses_a_checkpoint_that_does_not_fit(tmp_path: Path) -> No
 
 # --- memory -------------------------------------------------------------------------------------------------------------
 
-SLACK = 96 * 2**20  # of allocators: what is freed in small pieces is not all given back
+SLACK = 160 * 2**20  # of allocators: what is freed in small pieces is not all given back; up to 130 MB were seen
 
 
 def write_large_model(folder: Path, layers: int) -> int:

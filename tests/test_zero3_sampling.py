@@ -67,7 +67,11 @@ def references() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "name"), [*((size, name) for size in (1, 2) for name in CASES), *((3, name) for name in RESUMED)]
+    ("world_size", "name"),
+    [
+        *((size, name) for size in (1, 2) for name in CASES),
+        *(pytest.param(3, name, marks=pytest.mark.slow) for name in RESUMED),
+    ],
 )
 def test_layers_scores_and_weights_are_those_of_one_process(
     runs: Runs, references: dict[str, dict[str, Any]], name: str, world_size: int
