@@ -77,13 +77,14 @@ def run(case: Case, engine: Any) -> list[dict[str, Any]]:
                 "moved": rooted(by_unit(unit_of, moved)),
                 "last_gradient": rooted(squares[-1]),
                 "trained": set(watched.trained(mark)),
-                "blocks": statistics.block_norms(watched.gradient_norms(mark), trajectory.LAYERS),
+                "blocks": blocks.take(),
             }
         )
         mark = watched.mark()
         squares.clear()
         before.clear()
 
+    blocks = statistics.BlockGradients(watched, trajectory.LAYERS)  # adds up before it is asked
     watched.after_step.append(after_step)
     loop(engine, case, on_step, forget=squares)
     watched.remove()

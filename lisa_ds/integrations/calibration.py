@@ -55,15 +55,8 @@ class CalibrationBatches:
                 f"{self._config.where('sampler.name')}: {chosen.name!r} scores layers on rows of the training data, which is a "
                 "stream here; profile the model beforehand with `lisa-ds profile` and use 'fixed_scores', or another sampler"
             )
-        by_row = chosen.name == "fisher" and chosen.estimator == "empirical"
-        size = 1 if by_row else args.per_device_train_batch_size
-        wanted = chosen.calibration_batches * size * args.world_size
-        if wanted > len(data):
-            raise ConfigError(
-                f"{self._config.where('sampler.calibration_batches')}: {chosen.calibration_batches} batches of {size} rows on "
-                f"{args.world_size} ranks are {wanted} rows, and the training data has {len(data)}"
-            )
-        rows = random.Random(f"calibration/{self._config.seed}").sample(range(len(data)), wanted)
+        size = rows_in_batch(self._config, args.per_device_train_batch_size)
+        rows = choose_rows(self._config, len(data), size, args.world_size)
         # The trainer's own way from rows to batches, for its columns, its collator and its ranks.
         before = args.per_device_eval_batch_size
         args.per_device_eval_batch_size = size
@@ -71,6 +64,28 @@ class CalibrationBatches:
             return list(trainer.get_test_dataloader(_subset(data, rows)))
         finally:
             args.per_device_eval_batch_size = before
+
+
+def rows_in_batch(config: LisaConfig, batch_size: int) -> int:
+    """Rows of a calibration batch: as for training, but one by one for the empirical Fisher information."""
+    by_row = config.sampler.name == "fisher" and config.sampler.estimator == "empirical"
+    return 1 if by_row else batch_size
+
+
+def choose_rows(config: LisaConfig, num_rows: int, size: int, ranks: int) -> list[int]:
+    """The rows of all ranks' calibration batches of ``size``, chosen by ``lisa.seed``.
+
+    Raises:
+        ConfigError: The data has fewer.
+    """
+    count = config.sampler.calibration_batches
+    wanted = count * size * ranks
+    if wanted > num_rows:
+        raise ConfigError(
+            f"{config.where('sampler.calibration_batches')}: {count} batches of {size} rows on {ranks} ranks are {wanted} rows, "
+            f"and the training data has {num_rows}"
+        )
+    return random.Random(f"calibration/{config.seed}").sample(range(num_rows), wanted)
 
 
 def _subset(data: Any, rows: list[int]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lisa_ds.sampling.sampler import LayerSampler, resolve_interval_steps
+from lisa_ds.sampling.sampler import LayerSampler, fingerprint, resolve_interval_steps
 from lisa_ds.sampling.schedule import draw
 
-__all__ = ["LayerSampler", "draw", "resolve_interval_steps"]
+__all__ = ["LayerSampler", "draw", "fingerprint", "resolve_interval_steps"]

@@ -176,13 +176,13 @@ class LayerSampler:
     def hash_at(self, interval: int) -> int:
         """Return 63 bits on which two ranks, or a checkpoint and the run that resumes it, can compare schedules."""
         facts: tuple[Any, ...] = (self.num_layers, self.interval_steps, interval, self.layers_at(interval))
-        return _hash(facts)
+        return fingerprint(facts)
 
     def rule(self) -> int:
         """Return 63 bits that tell whether another run draws by the same rule; unlike draws by scores, known beforehand."""
         if self.config.sampler.by_scores or self.config.growth is not None:
             keys = ("num_sampled_layers", "sampling_ratio", "seed", "sampler", "growth")
-            return _hash((self.num_layers, self.interval_steps, self.config.model_dump_json(include=set(keys))))
+            return fingerprint((self.num_layers, self.interval_steps, self.config.model_dump_json(include=set(keys))))
         return 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -259,5 +259,6 @@ def resolve_interval_steps(config: LisaConfig, steps_per_epoch: int | None) -> i
     return epochs * steps_per_epoch
 
 
-def _hash(facts: tuple[Any, ...]) -> int:
+def fingerprint(facts: Any) -> int:
+    """Return 63 bits of what ``facts`` look like, by which two ranks or runs can tell whether theirs are the same."""
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1  # fits an int64 tensor

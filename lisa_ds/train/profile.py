@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from lisa_ds.config import LisaConfig, RunConfig, SamplerConfig
 from lisa_ds.engines.zero3.scores import measure
 from lisa_ds.errors import ConfigError
 from lisa_ds.integrations import hf, sharing
+from lisa_ds.integrations.calibration import choose_rows, rows_in_batch
 from lisa_ds.integrations.streaming import streamed
 from lisa_ds.models import load_model, load_tokenizer
 from lisa_ds.sampling.scores import LayerScores
@@ -117,17 +117,11 @@ def _check_target(out: Path) -> None:
 def _batches(
     config: RunConfig, args: Any, rows: Any, collate: Callable[..., Any]
 ) -> Callable[[nn.Module], Iterator[Tensor]]:
-    chosen = config.lisa.sampler
-    size = 1 if (chosen.name, chosen.estimator) == ("fisher", "empirical") else args.per_device_train_batch_size
-    wanted = chosen.calibration_batches * size * args.world_size if chosen.calibrates else 0
-    if wanted > len(rows):
-        raise ConfigError(
-            f"{config.where('lisa.sampler.calibration_batches')}: {chosen.calibration_batches} batches of {size} rows on "
-            f"{args.world_size} ranks are {wanted} rows, and the training data has {len(rows)}"
-        )
-    picked = random.Random(f"calibration/{config.lisa.seed}").sample(range(len(rows)), wanted)[
-        args.process_index :: args.world_size
-    ]
+    picked: list[int] = []
+    size = rows_in_batch(config.lisa, args.per_device_train_batch_size)
+    if config.lisa.sampler.calibrates:
+        every = choose_rows(config.lisa, len(rows), size, args.world_size)
+        picked = every[args.process_index :: args.world_size]
 
     def losses(module: nn.Module) -> Iterator[Tensor]:
         for begin in range(0, len(picked), size):

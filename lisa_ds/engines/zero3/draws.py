@@ -7,7 +7,6 @@ by a hash, in one collective of two numbers.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,7 @@ from lisa_ds.engines.zero3.scores import Calibration
 from lisa_ds.engines.zero3.statistics import BlockGradients, watch
 from lisa_ds.errors import EngineError
 from lisa_ds.memory import plan
-from lisa_ds.sampling import LayerSampler
+from lisa_ds.sampling import LayerSampler, fingerprint
 
 
 class Draws:
@@ -114,7 +113,7 @@ class Draws:
         Raises:
             EngineError: It differs. Every rank raises.
         """
-        own = int.from_bytes(hashlib.sha256(repr(fact).encode()).digest()[:8], "big") >> 1
+        own = fingerprint(fact)
         extremes = torch.tensor([own, -own], dtype=torch.int64, device=self._device)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
         if int(extremes[0]) == -int(extremes[1]):

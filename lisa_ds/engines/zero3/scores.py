@@ -38,9 +38,7 @@ def measure(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> l
     """The score of each block, equal on all ranks. Every rank must call it, between optimizer steps."""
     chosen = lisa.sampler
     if chosen.name == "weight_norm":
-        statistics = UnitStatistics(engine.optimizer, engine._stack)
-        norms = statistics.weight_norms()
-        statistics.remove()
+        norms = UnitStatistics(engine.optimizer, engine._stack).weight_norms()
         return [norms[layer] for layer in range(len(engine._stack.layers))]
     assert calibration is not None  # see check
     kind = chosen.score if chosen.name == "grad_norm" else chosen.estimator

@@ -49,7 +49,7 @@ class Norms:
 
 
 class UnitStatistics:
-    """Watches the steps of a ZeRO-3 optimizer; see :func:`watch`.
+    """Norms of what a ZeRO-3 optimizer trains; it watches steps only where :func:`watch` has made it.
 
     Args:
         optimizer: ``DeepSpeedZeroOptimizer_Stage3``, or the window that LISA makes of it.
@@ -73,7 +73,10 @@ class UnitStatistics:
         self._steps = [0] * len(self.units)
         self._last, self._last_trained = self._of_gradients.zeros(), set[int]()  # of the step taken last
         self._step: Callable[..., Any] = optimizer.step
-        optimizer.step = self._step_and_add
+
+    def begin(self) -> None:
+        """Watch every step from now on."""
+        self._optimizer.step = self._step_and_add
 
     def remove(self) -> None:
         """Let the optimizer step unwatched."""
@@ -95,18 +98,10 @@ class UnitStatistics:
         squares = _reduced(self._of_weights.of([self._part(p, p.ds_tensor) for p in self._weights if _is_readable(p)]))
         return {unit: squares[i] ** 0.5 for unit, i in self._index.items()}
 
-    def gradient_norms(self, since: Mark) -> dict[Unit, float | None]:
-        """Root mean square of each unit's gradient norm over the steps since ``since`` in which it trained; None if in none.
-
-        The gradients are those of all ranks together, averaged, unscaled, and not clipped. Every rank must call it; the numbers
-        are the same on each.
-        """
-        return self._means(_reduced(self._squares - since.squares), since)
-
     def read(self, since: Mark, weights: Collection[Any] | None = None) -> Norms:
-        """All norms now; gradients since ``since``. Every rank must call it, in :attr:`after_step`.
+        """All norms now; gradients since ``since``. Every rank must call it, in :attr:`after_step`; the numbers are the same on each.
 
-        Elsewhere the update would be worked out with the learning rate of the step to come.
+        Gradients are those of all ranks together, averaged, unscaled, and not clipped. Elsewhere the update would be worked out with the learning rate of the step to come.
 
         Args:
             since: Where gradients begin.
@@ -255,6 +250,7 @@ def watch(optimizer: Any, stack: LayerStack) -> UnitStatistics:
     if found is None:
         compat.check_attributes(optimizer)
         found = UnitStatistics(optimizer, stack)
+        found.begin()
         setattr(optimizer, _ATTRIBUTE, found)
     return found
 
