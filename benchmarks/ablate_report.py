@@ -16,6 +16,35 @@ from lisa_ds.records import Record
 
 BEGIN, END = "<!-- tables: make ablate-report -->", "<!-- end of tables -->"
 
+LABELS = {
+    "base": "base",
+    "full": "full fine-tuning",
+    "weight_norm": "drawn by weight norms",
+    "grad_norm, recipe": "drawn by gradient norms, calibrated",
+    "grad_norm, mean": "drawn by norms of mean gradients",
+    "grad_norm, mean, 1/p": "drawn by norms of mean gradients / p",
+    "grad_norm, ema": "drawn by averaged gradient norms",
+    "fisher, empirical": "drawn by Fisher information",
+    "embeddings, scale 1": "embeddings at the full rate",
+    "embeddings, scale 1, rate / 3": "embeddings and layers at 1/3 of the rate",
+    "embeddings, scale 0.3": "embeddings at 0.3 of the rate",
+    "embeddings, scale 0.03": "embeddings at 0.03 of the rate",
+    "embeddings never": "embeddings frozen",
+    "embeddings sampled": "embeddings drawn like a layer",
+    "embeddings every 2": "embeddings in every second interval",
+    "rewarm 2": "warm-up of 2 steps at a switch",
+    "rewarm 5": "warm-up of 5 steps at a switch",
+    "growth limit 1.01": "growth of gradients limited to 1 %",
+    "K 2": "new layers every 2 steps",
+    "K 10": "new layers every 10 steps",
+    "K 20": "new layers every 20 steps",
+    "cyclic": "layers in turn",
+    "bernoulli": "each layer drawn for itself",
+    "gamma 4": "4 layers at a time",
+    "gamma 8": "8 layers at a time",
+}
+"""What the options are called in the figure."""
+
 
 @dataclass(frozen=True)
 class Gap:
@@ -278,32 +307,45 @@ def draw(found: Sequence[Record], path: Path) -> None:
 
     m = Measured(found)
     screened, compared = _screened(m), m.comparisons()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 7.8), layout="constrained")
     for i, (mean, _, _, values) in enumerate(screened):
-        left.plot(values, [i] * len(values), "o", color="tab:grey", markersize=4)
-        left.plot(mean, i, "D", color="tab:blue", markersize=6)
-    left.set_yticks(range(len(screened)), [name for _, _, name, _ in screened])
-    left.set_title(f"screening, {m.protocol.datasets[0]}, {m.protocol.steps} steps: seeds and mean")
+        left.plot(values, [i] * len(values), "o", color="tab:grey", markersize=4, label="" if i else "one seed")
+        left.plot(mean, i, "D", color="tab:blue", markersize=6, label="" if i else "mean of the seeds")
+    left.set_yticks(range(len(screened)), [LABELS[name] for _, _, name, _ in screened])
+    left.set_title(f"screening: {m.protocol.datasets[0]}, {m.protocol.steps} steps")
     arms = list(dict.fromkeys(arm for arm, _, _ in compared))
     for j, data in enumerate(m.protocol.datasets):
         for arm, d, gap in compared:
             if d == data:
-                half = gap.half_width()
-                place = arms.index(arm) + 0.2 * (j - 0.5)
-                error = None if math.isinf(half) else half
-                right.errorbar(gap.mean, place, xerr=error, fmt="o", color=f"C{j}", capsize=3)
-        right.plot([], [], "o", color=f"C{j}", label=data)
-    right.set_yticks(range(len(arms)), [m.final_name(arm).replace(": ", ":\n").replace(" + ", "\n+ ") for arm in arms])
-    right.set_title(f"pairs, {m.protocol.final_steps} steps: mean and 95 % interval")
-    right.legend()
+                half, place = gap.half_width(), arms.index(arm) + 0.3 * (j - 0.5)
+                alone = math.isinf(half)
+                style = {"fmt": "o", "color": f"C{j}", "capsize": 3, "fillstyle": "none" if alone else "full"}
+                right.errorbar(gap.mean, place, xerr=None if alone else half, **style)
+                edge = right.get_yaxis_transform()  # outside: nothing is in the way there
+                right.text(
+                    1.01, place, f"n = {len(gap.values)}", transform=edge, va="center", fontsize=8, color=f"C{j}"
+                )
+        right.plot([], [], "o", color=f"C{j}", label=f"{data}: mean, 95 % interval")
+    if any(math.isinf(gap.half_width()) for _, _, gap in compared):
+        right.plot([], [], "o", color="black", fillstyle="none", label="a single pair: no interval")
+    right.set_yticks(range(len(arms)), [_label(m.final_name(arm)) for arm in arms])
+    right.set_title(f"pairs of n seeds: {m.protocol.final_steps} steps")
     for axes in (left, right):
         axes.axvline(0, color="black", linewidth=0.8)
         axes.invert_yaxis()
+        axes.margins(x=0.05)
         axes.set_xlabel("held-out loss minus the base's (nats per token)")
         axes.grid(alpha=0.3)
         axes.locator_params(axis="x", nbins=6)
+        # Below: points are everywhere.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def _label(arm: str) -> str:
+    """A final arm, ``factor: option + option``, in plain words."""
+    return "\n+ ".join(LABELS[option] for option in arm.rpartition(": ")[2].split(" + "))
 
 
 def t_quantile(probability: float, degrees: int) -> float:

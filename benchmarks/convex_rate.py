@@ -44,6 +44,15 @@ class Arm:
     sampler: str = "uniform"
     falling: bool = True
 
+    @property
+    def label(self) -> str:
+        """What it is called in the figure."""
+        if self.sampler == "fixed":
+            return f"control: the same {self.gamma} blocks for ever"
+        if not self.falling:
+            return f"control: {self.gamma} blocks, a rate that does not fall"
+        return f"{self.gamma} of {BLOCKS} blocks" if self.gamma < BLOCKS else "all blocks"
+
 
 ARMS = (
     Arm("full"),
@@ -242,20 +251,27 @@ def draw(measured: Sequence[records.Record], path: Path) -> None:
         "gap_of_mean": "gap of the mean iterate",
         "last_gap": "gap of the last iterate",
     }
-    figure, panels = pyplot.subplots(1, 3, figsize=(15, 5), layout="constrained", sharey=True)
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 6.2), layout="constrained", sharey=True)
     for axes, measure in zip(panels, MEASURES, strict=True):
         for i, arm in enumerate(ARMS):
             points = [r for r in measured if r.name == measure and r.variant == arm.name]
             fit = next(r for r in measured if r.name == f"{measure}_slope" and r.variant == arm.name)
             x = [r.x or 0 for r in points]
             style = "--" if arm.name.startswith("control") else "-"
-            axes.plot(x, [r.value for r in points], style, color=f"C{i}", label=f"{arm.name}: {fit.value:+.2f}")
+            told = f"{arm.label}: {fit.value:+.2f} ± {(fit.high or 0) - fit.value:.2f}"
+            axes.plot(x, [r.value for r in points], style, color=f"C{i}", label=told)
             axes.fill_between(x, [r.low or 0 for r in points], [r.high or 0 for r in points], color=f"C{i}", alpha=0.2)
         top = max(r.value for r in measured if r.name == measure)
-        axes.plot(x, [top * math.sqrt(x[0] / step) for step in x], ":", color="black", label="1 / sqrt(step)")
+        axes.plot(x, [top * math.sqrt(x[0] / step) for step in x], ":", color="black", label="1 / sqrt(steps): -0.50")
         axes.set(xscale="log", yscale="log", xlabel="steps", title=titles[measure])
         axes.grid(alpha=0.3)
-        axes.legend(title="slope over the last two decades", fontsize=8)
+        # Below: curves are everywhere.
+        axes.legend(
+            title="slope over the last two decades, 95 % interval",
+            fontsize=8,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.13),
+        )
     panels[0].set_ylabel("gap to the minimum: median and 20th to 80th percentile")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -39,6 +39,20 @@ BYTES = {  # read and written for an element
     "int8_sr": 10,
     "mixed_2_of_32": 28 / 16,
 }
+OTHERS = ("probe", "torch_fused", "deepspeed_cpu_adam", "deepspeed_pipeline")
+LABELS = {  # in the figure
+    "probe": "memory probe: 4 arrays read, 3 written",
+    "torch_fused": "torch AdamW, fused: fp32",
+    "deepspeed_cpu_adam": "DeepSpeedCPUAdam: fp32",
+    "deepspeed_pipeline": "cast, scale, DeepSpeedCPUAdam, cast: bf16",
+    "fp32": "fp32",
+    "mixed": "bf16, fp32 master and moments",
+    "sr_fp32_moments": "bf16, fp32 moments, no master",
+    "sr_16bit": "bf16, bf16 moments, no master",
+    "int8_master": "bf16, fp32 master, 8-bit moments",
+    "int8_sr": "bf16, 8-bit moments, no master",
+    "mixed_2_of_32": "bf16, fp32 master and moments, 2 of 32 layers",
+}
 SEGMENTS = 32
 CLEAN = 0.975  # of the threads' time must have been spent computing
 Step = Callable[[], object]
@@ -249,23 +263,32 @@ def table(measured: list[records.Record]) -> str:
 def draw(measured: list[records.Record], path: Path) -> None:
     """Bars of time per element with the 20-80 % band, and the bytes each variant moves."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
-    names = [record.variant for record in reversed(measured)]
-    values = [record.value for record in reversed(measured)]
+    shown = list(reversed(measured))
+    labels = [LABELS.get(record.variant, record.variant) for record in shown]
+    values = [record.value for record in shown]
+    lows, highs = ([getattr(record, end) or record.value for record in shown] for end in ("low", "high"))
     spread = [
-        [record.value - (record.low or record.value) for record in reversed(measured)],
-        [(record.high or record.value) - record.value for record in reversed(measured)],
+        [v - low for v, low in zip(values, lows, strict=True)],
+        [h - v for v, h in zip(values, highs, strict=True)],
     ]
-    others = ("probe", "torch_fused", "deepspeed_cpu_adam", "deepspeed_pipeline")
-    colors = ["tab:gray" if name in others else "tab:blue" for name in names]
-    axes.barh(names, values, xerr=spread, color=colors, capsize=2)
-    for name, value, above in zip(names, values, spread[1], strict=True):
-        place = (value + above, name)  # behind the whisker
-        axes.annotate(f"{BYTES[name]:.3g} B", place, (5, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set(xlabel=f"{measured[0].unit} (bytes moved beside each bar)", title=f"One AdamW step, {measured[0].device}")
-    axes.set_xlim(0, 1.12 * max(value + above for value, above in zip(values, spread[1], strict=True)))
+    colors = ["tab:gray" if record.variant in OTHERS else "tab:blue" for record in shown]
+    axes.barh(labels, values, xerr=spread, color=colors, capsize=2)
+    for record, label, high in zip(shown, labels, highs, strict=True):
+        # Behind the whisker.
+        about = (high, label), (5, 0)
+        text = f"{BYTES[record.variant]:.3g} B"
+        axes.annotate(text, *about, textcoords="offset points", va="center", fontsize=8)
+    axes.set(
+        xlabel=f"{measured[0].unit}: median, 20 to 80 % (bytes moved beside each bar)",
+        title=f"One AdamW step, {measured[0].device}",
+    )
+    axes.set_xlim(0, 1.12 * max(highs))
+    parts = [Patch(color="tab:blue", label="lisa_ds"), Patch(color="tab:gray", label="others")]
+    figure.legend(handles=parts, loc="outside lower center", ncols=2, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
