@@ -152,7 +152,12 @@ def test_nothing_is_exported_from_a_bad_checkpoint(
         ),
         (["export", ".", "out", "--model", "no-such-model"], "no-such-model: no config of a model could be loaded: "),
         (["frobnicate"], "argument COMMAND: invalid choice: 'frobnicate'"),
-        ([], "the following arguments are required: COMMAND"),
+        (["plan", "--gpu-mem", "8GB"], "unrecognized arguments: --gpu-mem; see `lisa-ds --help`\n"),
+        (["export"], "the following arguments are required: checkpoint, out; see `lisa-ds export --help`\n"),
+        (
+            ["check", "a.yaml", "b.yaml"],
+            "command line: should be key=value with a dotted key, got 'b.yaml' after 'a.yaml'\n",
+        ),
         (
             ["generate", "builtin:smollm", "--prompt", "x"],
             "name_or_path: builtin:smollm: no such built-in model; did you mean",

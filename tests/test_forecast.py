@@ -375,7 +375,7 @@ def test_a_run_that_does_not_fit_has_an_exit_code(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "plan: say --lisa_config FILE for a run, or --model NAME"),
+        ([], "plan: name the FILE of a run, or --model NAME for a model alone"),
         (["--model", "gpt2", "lisa.seed=3"], "plan: 'lisa.seed=3' overrides a run's file"),
         (["--model", "gpt2", "--gpu-memory", "big"], "argument --gpu-memory: should be such as 80GB, got 'big'"),
         (["--model", "Llama-2-7c-hf"], "did you mean meta-llama/Llama-2-7b-hf"),

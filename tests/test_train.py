@@ -341,7 +341,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             'got 0.5; write "auto" here, the value lives there',
         ),
         (["--deepspeed_config", "no.json"], "no.json: no such file (looked from *"),
-        (["--lisa_confg", "x"], "command line: unrecognized arguments: --lisa_confg\nusage: *"),
+        (["--lisa_confg", "x"], "unrecognized arguments: --lisa_confg; see `deepspeed launch/train.py --help`"),
         (["data.path=no.jsonl"], "command line: data.path: no such file or directory: no.jsonl (looked from *"),
         (["model.name_or_path=model/../modl"], "*no such directory*; did you mean 'model/../model'?*"),
         (["--resume", "nowhere"], "--resume: no such directory: nowhere (looked from *"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
@@ -11,12 +10,12 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NoReturn
 
 from lisa_ds.cluster import environment
 from lisa_ds.cluster.preemption import Preempted, Preemption, ignore
 from lisa_ds.config import load_config
-from lisa_ds.errors import ConfigError, LisaError
+from lisa_ds.errors import LisaError
+from lisa_ds.terminal import Parser
 
 RANK_0_SPEAKS_S = 10.0
 """How long another rank waits, after an error, for the launcher to end it because rank 0 has told of the same."""
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(argv: Sequence[str] | None, preemption: Preemption) -> None:
     _prepare_environment()
-    arguments = _parse(argv)
+    arguments = build_parser().parse_intermixed_args(argv)
     overrides = list(arguments.overrides)
     if arguments.deepspeed_config:
         overrides.append(f"deepspeed={arguments.deepspeed_config}")
@@ -68,16 +67,11 @@ def tell(error: LisaError) -> int:
     return error.exit_code
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message}\n{self.format_usage().strip()}")
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+def build_parser() -> Parser:
+    """That of a rank."""
+    parser = Parser(
         prog="deepspeed launch/train.py",
         description="Fine-tune a language model by LISA under DeepSpeed ZeRO-3, as one file describes it.",
-        allow_abbrev=False,
     )
     parser.add_argument("--lisa_config", required=True, metavar="FILE", help="the run: a YAML or JSON file")
     parser.add_argument(
@@ -87,8 +81,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.learning_rate=1e-4")
     parser.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; always on")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="instead of the run's deepspeed section")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the launcher")
-    return parser.parse_intermixed_args(argv)
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    return parser
 
 
 def _prepare_environment() -> None:

@@ -1,0 +1,46 @@
+"""The command line as a whole."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import lisa_ds
+from lisa_ds.cli import hosts, layers, models, planning
+from lisa_ds.terminal import Parser
+
+GROUPS = (planning, hosts, layers, models)
+"""Modules that hold commands, in the order of the help."""
+
+
+def call(argv: Sequence[str] | None) -> int | None:
+    """Run the command that ``argv`` names; without one, print the help.
+
+    Returns:
+        Its exit code, None for 0.
+
+    Raises:
+        LisaError: Of the command, or of the command line itself.
+    """
+    parser = build()
+    arguments, rest = parser.parse_known_args(argv)
+    if "overrides" in arguments:  # argparse takes none that follow a flag
+        arguments.overrides += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    code: int | None = arguments.command(arguments)
+    return code
+
+
+def build() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(prog="lisa-ds", description="LISA fine-tuning under DeepSpeed ZeRO-3.")
+    parser.add_argument("--version", action="version", version=f"lisa-ds {lisa_ds.__version__}")
+    # `deepspeed --no_python lisa-ds check` puts it here.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(command=lambda _: parser.print_help())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for group in GROUPS:
+        group.add(commands)
+    return parser
