@@ -9,9 +9,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from lisa_ds.errors import EngineError
 from lisa_ds.ops import Backend, Hyper, Segment, SegmentTable, masked_adamw_, sum_of_squares
 from lisa_ds.ops.reference import dequantise_signed, dequantise_unsigned, quantise_signed, quantise_unsigned
-from lisa_ds.ops.segments import QUANT_BLOCK
+from lisa_ds.ops.segments import QUANT_BLOCK, capturing
 
 _MOMENT_TYPES = {"fp32": (torch.float32,) * 2, "bf16": (torch.bfloat16,) * 2, "int8": (torch.int8, torch.uint8)}
 _PRECISIONS = ("mixed", "stochastic_rounding")
@@ -84,6 +85,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     Each parameter counts its own steps, so one that was frozen for a while is corrected for its own history. Loss scale, clip
     coefficient and an overflow are read on the device: with ``torch.amp.GradScaler``, or captured in a CUDA graph, nothing waits.
+    Replays of a captured step follow a rate that is a tensor; the other hyperparameters are those of the capture.
 
     Args:
         params: As for every optimizer: tensors, or groups with ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``lr_scale``.
@@ -128,6 +130,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Norm of all gradients before clipping at the last step, with ``max_grad_norm`` only: ``()``, on the device."""
         self._seed, self._backend = seed, backend
         self._launches: dict[Any, SegmentTable] = {}
+        self._captured: list[SegmentTable] = []  # CUDA graphs read them as long as they are replayed
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "lr_scale": 1.0}
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -146,6 +149,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: A parameter is not contiguous, or its gradient is sparse.
+            EngineError: A CUDA graph is captured, and a rate is a number, or it is the first step of these parameters.
         """
         loss = None
         if closure is not None:
@@ -188,7 +192,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See the base class; also called with loaded state."""
         super().__setstate__(state)
-        self._launches = {}
+        self._launches, self._captured = {}, []
 
     def _with_gradient(self) -> dict[Any, list[tuple[Tensor, dict[str, Any], int]]]:
         """Parameters with a gradient, their group and number, by what may share a launch."""
@@ -207,6 +211,13 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _launch(self, key: Any, chosen: list[tuple[Tensor, dict[str, Any], int]]) -> SegmentTable:
         """The table over ``chosen``: the last step's if it was over as many elements, pointed at where they are now."""
+        device = key[0]
+        key = (*key, *((number, parameter.numel()) for parameter, _, number in chosen))
+        table = self._launches.get(key)
+        if capturing(device):
+            self._refuse_to_capture(device, first=table is None)
+            # The graph's own from now on: a step outside of it must not point it elsewhere.
+            self._captured.append(self._launches.pop(key))
         segments = []
         for parameter, _, number in chosen:
             if not parameter.is_contiguous():
@@ -218,8 +229,6 @@ class MaskedAdamW(torch.optim.Optimizer):
                 state["master"] = parameter.detach().float()
             segments.append(Segment(weight=parameter.detach(), grad=_gradient(parameter), stream=number, **state))
         hypers = [_hyper(group) for _, group, _ in chosen]
-        key = (*key, *(number for _, _, number in chosen), *(segment.numel for segment in segments))
-        table = self._launches.get(key)
         if table is None:
             table = SegmentTable(segments, hypers, seed=self._seed)
             self._launches = {**self._launches, key: table} if len(self._launches) < _KEPT_TABLES else {key: table}
@@ -227,6 +236,18 @@ class MaskedAdamW(torch.optim.Optimizer):
             table.point_at(segments)
             table.set_hypers(hypers)
         return table
+
+    def _refuse_to_capture(self, device: torch.device, *, first: bool) -> None:
+        for i, group in enumerate(self.param_groups):
+            if not isinstance(lr := group["lr"], Tensor):
+                raise EngineError(
+                    f"param_groups[{i}]['lr'] is the number {lr}, which a captured step would repeat whatever it is set to later; "
+                    f"give it as a tensor, which replays read: lr=torch.tensor({lr}, device='{device}')"
+                )
+        if first:
+            raise EngineError(
+                "the first step of these parameters cannot be captured in a CUDA graph; take one, then capture the next"
+            )
 
     def _clip(
         self, tables: Sequence[SegmentTable], limit: float, factor: Tensor | None, found_inf: Tensor | None

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lisa_ds.errors import EngineError
 from lisa_ds.ops import Backend, Hyper, Segment, SegmentTable, build, masked_adamw_, sum_of_squares, unavailable
+from lisa_ds.optim import MaskedAdamW
 from tests import gpu_runs, test_ops_cuda
 from tests.adamw_cases import MODES, Mode, clone, make_segment, make_segments, table_of
 from tests.ranks import run_ranks
@@ -187,6 +189,118 @@ def test_a_captured_step_reads_its_rate_on_the_device(backend: Backend) -> None:
     before = segment.weight.clone()
     graph.replay()
     assert torch.equal(segment.weight, before)
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr": 3e-2}, {"lr_scale": 0.5}, {"weight_decay": 0.2}, {"betas": (0.5, 0.7)}, {"eps": 1.0}], ids=str
+)
+def test_a_captured_step_follows_numbers_that_are_set_later(backend: Backend, change: dict[str, Any]) -> None:
+    made = [make_segment(MODES[0], size, device="cuda") for size in (5000, 300)]
+    eager = copies(made)
+    first, later = Hyper(lr=1e-2, weight_decay=0.1), Hyper(**{"lr": 1e-2, "weight_decay": 0.1, **change})
+    table, eager_table = SegmentTable(made, [first] * 2), SegmentTable(eager, [first] * 2)
+    for each in (table, eager_table):
+        masked_adamw_(each, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        masked_adamw_(table, backend=backend)
+    for hyper in (first, later, first):
+        table.set_hypers([hyper] * 2)
+        eager_table.set_hypers([hyper] * 2)
+        torch.full((1000,), -1.0, device="cuda")  # would take the place of a table that is gone
+        graph.replay()
+        masked_adamw_(eager_table, backend=backend)
+        assert all(map(torch.equal, state_of(made), state_of(eager)))
+
+
+def test_numbers_cannot_change_inside_of_a_capture(backend: Backend) -> None:
+    table = SegmentTable([make_segment(MODES[0], 500, device="cuda")], [Hyper()])
+    masked_adamw_(table, backend=backend)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        masked_adamw_(table, backend=backend)
+        with pytest.raises(EngineError, match="every replay would set them"):
+            table.set_hypers([Hyper(lr=1.0)])
+        with pytest.raises(EngineError, match="take one step with the same tensors"):
+            SegmentTable(table.segments, [Hyper()])
+
+
+def small_net() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(40, 300), torch.nn.Tanh(), torch.nn.Linear(300, 3)).cuda()
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["step_alone", "whole_iteration"])
+def test_a_captured_optimizer_follows_its_schedule(backend: Backend, whole: bool) -> None:
+    """Eager steps in between, with gradients elsewhere, change nothing about what is replayed."""
+    nets, rows = [small_net(), small_net()], torch.randn(8, 40, device="cuda")
+    optimizers = [
+        MaskedAdamW(net.parameters(), lr=torch.tensor(1e-2, device="cuda"), max_grad_norm=1.0, backend=backend)
+        for net in nets
+    ]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: 0.5**step) for each in optimizers]
+
+    def backward(net: torch.nn.Module) -> None:
+        net(rows).square().mean().backward()
+
+    def iterate(i: int, *, to_none: bool) -> None:
+        optimizers[i].zero_grad(set_to_none=to_none)
+        backward(nets[i])
+        optimizers[i].step()
+
+    for _ in range(2):
+        for i in (0, 1):
+            iterate(i, to_none=False)
+    graph = torch.cuda.CUDAGraph()
+    if whole:
+        optimizers[0].zero_grad(set_to_none=True)
+    else:
+        optimizers[0].zero_grad(set_to_none=False)
+        backward(nets[0])
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        if whole:
+            backward(nets[0])
+        optimizers[0].step()
+    static = [parameter.grad for parameter in nets[0].parameters()]
+    for step in range(6):
+        schedules[0].step()
+        schedules[1].step()
+        if step == 3:  # out of the graph, with other gradients
+            iterate(0, to_none=True)
+            for parameter, gradient in zip(nets[0].parameters(), static, strict=True):
+                parameter.grad = gradient
+        else:
+            if not whole:
+                optimizers[0].zero_grad(set_to_none=False)
+                backward(nets[0])
+            graph.replay()
+        iterate(1, to_none=True)
+        for mine, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+def test_a_rate_that_is_a_number_is_not_captured(backend: Backend) -> None:
+    net = small_net()
+    optimizer = MaskedAdamW(net.parameters(), lr=1e-2, backend=backend)
+    net(torch.randn(8, 40, device="cuda")).square().mean().backward()
+    optimizer.step()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.ones(1, device="cuda")  # a graph of nothing is warned about
+        with pytest.raises(EngineError) as caught:
+            optimizer.step()
+    assert str(caught.value) == (
+        "param_groups[0]['lr'] is the number 0.01, which a captured step would repeat whatever it is set to later; give it as a "
+        "tensor, which replays read: lr=torch.tensor(0.01, device='cuda:0')"
+    )
+    optimizer = MaskedAdamW(net.parameters(), lr=torch.tensor(1e-2, device="cuda"), backend=backend)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.ones(1, device="cuda")
+        with pytest.raises(EngineError, match="first step of these parameters"):
+            optimizer.step()
+    assert not optimizer.state
 
 
 # ---- memory errors -----------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import torch
 from lisa_ds.errors import EngineError
 from lisa_ds.ops import Hyper, SegmentTable, build, masked_adamw_, unavailable
 from lisa_ds.ops import reference as specification
-from lisa_ds.ops.segments import layout_of, seed_word
+from lisa_ds.ops.segments import layout_of, seed_word, write_by_launches
 from tests import ops_runs, triton_mutants
-from tests.adamw_cases import MODES, Mode, make_segment, make_segments, table_of
+from tests.adamw_cases import MODES, Mode, clone, make_segment, make_segments, table_of
 from tests.isolated import exit_code, run_isolated
 
 INTERPRETED = {"TRITON_INTERPRET": "1"}
@@ -308,6 +308,32 @@ def test_a_rate_in_a_tensor_is_read_where_it_is() -> None:
     before = segment.weight.clone()
     masked_adamw_(table)
     assert torch.equal(before, segment.weight)
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr": 0.3}, {"lr_scale": 0.5}, {"weight_decay": 0.2}, {"betas": (0.5, 0.7)}, {"eps": 1.0}], ids=str
+)
+def test_what_a_captured_launch_reads_is_rewritten_where_it_lies(change: dict[str, Any]) -> None:
+    segments = make_segments(MODES[0], (10, 300))
+    first, other = Hyper(lr=0.1, weight_decay=0.1), Hyper(**{"lr": 0.1, "weight_decay": 0.1, **change})
+    table = SegmentTable(segments, [first, first])
+    hyper, addresses = table.hyper, table.addresses  # all that a graph knows
+    table.set_hypers([first, other])
+    expected = SegmentTable(segments, [first, other])
+    assert torch.equal(hyper, expected.hyper)
+    moved = [clone(segment) for segment in segments]
+    table.point_at(moved)
+    assert torch.equal(addresses, SegmentTable(moved, [first, other]).addresses)
+    assert table.hyper is hyper
+    assert table.addresses is addresses
+
+
+def test_addresses_written_by_launches_are_those_that_were_meant() -> None:
+    segments = make_segments(MODES[3], (10, 300))
+    here, there = table_of(segments), table_of([clone(segment) for segment in segments])
+    write_by_launches(here.addresses, there.addresses.tolist(), here.addresses.tolist())
+    assert torch.equal(here.addresses, there.addresses)
+    assert here.addresses.abs().max() > 2**40  # beyond what a float could hold
 
 
 @pytest.mark.parametrize(

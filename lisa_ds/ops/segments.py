@@ -5,7 +5,7 @@ Note on the table.
     hyperparameters, and on a GPU which segment each block of :data:`BLOCK` elements belongs to. So one launch covers tensors
     that lie anywhere, its grid holds the blocks of the segments in the table and of no others, and what is frozen is neither
     read nor written. Everything that changes from step to step (rates, step counts, loss scale, clip coefficient) is read on
-    the device.
+    the device, and the tables are rewritten where they lie: a launch captured in a CUDA graph sees what is set later.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from lisa_ds.errors import EngineError
 
 BLOCK = 2048
 """Elements of a block: the unit of the GPU grid. A multiple of :data:`QUANT_BLOCK`."""
@@ -141,6 +143,7 @@ class SegmentTable:
 
     Raises:
         ValueError: Types, sizes or devices do not go together; the message names the segment.
+        EngineError: A CUDA graph is being captured, which would not hold what is uploaded here.
     """
 
     def __init__(self, segments: Sequence[Segment], hypers: Sequence[Hyper], *, seed: int = 0) -> None:
@@ -150,12 +153,19 @@ class SegmentTable:
         self.device = segments[0].grad.device
         for i, segment in enumerate(segments):
             _check(i, segment, self.layout, self.device)
+        if capturing(self.device):
+            raise EngineError(
+                "a table cannot be built while a CUDA graph is captured, which would not upload it; take one step with the same "
+                "tensors before you capture"
+            )
         self._seed = seed
-        self._places: list[list[int]] = []
         self.numels = [segment.numel for segment in segments]
         self.num_blocks = sum(-(-numel // BLOCK) for numel in self.numels)
+        self.addresses = torch.zeros(len(segments), ADDRESS_COLUMNS, dtype=torch.int64, device=self.device)
+        self._places = [[0] * ADDRESS_COLUMNS for _ in segments]
         self.point_at(segments)
         self.block_segment = self._block_segment()
+        self.hyper = torch.zeros(len(segments), HYPER_COLUMNS, dtype=torch.float32, device=self.device)
         self._hypers: tuple[Hyper, ...] = ()
         self._rows: list[tuple[bool, list[float]]] = []
         self.set_hypers(hypers)
@@ -173,9 +183,13 @@ class SegmentTable:
         self.segments = tuple(segments)
         self.steps = list({id(segment.step): segment.step for segment in segments}.values())  # some may share one
         places = self._address_rows(self._seed)
-        if places != self._places:
-            self.addresses = self._upload(torch.tensor(places, dtype=torch.int64))
-            self._places = places
+        if places == self._places:
+            return
+        if capturing(self.device):
+            write_by_launches(self.addresses, places, self._places)
+        else:
+            self.addresses.copy_(self._staged(torch.tensor(places, dtype=torch.int64)), non_blocking=True)
+        self._places = places
 
     def let_go(self) -> None:
         """Keep no tensor alive until :meth:`point_at` is called again."""
@@ -187,16 +201,24 @@ class SegmentTable:
         return self._hypers
 
     def set_hypers(self, hypers: Sequence[Hyper]) -> None:
-        """Give every segment its hyperparameters for the next launch; uploads what has changed, without waiting for it.
+        """Give every segment its hyperparameters for the next launch, or replay of one; uploads what has changed, without waiting.
 
         Raises:
             ValueError: Not one for each segment, or out of range.
+            EngineError: A number has changed while a CUDA graph is captured: every replay would set it again.
         """
         if len(hypers) != len(self.numels):
             raise ValueError(f"{len(self.numels)} segments take as many hyperparameters, got {len(hypers)}")
         rows = [(isinstance(hyper.lr, Tensor), _hyper_row(hyper)) for hyper in hypers]
         if rows != self._rows:
-            self.hyper = self._upload(torch.tensor([row for _, row in rows], dtype=torch.float32))
+            if capturing(self.device):
+                raise EngineError(
+                    "hyperparameters cannot change while a CUDA graph is captured, whose every replay would set them again; change "
+                    "them before or after, or give lr as a tensor"
+                )
+            self.hyper.copy_(
+                self._staged(torch.tensor([row for _, row in rows], dtype=torch.float32)), non_blocking=True
+            )
             self._rows = rows
         self._hypers = tuple(hypers)
         for row, hyper in zip(self.hyper, hypers, strict=True):
@@ -215,15 +237,27 @@ class SegmentTable:
     def _block_segment(self) -> Tensor:
         """Which segment each block belongs to: ``(num_blocks,)``, int32. Built where it is used."""
         counts = [-(-numel // BLOCK) for numel in self.numels]
-        counted = self._upload(torch.tensor(counts))
+        counted = self._staged(torch.tensor(counts)).to(self.device, non_blocking=True)
         return torch.repeat_interleave(
             torch.arange(len(counts), dtype=torch.int32, device=self.device), counted, output_size=self.num_blocks
         )
 
-    def _upload(self, table: Tensor) -> Tensor:
-        if self.device.type == "cpu":
-            return table
-        return table.pin_memory().to(self.device, non_blocking=True)
+    def _staged(self, table: Tensor) -> Tensor:
+        """``table`` in memory from which it can be copied to the device without waiting."""
+        return table if self.device.type == "cpu" else table.pin_memory()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def write_by_launches(table: Tensor, rows: Sequence[Sequence[int]], before: Sequence[Sequence[int]]) -> None:
+    """Write ``rows`` over ``before`` in ``table`` by launches that hold the numbers, as a graph must: it would read host memory anew."""
+    for i, (row, old) in enumerate(zip(rows, before, strict=True)):
+        for column, (new, known) in enumerate(zip(row, old, strict=True)):
+            if new != known:
+                table[i, column].fill_(new)
 
 
 def layout_of(segment: Segment) -> Layout:
