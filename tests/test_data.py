@@ -107,6 +107,11 @@ def learned(row: dict[str, Any], tokenizer: Any) -> list[str]:
     return [part.partition("⟧")[0] for part in preview(row, tokenizer).split("⟦")[1:]]
 
 
+def as_stored(messages: list[dict[str, str]]) -> dict[str, str]:
+    """A row as the tokeniser is given it."""
+    return {"messages": json.dumps(messages), "tools": "null", "place": "here"}
+
+
 def turns(*contents: str) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 9, contents, strict=False)]
 
@@ -151,13 +156,13 @@ def test_columns_are_renamed(tmp_path: Path, tokenizer: Any) -> None:
     [
         ({"question": "q", "answer": "a"}, {}, "set data.columns: {question: prompt, answer: completion}\n"),
         ({"instruction": "q", "response": "a"}, {}, "set data.columns: {response: output}\n"),
-        ({"x": 1, "y": 2}, {}, "no accepted form has the columns 'x', 'y'\nAccepted columns (others are ignored):\n  alpaca: "),
+        ({"x": 1, "y": 2}, {}, "no accepted form has the columns 'x', 'y'\nAccepted columns:\n  alpaca: "),
         ({"text": "t"}, {"format": "alpaca"}, "data.format is 'alpaca', but no accepted form has the columns 'text'"),
         ({"text": "t"}, {"columns": {"txt": "text"}}, "data.columns renames 'txt'; found 'text'"),
         ({"instruction": "q", "output": 3}, {}, "output should be text, got 3"),
         ({"messages": []}, {}, "messages should be a list of turns with 'role' and 'content', got []"),
         ({"messages": [{"role": "user"}]}, {}, "messages[0] should be a turn with 'role' and 'content', got {'role': 'user'}"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, {}, "messages[0].role should be one of system, user, assistant, tool, got 'bot'"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, {}, "messages[0].role should be one of system, developer, user, human, assistant, gpt, function_call, tool_call, tool, function, observation, tool_response, got 'bot'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {}, "messages[0].content should be text, got [{'type': 'image'}]"),
         ({"prompt": "q", "completion": None}, {}, "completion should be text, got None"),
         ({"text": None}, {}, "text should be text, got None"),
@@ -337,7 +342,7 @@ def expected_answers(messages: list[dict[str, str]]) -> list[str]:
 def test_loss_is_on_the_answers_token_by_token(which: str, messages: list[dict[str, str]], tokenizer: Any) -> None:
     if which == "smollm2":
         tokenizer = AutoTokenizer.from_pretrained(smollm2())
-    ids, labels, _ = Tokeniser(tokenizer, "conversation", 1024).row({"messages": messages, "place": "here"})
+    ids, labels, _ = Tokeniser(tokenizer, "conversation", 1024).row(as_stored(messages))
 
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
     learned = [i for i, label in enumerate(labels) if label != IGNORED]
@@ -360,14 +365,14 @@ def test_marks_of_a_template_are_followed(tokenizer: Any) -> None:
     rows = []
     for template in (CHATML, MARKED):
         tokenizer.chat_template = template
-        rows.append(Tokeniser(tokenizer, "conversation", 1024).row({"messages": messages, "place": "here"}))
+        rows.append(Tokeniser(tokenizer, "conversation", 1024).row(as_stored(messages)))
     assert rows[0] == rows[1]
 
 
 def test_a_template_that_hides_earlier_thoughts(tokenizer: Any) -> None:
     tokenizer.chat_template = THINKING
     messages = turns("a", "<think>hm</think>\n\none", "b", "two")
-    ids, labels, _ = Tokeniser(tokenizer, "conversation", 1024).row({"messages": messages, "place": "here"})
+    ids, labels, _ = Tokeniser(tokenizer, "conversation", 1024).row(as_stored(messages))
     row = {"input_ids": ids, "labels": labels}
     assert learned(row, tokenizer) == ["one<|im_end|>", "<think>\n\n</think>\n\ntwo<|im_end|>"]
 
@@ -390,7 +395,7 @@ def test_a_template_that_does_not_fit(
 def test_a_tokenizer_that_loses_text_is_followed_by_offsets(uncased: Any) -> None:
     uncased.chat_template, uncased.eos_token = CHATML, "<|im_end|>"
     messages = turns("What is it", "SEVEN", "what", "Good film")
-    ids, labels, _ = Tokeniser(uncased, "conversation", 1024).row({"messages": messages, "place": "here"})
+    ids, labels, _ = Tokeniser(uncased, "conversation", 1024).row(as_stored(messages))
     text = "<|im_start|> user what is it <|im_end|> <|im_start|> assistant⟦seven <|im_end|>⟧"
     text += "<|im_start|> user what <|im_end|> <|im_start|> assistant⟦good film <|im_end|>⟧"
     assert preview({"input_ids": ids, "labels": labels}, uncased) == text

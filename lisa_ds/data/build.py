@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from lisa_ds.data import formats
+from lisa_ds.data.fields import Unused
 from lisa_ds.data.sources import Source
 from lisa_ds.data.tokenise import Status, Tokeniser
 from lisa_ds.errors import DataError
@@ -29,7 +30,7 @@ _WORTH_A_PROCESS = 1000  # rows; starting a process takes as long as a thousand
 
 _STRING = datasets.Value("string")
 _TOKENS = datasets.Sequence(datasets.Value("int32"))
-_TURNS = {"messages": [{"role": _STRING, "content": _STRING}]}
+_TURNS = {"messages": _STRING, "tools": _STRING}  # as JSON: no two turns need hold the same
 _CONTENT: dict[formats.Kind, dict[str, Any]] = {
     "conversation": _TURNS,
     "pair": _TURNS,
@@ -64,13 +65,15 @@ def build(
     packed: bool,
     num_workers: int,
 ) -> None:
-    """Write ``rows.arrow``, and ``counts.json``: what became of the rows, by the names of :class:`Status`.
+    """Write ``rows.arrow``, and ``counts.json``: what became of the rows, and which fields of them nothing read.
+
+    ``rows`` counts by the names of :class:`Status`; ``unused`` holds ``columns`` and ``turns``.
 
     Raises:
         DataError: A row is malformed, or none is left.
     """
     scratch = target / "scratch.arrow"
-    hashes, classes = _write_rows(scratch, source, form, columns, seed)
+    hashes, classes, unused = _write_rows(scratch, source, form, columns, seed)
     chosen = part.choose(hashes)
     if not len(chosen):
         share = "data.eval_fraction holds out none" if part.low == 0 else "data.eval_fraction holds out each"
@@ -106,7 +109,8 @@ def build(
         }
         reasons = " and ".join(f"{counts[status]} {text}" for status, text in why.items() if counts[status])
         raise DataError(f"{source.name}: no row is left: {reasons}")
-    (target / "counts.json").write_text(json.dumps({Status(key).name: number for key, number in counts.items()}))
+    became = {Status(key).name: number for key, number in counts.items()}
+    (target / "counts.json").write_text(json.dumps({"rows": became, "unused": vars(unused)}))
     for file in target.glob("*.arrow"):
         if file.name != "rows.arrow":
             file.unlink()
@@ -127,27 +131,30 @@ def _bar_if_watched() -> Iterator[None]:
 
 def _write_rows(
     path: Path, source: Source, form: formats.Form, columns: Mapping[str, str], seed: int
-) -> tuple[npt.NDArray[np.float64], set[int | str]]:
+) -> tuple[npt.NDArray[np.float64], set[int | str], Unused]:
     """Bring every row to its one form and hash it, so that equal rows never stand on both sides of a split."""
-    hashes, classes = array("d"), set()
+    hashes, classes, unused = array("d"), set(), Unused()
     features = datasets.Features(**_CONTENT[form.kind], place=_STRING)
 
     def rows() -> Iterator[dict[str, Any]]:
         for row in source.rows():
-            content = form(formats.rename(row, columns))
-            text = f"{seed}\0{json.dumps(content, sort_keys=True)}"
+            content = form(formats.rename(row, columns), unused)
+            said = {key: value for key, value in content.items() if value is not None}
+            text = f"{seed}\0{json.dumps(said, sort_keys=True)}"
             hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48)
             if form.kind == "classification":
                 classes.add(content["label"])
                 content = {**content, "label": json.dumps(content["label"])}
             elif form.kind == "text":
                 content = {**content, "starts": row.starts, "ends": row.ends}
+            else:
+                content = {key: json.dumps(value) for key, value in content.items()}
             yield {**content, "place": row.place}
 
     stream, schema = rows(), features.arrow_schema
     batches = iter(lambda: list(islice(stream, _BATCH)), [])
     _write(path, features, (pa.Table.from_pylist(batch, schema=schema) for batch in batches))
-    return np.array(hashes), classes
+    return np.array(hashes), classes, unused
 
 
 def _write(path: Path, features: datasets.Features, tables: Iterable[pa.Table]) -> None:

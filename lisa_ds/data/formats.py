@@ -3,9 +3,9 @@
 ======================  ==============================================================================
 columns                 what they hold
 ======================  ==============================================================================
-instruction, output     alpaca; with ``input`` and ``system`` if they are there
-messages                turns of ``role`` and ``content``
-conversations           ShareGPT: turns of ``from`` and ``value``
+instruction, output     alpaca; with ``input``, ``history``, ``system`` and ``tools`` if they are there
+messages                turns of ``role`` and ``content``, with ``tools`` and ``system`` if they are there
+conversations           ShareGPT: turns of ``from`` and ``value``, likewise
 prompt, completion      two texts, or two lists of ``messages``
 text, label             classification
 text                    plain text, for continual pre-training
@@ -18,14 +18,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lisa_ds.data.fields import Fields, Unused, listed
 from lisa_ds.data.files import Row
+from lisa_ds.data.turns import Turn, read_tools, read_turns, turn
 from lisa_ds.errors import DataError
 
 Kind = Literal["conversation", "pair", "text", "classification"]
-Message = dict[str, str]
 
-_ROLES = ("system", "user", "assistant", "tool")
-_SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 # What others call our columns, for a better message: they are not guessed.
 _SYNONYMS = {
     "output": ("response", "answer", "completion"),
@@ -45,21 +44,28 @@ class Form:
     option: str  # its name in the config
     columns: tuple[str, ...]
     kind: Kind
-    read: Callable[[Row], dict[str, Any]]
+    read: Callable[[Fields, Unused], dict[str, Any]]
 
-    def __call__(self, row: Row) -> dict[str, Any]:
-        """The row's content: ``messages``, ``text``, or ``text`` and ``label``.
+    def __call__(self, row: Row, unused: Unused) -> dict[str, Any]:
+        """The row's content: ``messages`` and ``tools``, ``text``, or ``text`` and ``label``.
+
+        Args:
+            row: The row.
+            unused: Is told what nothing reads.
 
         Raises:
-            DataError: A column is missing or holds something else.
+            DataError: A column is missing or holds something else, or what it says cannot be honoured.
         """
         missing = [column for column in self.columns if column not in row.fields]
         if missing:
             raise DataError(
-                f"{row.place}: is without {_list(missing)}, while the rows before are {self.name}; "
-                f"found {_list(row.fields)}"
+                f"{row.place}: is without {listed(missing)}, while the rows before are {self.name}; "
+                f"found {listed(row.fields)}"
             )
-        return self.read(row)
+        fields = Fields(row.fields, row.place)
+        content = self.read(fields, unused)
+        unused.columns.update(name for name, _ in fields.rest())
+        return content
 
 
 def tell(row: Row, option: str) -> Form:
@@ -77,8 +83,8 @@ def tell(row: Row, option: str) -> Form:
     asked = "" if option == "auto" else f"data.format is {option!r}, but "
     accepted = "\n".join(f"  {form.name + ':':<21}{', '.join(form.columns)}" for form in forms)
     raise DataError(
-        f"{row.place}: {asked}no accepted form has the columns {_list(row.fields)}{_renaming(forms, row.fields)}\n"
-        f"Accepted columns (others are ignored):\n{accepted}"
+        f"{row.place}: {asked}no accepted form has the columns {listed(row.fields)}{_renaming(forms, row.fields)}\n"
+        f"Accepted columns:\n{accepted}"
     )
 
 
@@ -91,57 +97,76 @@ def rename(row: Row, columns: Mapping[str, str]) -> Row:
     if not columns:
         return row
     if missing := [column for column in columns if column not in row.fields]:
-        raise DataError(f"{row.place}: data.columns renames {_list(missing)}; found {_list(row.fields)}")
+        raise DataError(f"{row.place}: data.columns renames {listed(missing)}; found {listed(row.fields)}")
     # What the new name stood for before is hidden.
     kept = {key: value for key, value in row.fields.items() if key not in columns and key not in columns.values()}
     return Row(row.place, kept | {new: row.fields[old] for old, new in columns.items()}, row.starts, row.ends)
 
 
-def _alpaca(row: Row) -> dict[str, Any]:
-    instruction, extra = _text(row, "instruction"), _text(row, "input", optional=True)
-    system = _text(row, "system", optional=True)
-    return {
-        "messages": [
-            *([_turn("system", system)] if system else []),
-            _turn("user", f"{instruction}\n\n{extra}" if extra.strip() else instruction),
-            _turn("assistant", _text(row, "output")),
-        ]
-    }
+def _alpaca(row: Fields, unused: Unused) -> dict[str, Any]:
+    instruction, extra = row.text("instruction"), row.text("input", optional=True)
+    turns = [
+        *_history(row),
+        turn("user", f"{instruction}\n\n{extra}" if extra.strip() else instruction),
+        turn("assistant", row.text("output")),
+    ]
+    return _conversation(row, turns)
 
 
-def _messages(row: Row) -> dict[str, Any]:
-    return {"messages": _turns(row, "messages", "role", "content", {role: role for role in _ROLES})}
+def _history(row: Fields) -> list[Turn]:
+    """Earlier questions and answers, as LLaMA-Factory has them: a list of pairs of texts."""
+    history = row.take("history") or []
+    if not isinstance(history, list):
+        raise row.wrong("history", "a list of [question, answer]", history)
+    turns = []
+    for number, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise row.wrong(f"history[{number}]", "a question and an answer", pair)
+        question, answer = (row.encodable(f"history[{number}]", text) for text in pair)
+        turns += [turn("user", question), turn("assistant", answer)]
+    return turns
 
 
-def _sharegpt(row: Row) -> dict[str, Any]:
-    turns = _turns(row, "conversations", "from", "value", _SHAREGPT)
-    system = _text(row, "system", optional=True)
-    return {"messages": [_turn("system", system), *turns] if system else turns}
+def _messages(row: Fields, unused: Unused) -> dict[str, Any]:
+    return _conversation(row, read_turns(row, "messages", unused))
 
 
-def _pair(row: Row) -> dict[str, Any]:
-    return {"messages": [_turn("user", _text(row, "prompt")), _turn("assistant", _text(row, "completion"))]}
+def _sharegpt(row: Fields, unused: Unused) -> dict[str, Any]:
+    return _conversation(row, read_turns(row, "conversations", unused, ("from", "value")))
 
 
-def _pair_of_turns(row: Row) -> dict[str, Any]:
-    roles = {role: role for role in _ROLES}
-    prompt = _turns(row, "prompt", "role", "content", roles)
-    if isinstance(row.fields["completion"], str):
-        return {"messages": [*prompt, _turn("assistant", row.fields["completion"])]}
-    return {"messages": [*prompt, *_turns(row, "completion", "role", "content", roles)]}
+def _pair(row: Fields, unused: Unused) -> dict[str, Any]:
+    return {"messages": [turn("user", row.text("prompt")), turn("assistant", row.text("completion"))], "tools": None}
 
 
-def _classification(row: Row) -> dict[str, Any]:
-    label = row.fields["label"]
+def _pair_of_turns(row: Fields, unused: Unused) -> dict[str, Any]:
+    prompt = read_turns(row, "prompt", unused)
+    if isinstance(row.values["completion"], str):
+        return _conversation(row, [*prompt, turn("assistant", row.text("completion"))])
+    return _conversation(row, [*prompt, *read_turns(row, "completion", unused)])
+
+
+def _conversation(row: Fields, turns: list[Turn]) -> dict[str, Any]:
+    """Turns with the columns that hold for all of them: ``system`` and ``tools``."""
+    system = row.text("system", optional=True)
+    if system and turns[0]["role"] == "system":
+        if turns[0]["content"] != system:
+            raise row.refused("system", "and the conversation's own system turn differ; keep one")
+        system = ""
+    return {"messages": [turn("system", system), *turns] if system else turns, "tools": read_tools(row)}
+
+
+def _classification(row: Fields, unused: Unused) -> dict[str, Any]:
+    label = row.take("label")
     if isinstance(label, bool) or not isinstance(label, (int, str)) or label == "":
-        raise _wrong(row, "label", "a number or a name", label)
+        raise row.wrong("label", "a number or a name", label)
     if isinstance(label, str) and label.isdecimal():  # csv knows no numbers
         label = int(label)
-    return {"text": _text(row, "text"), "label": label}
+    return {"text": row.text("text"), "label": label}
 
 
-def _plain(row: Row) -> dict[str, Any]:
-    return {"text": _text(row, "text")}
+def _plain(row: Fields, unused: Unused) -> dict[str, Any]:
+    return {"text": row.text("text")}
 
 
 FORMS = (
@@ -155,57 +180,6 @@ FORMS = (
 _PAIR_OF_TURNS = Form(
     "prompt_completion", "prompt_completion", ("prompt", "completion"), "conversation", _pair_of_turns
 )
-
-
-def _turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _text(row: Row, column: str, *, optional: bool = False) -> str:
-    value = row.fields.get(column)
-    if optional and value is None:
-        return ""
-    if not isinstance(value, str):
-        raise _wrong(row, column, "text", value)
-    return _encodable(row, column, value)
-
-
-def _turns(row: Row, column: str, role_key: str, content_key: str, roles: Mapping[str, str]) -> list[Message]:
-    turns = row.fields[column]
-    if not isinstance(turns, list) or not turns:
-        raise _wrong(row, column, f"a list of turns with {role_key!r} and {content_key!r}", turns)
-    messages = []
-    for number, turn in enumerate(turns):
-        at = f"{column}[{number}]"
-        if not isinstance(turn, Mapping) or role_key not in turn or content_key not in turn:
-            raise _wrong(row, at, f"a turn with {role_key!r} and {content_key!r}", turn)
-        role, content = turn[role_key], turn[content_key]
-        if not isinstance(role, str) or role not in roles:
-            raise _wrong(row, f"{at}.{role_key}", f"one of {', '.join(roles)}", role)
-        if isinstance(content, list) and all(
-            isinstance(part, Mapping) and part.get("type") == "text" for part in content
-        ):
-            content = "".join(str(part.get("text", "")) for part in content)
-        if not isinstance(content, str):
-            raise _wrong(row, f"{at}.{content_key}", "text", content)
-        messages.append(_turn(roles[role], _encodable(row, f"{at}.{content_key}", content)))
-    return messages
-
-
-def _encodable(row: Row, column: str, text: str) -> str:
-    r"""Refuse half of a surrogate pair: JSON may say ``\ud83d``, but that is no character and no tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _wrong(row, column, f"valid Unicode (character {error.start + 1} is half of a pair)", text) from None
-    return text
-
-
-def _wrong(row: Row, column: str, expected: str, value: object) -> DataError:
-    shown = repr(value)
-    return DataError(
-        f"{row.place}: {column} should be {expected}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
-    )
 
 
 def _renaming(forms: Collection[Form], found: Mapping[str, Any]) -> str:
@@ -225,7 +199,3 @@ def _renaming(forms: Collection[Form], found: Mapping[str, Any]) -> str:
     if not best:
         return ""
     return "; set data.columns: {" + ", ".join(f"{old}: {new}" for old, new in best.items()) + "}"
-
-
-def _list(names: Collection[str]) -> str:
-    return ", ".join(map(repr, names)) if names else "no columns"

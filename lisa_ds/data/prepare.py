@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from lisa_ds.cache import build_once
 from lisa_ds.config import DataConfig
 from lisa_ds.data import formats
 from lisa_ds.data.build import Part, build
+from lisa_ds.data.fields import Unused
 from lisa_ds.data.sources import Source, open_source
 from lisa_ds.data.tokenise import IGNORED, Status, Tokeniser, fingerprint, prepare_tokenizer
 from lisa_ds.errors import DataError
@@ -143,8 +145,9 @@ def _check(form: formats.Form, config: DataConfig, task: str, name: str) -> None
         )
 
 
-def _report(name: str, counts: dict[str, int], config: DataConfig) -> None:
-    """Say what was lost, each time: a cached data set is as much shorter as a fresh one."""
+def _report(name: str, found: dict[str, Any], config: DataConfig) -> None:
+    """Say what was lost and what was not read, each time: of a cached data set it is the same as of a fresh one."""
+    counts = found["rows"]
     what = {
         Status.CUT: f"cut at data.max_length {config.max_length}",
         Status.TOO_LONG: f"dropped, longer than data.max_length {config.max_length}",
@@ -153,6 +156,8 @@ def _report(name: str, counts: dict[str, int], config: DataConfig) -> None:
     lost = [f"{counts[status.name]:,} {text}" for status, text in what.items() if counts.get(status.name)]
     if lost and not config.packing:
         _log.warning("%s: of %s rows, %s", name, f"{sum(counts.values()):,}", "; ".join(lost))
+    for told in Unused(**{what: Counter(names) for what, names in found["unused"].items()}).told():
+        _log.warning("%s: %s", name, told)
 
 
 @cache

@@ -18,7 +18,8 @@ from typing import Any
 
 import jinja2
 
-from lisa_ds.data.formats import Kind, Message
+from lisa_ds.data.formats import Kind
+from lisa_ds.data.turns import Turn
 from lisa_ds.errors import DataError
 
 IGNORED = -100  # the label of a token without loss, as torch.nn.CrossEntropyLoss has it
@@ -78,7 +79,7 @@ class Tokeniser:
             ids = self._document(row) if row["text"].strip() else []
             loss = [True] * len(ids)
         else:
-            ids, loss = self._conversation(row["messages"], row["place"])
+            ids, loss = self._conversation(row)
         status = Status.KEPT
         if len(ids) > self.max_length and not self.cut_later:
             status = Status.TOO_LONG if self.drop_too_long else Status.CUT
@@ -107,30 +108,37 @@ class Tokeniser:
         after = [self.tokenizer.eos_token_id] if row["ends"] else []
         return [*before, *self._ids(row["text"]), *after]
 
-    def _conversation(self, messages: list[Message], place: str) -> tuple[list[int], list[bool]]:
+    def _conversation(self, row: dict[str, Any]) -> tuple[list[int], list[bool]]:
+        place = row["place"]
+        messages: list[Turn] = json.loads(row["messages"])
+        tools = json.loads(row["tools"])
         if self.kind == "pair" and not self.tokenizer.chat_template:
             question, completion = (message["content"] for message in messages)
             before = self._bos + question
             text = before + completion + self.tokenizer.eos_token
             spans = [(len(before), len(text))] if completion.strip() else []
         elif _MARKED.search(str(self.tokenizer.chat_template)) and not self.loss_on_all:
-            return self._marked_by_template(messages, place)
+            return self._marked_by_template(messages, tools, place)
         else:
-            text = self._render(messages, place)
-            spans = [] if self.loss_on_all else self._answers(messages, text, place)
+            text = self._render(messages, tools, place)
+            spans = [] if self.loss_on_all else self._answers(messages, tools, text, place)
         ids, loss = self._located(text, spans, place)
         return ids, [True] * len(ids) if self.loss_on_all else loss
 
-    def _marked_by_template(self, messages: list[Message], place: str) -> tuple[list[int], list[bool]]:
+    def _marked_by_template(self, messages: list[Turn], tools: Any, place: str) -> tuple[list[int], list[bool]]:
         try:
-            encoded = self.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+            encoded = self.tokenizer.apply_chat_template(
+                _shown(messages), tools=tools, return_dict=True, return_assistant_tokens_mask=True
+            )
         except (jinja2.TemplateError, ValueError) as error:
             raise self._refused(place, error) from error
         return encoded["input_ids"], [bool(learned) for learned in encoded["assistant_masks"]]
 
-    def _render(self, messages: list[Message], place: str, *, ask: bool = False) -> str:
+    def _render(self, messages: list[Turn], tools: Any, place: str, *, ask: bool = False) -> str:
         try:
-            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+            text: str = self.tokenizer.apply_chat_template(
+                _shown(messages), tools=tools, tokenize=False, add_generation_prompt=ask
+            )
         except (jinja2.TemplateError, ValueError) as error:
             raise self._refused(place, error) from error
         return text
@@ -138,15 +146,15 @@ class Tokeniser:
     def _refused(self, place: str, error: Exception) -> DataError:
         return DataError(f"{place}: the tokenizer's chat template refuses this conversation: {error}")
 
-    def _answers(self, messages: list[Message], text: str, place: str) -> list[Span]:
+    def _answers(self, messages: list[Turn], tools: Any, text: str, place: str) -> list[Span]:
         """Where in ``text`` the assistant speaks, its end of turn included."""
         spans = []
         for turn, message in enumerate(messages):
             asked = any(earlier["role"] == "user" for earlier in messages[:turn])
             if message["role"] != "assistant" or not asked or not message["content"].strip():
                 continue
-            before = self._render(messages[:turn], place, ask=True)
-            upto = self._render(messages[: turn + 1], place)
+            before = self._render(messages[:turn], tools, place, ask=True)
+            upto = self._render(messages[: turn + 1], tools, place)
             end = len(upto) if text.startswith(upto) else self._end_of_answer(text, len(before), message["content"])
             if end is None or not text.startswith(before):
                 raise DataError(
@@ -230,6 +238,11 @@ class Tokeniser:
     def _text(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
+
+
+def _shown(messages: list[Turn]) -> list[Turn]:
+    """What the template sees: not which turns are learned."""
+    return [{key: value for key, value in turn.items() if key != "learn"} for turn in messages]
 
 
 def first_token(tokenizer: Any) -> str:

@@ -1,0 +1,108 @@
+"""What a row or a turn holds: each field is read, or refused by name, or told at the end; none goes without a word."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lisa_ds.errors import DataError
+
+
+@dataclass
+class Unused:
+    """How many rows hold a column, and how many turns a field, that nothing reads."""
+
+    columns: Counter[str] = field(default_factory=Counter)
+    turns: Counter[str] = field(default_factory=Counter)
+
+    def told(self) -> list[str]:
+        """Such as ``columns not used: 'id' (1,200 rows), 'source' (3 rows)``."""
+        kinds = (("columns", "rows", self.columns), ("fields of turns", "turns", self.turns))
+        return [
+            f"{what} not used: " + ", ".join(f"{name!r} ({n:,} {unit})" for name, n in counts.most_common())
+            for what, unit, counts in kinds
+            if counts
+        ]
+
+
+class Fields:
+    """The fields of a row, or of a part of one, and which of them were read.
+
+    Args:
+        values: As they were found.
+        place: File and line.
+        path: Where in the row, such as ``messages[0]``; nothing for the row itself.
+    """
+
+    def __init__(self, values: Mapping[str, Any], place: str, path: str = "") -> None:
+        self.values = values
+        self.place = place
+        self.path = path
+        self._read: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def take(self, name: str) -> Any:
+        """The value, or None if there is none; from now on it counts as read."""
+        self._read.add(name)
+        return self.values.get(name)
+
+    def text(self, name: str, *, optional: bool = False) -> str:
+        """The value, which is text; of an optional one that is not there, nothing."""
+        value = self.take(name)
+        if optional and value is None:
+            return ""
+        if not isinstance(value, str):
+            raise self.wrong(name, "text", value)
+        return self.encodable(name, value)
+
+    def encodable(self, name: str, text: str) -> str:
+        r"""Refuse half of a surrogate pair: JSON may say ``\ud83d``, but no tokenizer takes it."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise self.wrong(name, f"valid Unicode (character {error.start + 1} is half of a pair)", text) from None
+        return text
+
+    def rest(self) -> Iterator[tuple[str, Any]]:
+        """What was not read and says something."""
+        for name, value in self.values.items():
+            if name not in self._read and says_something(value):
+                yield name, value
+
+    def at(self, name: str) -> str:
+        """The full name of a field."""
+        return f"{self.path}.{name}" if self.path else name
+
+    def wrong(self, name: str, expected: str, value: object) -> DataError:
+        """What to raise about a value."""
+        return wrong(self.place, self.at(name), expected, value)
+
+    def refused(self, name: str, why: str) -> DataError:
+        """What to raise about a field that means something to others and cannot be honoured."""
+        return DataError(f"{self.place}: {self.at(name)} {why}")
+
+
+def says_something(value: object) -> bool:
+    """Whether a value is more than null, NaN, a blank text, or a list or an object of such."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, Mapping):
+        return any(map(says_something, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(says_something, value))
+    return value is not None and value == value
+
+
+def wrong(place: str, name: str, expected: str, value: object) -> DataError:
+    """What to raise about a value that is not as it should be."""
+    shown = repr(value)
+    return DataError(f"{place}: {name} should be {expected}, got {shown if len(shown) <= 80 else shown[:77] + '...'}")
+
+
+def listed(names: Collection[str]) -> str:
+    """Names of columns, for a message."""
+    return ", ".join(map(repr, names)) if names else "no columns"

@@ -1,0 +1,214 @@
+"""The turns of a conversation, by whatever names: one form for the chat template.
+
+A turn is a dict of ``role`` and ``content`` (a text, empty if there is none) and, where the row has them,
+``reasoning_content``, ``tool_calls``, ``tool_call_id``, ``name`` and ``learn``: whether the row itself says that an
+answer carries loss or does not. The arguments of a tool call are an object, whether the row has it as one or as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lisa_ds.data.fields import Fields, Unused
+
+Turn = dict[str, Any]
+
+_ROLES = {
+    **{"system": "system", "developer": "system"},
+    **{"user": "user", "human": "user"},
+    **{"assistant": "assistant", "gpt": "assistant", "function_call": "assistant", "tool_call": "assistant"},
+    **{"tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool"},
+}
+_CALLS = ("function_call", "tool_call")  # roles whose content is the calls
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_LEARN = ("weight", "loss", "train", "training")
+_THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+
+
+def turn(role: str, content: str) -> Turn:
+    """A turn that only says something."""
+    return {"role": role, "content": content}
+
+
+def read_turns(row: Fields, column: str, unused: Unused, keys: tuple[str, str] = ("role", "content")) -> list[Turn]:
+    """The turns in a column.
+
+    Args:
+        row: The row.
+        column: Its name.
+        unused: Is told what nothing reads.
+        keys: What role and content are called in this form, for messages; those of others are understood.
+
+    Raises:
+        DataError: A turn is malformed, or says something that cannot be honoured.
+    """
+    values = row.take(column)
+    expected = f"{keys[0]!r} and {keys[1]!r}"
+    if not isinstance(values, list) or not values:
+        raise row.wrong(column, f"a list of turns with {expected}", values)
+    turns: list[Turn] = []
+    for number, value in enumerate(values):
+        at = f"{column}[{number}]"
+        if not isinstance(value, Mapping):
+            raise row.wrong(at, f"a turn with {expected}", value)
+        fields = Fields(value, row.place, at)
+        role_key, content_key = next(
+            (pair for pair in (keys, ("role", "content"), ("from", "value")) if pair[0] in fields), keys
+        )
+        if role_key not in fields:
+            raise row.wrong(at, f"a turn with {expected}", value)
+        role = fields.take(role_key)
+        if not isinstance(role, str) or role not in _ROLES:
+            raise fields.wrong(role_key, f"one of {', '.join(_ROLES)}", role)
+        if role in _CALLS:
+            found = _call_turn(fields, content_key)
+        else:
+            found = turn(_ROLES[role], "")
+            calls = _tool_calls(fields, found["role"])
+            if content_key not in fields and not calls:
+                raise row.wrong(at, f"a turn with {expected}", value)
+            found["content"] = _content(fields, content_key, unused, optional=bool(calls))
+            if calls:
+                found["tool_calls"] = calls
+        _add_reasoning(fields, found)
+        for name in ("tool_call_id", "name"):
+            if text := fields.text(name, optional=True):
+                found[name] = text
+        _add_learn(fields, found)
+        for name, _ in fields.rest():
+            unused.turns[name] += 1
+        turns.append(found)
+    return turns
+
+
+def read_tools(row: Fields) -> list[dict[str, Any]] | None:
+    """The tools that a conversation may call: ``tools``, or OpenAI's former ``functions``; as objects or as JSON."""
+    tools = []
+    for column in ("tools", "functions"):
+        found = _parsed(row, column, row.take(column))
+        if found is None:
+            continue
+        if not isinstance(found, list):
+            raise row.wrong(column, "a list of tools, or JSON of one", found)
+        for number, tool in enumerate(found):
+            at = f"{column}[{number}]"
+            if not isinstance(tool, dict) or tool.get("type", "function") != "function":
+                raise row.wrong(at, "a tool with type 'function'", tool)
+            function = tool.get("function", tool)
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise row.wrong(at, "a tool with a function that has a name", tool)
+            tools.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return tools or None
+
+
+def _content(fields: Fields, key: str, unused: Unused, *, optional: bool) -> str:
+    content = fields.take(key)
+    if content is None and optional:
+        return ""
+    if isinstance(content, list):
+        texts = []
+        for number, part in enumerate(content):
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise fields.wrong(key, "text", content)
+            inside = Fields(part, fields.place, f"{fields.at(key)}[{number}]")
+            inside.take("type")
+            texts.append(inside.text("text"))
+            for name, _ in inside.rest():
+                unused.turns[f"{key}[].{name}"] += 1
+        return "".join(texts)
+    if not isinstance(content, str):
+        raise fields.wrong(key, "text", content)
+    return fields.encodable(key, content)
+
+
+def _tool_calls(fields: Fields, role: str) -> list[dict[str, Any]]:
+    """Calls in OpenAI's form, with the arguments as an object."""
+    calls = []
+    found = fields.take("tool_calls")
+    if found:
+        if not isinstance(found, list):
+            raise fields.wrong("tool_calls", "a list of calls", found)
+        calls += [_call(fields, f"tool_calls[{number}]", call) for number, call in enumerate(found)]
+    if found := fields.take("function_call"):
+        calls.append(_call(fields, "function_call", found))
+    if calls and role != "assistant":
+        name = "tool_calls" if fields.take("tool_calls") else "function_call"
+        raise fields.refused(name, f"is in a turn of role {role!r}; only the assistant calls tools")
+    return calls
+
+
+def _call_turn(fields: Fields, key: str) -> Turn:
+    """A turn whose content is a call, or a list of calls, as JSON; thoughts may go before it."""
+    content = fields.text(key)
+    found = turn("assistant", "")
+    if thought := _THOUGHT.search(content):
+        found["reasoning_content"] = thought[1].strip()
+        content = content.replace(thought[0], "")
+    calls = _parsed(fields, key, content)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls:
+        raise fields.wrong(key, "a call", calls)
+    found["tool_calls"] = [_call(fields, key, call) for call in calls]
+    return found
+
+
+def _call(fields: Fields, at: str, call: Any) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise fields.wrong(at, "a call with the name of a function and its arguments", call)
+    if call.get("type", "function") != "function":
+        raise fields.wrong(f"{at}.type", "'function'", call["type"])
+    arguments = _parsed(fields, f"{at}.arguments", function.get("arguments"))
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise fields.wrong(f"{at}.arguments", "an object, or JSON of one", arguments)
+    outer = {key: call[key] for key in ("id",) if call.get(key) is not None}
+    return {**outer, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _parsed(fields: Fields, name: str, value: Any) -> Any:
+    """What a text says in JSON; nothing for a blank one. Other values are what they are, if JSON can say them."""
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too long a number"
+            raise fields.wrong(name, f"valid JSON ({reason})", value) from None
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        raise fields.wrong(name, "what JSON and Unicode can say", value) from None
+    return value
+
+
+def _add_reasoning(fields: Fields, found: Turn) -> None:
+    given = {name: text for name in _REASONING if (text := fields.text(name, optional=True)).strip()}
+    if "reasoning_content" in found:
+        given["<think>"] = found["reasoning_content"]
+    if len(set(given.values())) > 1:
+        raise fields.refused(" and ".join(given), "differ, and both are the thoughts of one turn; keep one")
+    if given:
+        found["reasoning_content"] = next(iter(given.values()))
+
+
+def _add_learn(fields: Fields, found: Turn) -> None:
+    """Whether the row says that a turn carries loss: OpenAI's and mistral-finetune's ``weight``, and flags of others."""
+    given = {name: value for name in _LEARN if (value := fields.take(name)) is not None}
+    for name, value in given.items():
+        if value not in (0, 1):  # true and false are
+            raise fields.wrong(name, "0 or 1, false or true", value)
+    if len({bool(value) for value in given.values()}) > 1:
+        raise fields.refused(" and ".join(given), "contradict each other; keep one")
+    if given:
+        found["learn"] = bool(next(iter(given.values())))
+        if found["learn"] and found["role"] != "assistant":
+            raise fields.refused(
+                next(iter(given)),
+                f"asks to learn a turn of role {found['role']!r}; only the assistant's are: remove it",
+            )
