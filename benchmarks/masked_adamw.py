@@ -101,7 +101,7 @@ def main() -> None:
         draw(measured, arguments.figure)
 
 
-def variants(numel: int, device: str, only: list[str] | None) -> dict[str, Step]:
+def variants(numel: int, device: str, only: list[str] | None, backend: ops.Backend | None = None) -> dict[str, Step]:
     """The steps to time, by name, over tensors that they share: what they compute does not matter."""
     wanted = set(only or BYTES)
     cuda = device == "cuda"
@@ -136,7 +136,7 @@ def variants(numel: int, device: str, only: list[str] | None) -> dict[str, Step]
             )
         # A rate so low that weights stay what they are however often it runs.
         launch = SegmentTable(segments, [Hyper(lr=1e-8, weight_decay=0.1)] * len(segments))
-        return lambda: ops.masked_adamw_(launch)
+        return lambda: ops.masked_adamw_(launch, backend=backend)
 
     fp32 = (exp_avg, exp_avg_sq)
     made: dict[str, Callable[[], Step]] = {

@@ -6,7 +6,6 @@ import argparse
 import gc
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -110,21 +109,11 @@ def roofline(backend: Backend, numel: int, *, sixteen_bit: bool) -> dict[str, fl
 # ---- NCCL ranks --------------------------------------------------------------------------------------------------
 
 
-def on_gpus(visible: str | None, body: Callable[..., Any], *args: Any) -> Any:
-    """Turns a rank of :func:`tests.ranks.run_ranks`, which keeps off GPUs, into an NCCL rank, and calls ``body(*args)`` there.
-
-    Args:
-        visible: ``CUDA_VISIBLE_DEVICES`` of the test's own process.
-        body: As for ``run_ranks``. What it imports first may be DeepSpeed, which looks for its accelerator then.
-        *args: For ``body``.
-    """
+def on_gpus(body: Callable[..., Any], *args: Any) -> Any:
+    """Turns a rank of ``run_ranks(..., gpus=True)`` into an NCCL rank, and calls ``body(*args)`` there."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dist.barrier()
     dist.destroy_process_group()
-    del os.environ["CUDA_VISIBLE_DEVICES"]
-    if visible is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    os.environ["DS_ACCELERATOR"] = "cuda"
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", rank=rank, world_size=world_size, device_id=device)
@@ -213,9 +202,10 @@ def main() -> None:
     parser.add_argument(
         "file", nargs="?", type=Path, help="in place of the backend's module (triton) or library (cuda)"
     )
+    parser.add_argument("--modes", nargs="+", choices=[mode.name for mode in MODES], help="these alone")
     arguments = parser.parse_args()
     room = room_from(arguments.backend, arguments.file)
-    for mode in MODES:
+    for mode in [mode for mode in MODES if arguments.modes is None or mode.name in arguments.modes]:
         for offset in (0, 1):
             sizes = (1, 7, 300, 2048, 2049, 4096 + 513)
             made: list[Segment] = make_segments(mode, sizes, offset=offset, device="cuda")

@@ -24,13 +24,16 @@ T = TypeVar("T")
 START_S = 60  # ranks import torch and DeepSpeed before the clock of the body starts, on a busy machine slowly
 
 
-def run_ranks(world_size: int, body: Callable[..., T], tmp_path: Path, *args: Any, timeout_s: float = 120) -> list[T]:
+def run_ranks(
+    world_size: int, body: Callable[..., T], tmp_path: Path, *args: Any, timeout_s: float = 120, gpus: bool = False
+) -> list[T]:
     """Call ``body(*args)`` on ``world_size`` gloo ranks and return what each returned, by rank.
 
     ``body`` must be a module-level function (ranks are spawned, so it is pickled), and what it returns is pickled
     too. The process group exists when it is called: ``deepspeed.initialize`` finds it. Ranks meet through a file,
     so there is no port to collide on. The first rank that fails fails the test with its traceback; a hang fails
-    it with the stack of every thread.
+    it with the stack of every thread. With ``gpus`` ranks see what GPUs the test sees: from their start, since CUDA
+    reads which are visible when it is touched first, and an import may touch it.
     """
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     context = multiprocessing.get_context("spawn")
@@ -38,7 +41,7 @@ def run_ranks(world_size: int, body: Callable[..., T], tmp_path: Path, *args: An
     ranks: list[BaseProcess] = []
     try:
         for rank in range(world_size):
-            with _environment(rank, world_size, port):
+            with _environment(rank, world_size, port, gpus):
                 process: BaseProcess = context.Process(
                     target=_rank_main, args=(rank, world_size, folder, body, args, timeout_s)
                 )
@@ -97,7 +100,7 @@ def _rank_main(
 
 
 @contextlib.contextmanager
-def _environment(rank: int, world_size: int, port: int) -> Iterator[None]:
+def _environment(rank: int, world_size: int, port: int, gpus: bool) -> Iterator[None]:
     """The environment a launcher would give, inherited by a process that is started inside."""
     before = dict(os.environ)
     os.environ.update(
@@ -107,10 +110,11 @@ def _environment(rank: int, world_size: int, port: int) -> Iterator[None]:
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),  # for code that insists on one; the group itself meets through a file
-        DS_ACCELERATOR="cpu",
-        CUDA_VISIBLE_DEVICES="",  # the same test on a machine with one GPU: ranks are CPU ranks
         OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cuda" if gpus else "cpu",
     )
+    if not gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same test on a machine with one GPU: ranks are CPU ranks
     try:
         yield
     finally:

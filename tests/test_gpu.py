@@ -386,8 +386,7 @@ def test_a_step_keeps_pace_with_a_copy_of_its_traffic(backend: Backend, sixteen_
 def run_on_gpus(world_size: int, tmp_path: Path, body: Any, *args: Any) -> list[Any]:
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} CUDA devices, there is {torch.cuda.device_count()}")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return run_ranks(world_size, gpu_runs.on_gpus, tmp_path, visible, body, *args, timeout_s=400)
+    return run_ranks(world_size, gpu_runs.on_gpus, tmp_path, body, *args, timeout_s=400, gpus=True)
 
 
 @pytest.mark.multirank

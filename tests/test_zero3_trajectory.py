@@ -116,7 +116,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list
 
 @functools.cache
 def _reference(world_size: int, key: str) -> Outcome:
-    return trajectory.reference(_KEYED[key], world_size, _layers(_KEYED[key]))
+    return trajectory.reference(_KEYED[key], world_size, layers_of(_KEYED[key]))
 
 
 _KEYED: dict[str, Case] = {}
@@ -140,7 +140,7 @@ def reference(case: Case, world_size: int) -> Outcome:
     return _reference(world_size, repr(plain))
 
 
-def _layers(case: Case) -> list[tuple[int, ...]]:
+def layers_of(case: Case) -> list[tuple[int, ...]]:
     sampler = LayerSampler(trajectory.LAYERS, LisaConfig.load(case.lisa_config))
     return [sampler.layers_at(interval) for interval in range(case.steps)]
 
@@ -323,7 +323,7 @@ def test_a_reference_without_it_is_another_run(runs: Any, name: str, without: di
 def test_a_block_that_is_kept_keeps_its_age(runs: Any) -> None:
     """Control: a re-warm-up that begins at every switch is another run."""
     (case,) = (case for case in CAREFUL if case.name == "rewarm")
-    other = trajectory.reference(case, 2, _layers(case), ages_restart=True)
+    other = trajectory.reference(case, 2, layers_of(case), ages_restart=True)
     assert differences(runs[2, case.name][0], other)["parameter"] > 10 * BOUNDS["parameter"]
 
 

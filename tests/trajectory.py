@@ -153,6 +153,7 @@ def reference(
     layers: list[tuple[int, ...]],
     build: Callable[[], nn.Module] | None = None,
     ages_restart: bool = False,
+    device: str = "cpu",
 ) -> Outcome:
     """The run in one process: plain torch, AdamW, fp32 master weights of 16-bit models kept only while sampled.
 
@@ -162,9 +163,10 @@ def reference(
         layers: Blocks trained in each interval.
         build: Makes the model, if it is not ``case``'s own.
         ages_restart: A mistake: every switch begins the re-warm-up of all units, also of those that stay.
+        device: Where it computes.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
-    model = (build() if build else build_model(case.tied, width=case.width, heads=case.heads)).to(dtype)
+    model = (build() if build else build_model(case.tied, width=case.width, heads=case.heads)).to(device, dtype)
     model.train()
     unit_of = units(model)
     named = dict(model.named_parameters())
@@ -205,7 +207,7 @@ def reference(
         for batch in micro:
             mean = {name: torch.zeros_like(named[name]) for name in trained}
             for rank in range(world_size):
-                rows = batch[rank * MICRO_BATCH : (rank + 1) * MICRO_BATCH]
+                rows = batch[rank * MICRO_BATCH : (rank + 1) * MICRO_BATCH].to(device)
                 loss = model(input_ids=rows, labels=rows).loss
                 total += loss.item() / world_size / case.accumulation
                 (loss / case.accumulation).backward()
@@ -244,7 +246,7 @@ def reference(
             in_for[unit] = in_for.get(unit, 0) + 1
         applied += 1
     extra = {"roles": roles_visited, "limited": times_limited}
-    return Outcome(losses, norms, {n: p.detach().float() for n, p in named.items()}, visited, extra)
+    return Outcome(losses, norms, {n: p.detach().float().cpu() for n, p in named.items()}, visited, extra)
 
 
 def deepspeed_config(case: Case, world_size: int) -> dict[str, Any]:
