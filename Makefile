@@ -1,7 +1,7 @@
 # Everything runs in a virtual environment of its own, .venv, which is built on first use and when its inputs change.
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-slow test-cluster test-gpu test-versions bench ablate ablate-report clean
+.PHONY: help install demo test check format test-slow test-cluster test-gpu proof-gpu test-versions bench ablate ablate-report clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -66,6 +66,9 @@ test-cluster: $(VENV)/installed  ## real Slurm and ssh on two hosts made of name
 # The slow ones among them too: what needs a GPU has no other target.
 test-gpu: $(VENV)/installed  ## the tests that need a GPU; without one they say so and are skipped
 	$(PYTEST) -m gpu
+
+proof-gpu: $(VENV)/installed  ## every claim about a GPU, measured in eight minutes; into docs/results
+	$(VENV)/bin/python benchmarks/gpu_proof.py --out docs/results $(PROOF_FLAGS)
 
 check: $(VENV)/installed  ## style, types and layering; runs no test
 	$(VENV)/bin/ruff format --check .

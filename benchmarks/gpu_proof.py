@@ -44,7 +44,7 @@ class Stage:
 
 
 STAGES = [
-    Stage("a", "gpu_smoke", 130, gpu_smoke.CLAIMS),
+    Stage("a", "gpu_smoke", 150, gpu_smoke.CLAIMS),
     Stage("b", "gpu_engine", 90, gpu_engine.CLAIMS),
     Stage("c", "gpu_kernels", 60, gpu_kernels.CLAIMS),
     Stage("d", "gpu_models", 200, gpu_models.CLAIMS),

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from benchmarks.gpu_claims import Claim, Report, at_most
 ROOT = Path(__file__).resolve().parent.parent
 
 TESTS = ROOT / "tests" / "test_gpu.py"
+_OUTCOME = re.compile(r"::(test_\w+)(\[.*\])? (PASSED|FAILED|SKIPPED|ERROR)", re.MULTILINE)
 SANITIZED = ("triton", "cuda")
 
 
@@ -63,28 +64,31 @@ def main() -> None:
 
 
 def _run_tests(report: Report, deadline: float, dry_run: bool) -> None:
-    results = report.path.with_suffix(".xml")
-    command = [sys.executable, "-m", "pytest", str(TESTS), "-m", "gpu and not slow", "-q", "-p", "no:cacheprovider"]
-    command += ["--collect-only"] if dry_run else [f"--junitxml={results}", "--maxfail=40"]
+    log = report.path.with_suffix(".log")
+    command = [sys.executable, "-m", "pytest", str(TESTS), "-m", "gpu and not slow", "-v", "-p", "no:cacheprovider"]
     start = time.monotonic()
-    run = subprocess.run(command, cwd=ROOT, timeout=max(deadline - start, 10))
-    if dry_run:
-        report.write("collected", "tests/test_gpu.py", int(run.returncode == 0), "exit code is 0")
-        return
+    with log.open("w") as file:
+        if dry_run:
+            code = subprocess.run([*command, "--collect-only"], cwd=ROOT, stdout=file).returncode
+            report.write("collected", "tests/test_gpu.py", int(code == 0), "exit code is 0")
+            if code:
+                raise RuntimeError(f"exit code {code}: {log.read_text()[-2000:]}")
+            return
+        try:
+            subprocess.run(command, cwd=ROOT, stdout=file, timeout=max(deadline - start, 10))
+        except subprocess.TimeoutExpired:
+            print("  ended at its limit: what ran until then counts")
     counts: dict[str, Counter[str]] = {name: Counter() for name in FUNCTIONS}
-    skipped = {}
-    for case in ElementTree.parse(results).iter("testcase"):
-        name = str(case.get("name")).partition("[")[0]
-        kinds = {child.tag for child in case}
-        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        counts[name][outcome] += 1
-        if outcome == "skipped":
-            skipped[str(case.get("name"))] = str(next(iter(case)).get("message"))
-    results.unlink()
+    unfit = []
+    for name, case, outcome in _OUTCOME.findall(log.read_text()):
+        counts[name][outcome.lower()] += 1
+        if outcome != "PASSED":
+            unfit.append(f"{name}{case}: {outcome.lower()}")
     for name, count in counts.items():
-        if count["passed"] or count["failed"]:
-            report.judge(OF_TESTS[name], count["failed"], "failures", **count)
-    report.write("seconds", "tests/test_gpu.py", time.monotonic() - start, "s", skipped=skipped)
+        failures = count["failed"] + count["error"]
+        if count["passed"] or failures:
+            report.judge(OF_TESTS[name], failures, "failures", **count)
+    report.write("seconds", "tests/test_gpu.py", time.monotonic() - start, "s", unfit=unfit)
 
 
 def _sanitize(report: Report, backend: str, deadline: float) -> None:
