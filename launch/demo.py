@@ -1,49 +1,124 @@
-"""Fine-tune a small language model by LISA on all GPUs, or on two CPU ranks, and ask it something."""
+"""Fine-tune a small language model by LISA on all GPUs, or on two CPU ranks, and ask it something before and after.
+
+All that takes long happens in other processes, so that this one can say at any time how far they are.
+"""
 
 import os
+import queue
 import shutil
 import subprocess
 import sys
+import tempfile
+import textwrap
+import threading
 import time
 from pathlib import Path
-
-import torch
 
 from lisa_ds.cluster.environment import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTPUT = Path("runs/demo")
-PROMPT = "What does `shutil.copyfile(src, dst)` do in Python?"
+OUTPUT = "runs/demo"
+MODEL = "builtin:smollm2-135m"
+PROMPT = "What does `math.gcd(a, b)` do in Python?"
+LOOK = "from torch import cuda; print(cuda.device_count(), cuda.is_available() and cuda.is_bf16_supported())"
+STAMP = "[{:4.0f} s] "
 
 
 def main() -> int:
-    num_gpus = torch.cuda.device_count()
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
-    command += ["--num_gpus", str(num_gpus or 2), "--master_port", str(free_port())]
-    command += ["launch/train.py", "--lisa_config", "configs/demo.yaml", f"training.output_dir={OUTPUT}"]
-    if not fast_in_bf16():
-        command.append("training.bf16=false")
-    shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
-    print("$", " ".join(command), flush=True)
-    if not num_gpus:
+    narrator = Narrator()
+    num_gpus, bf16 = narrator.run("looking for GPUs", [sys.executable, "-c", LOOK]).split()
+    if num_gpus == "0":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find out by itself, with many warnings
-    start = time.perf_counter()
-    if code := subprocess.run(command, cwd=ROOT).returncode:
-        return code
-    print(f"the run took {time.perf_counter() - start:.0f} s")
-
-    from lisa_ds.config import ModelConfig
-    from lisa_ds.models import answer, load_model, load_tokenizer
-
-    trained = ModelConfig(name_or_path=str(ROOT / OUTPUT / "model"))
-    print(f"\n{PROMPT}\n> {answer(load_model(trained), load_tokenizer(trained), PROMPT)}")
+        num_gpus, bf16 = "2", str(cpu_is_fast_in_bf16())
+    before = ask(narrator, MODEL, "before")
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
+    command += ["--num_gpus", num_gpus, "--master_port", str(free_port())]
+    command += ["launch/train.py", "--lisa_config", "configs/demo.yaml", f"training.output_dir={OUTPUT}"]
+    command += [f"training.bf16={bf16.lower()}"]
+    shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
+    narrator.say(f"$ {' '.join(command)}")
+    narrator.run("fine-tuning", command, show=True)
+    after = ask(narrator, f"{OUTPUT}/model", "after")
+    print(f"\n{PROMPT}\n\nbefore training:\n{before}\n\nafter training:\n{after}")
     return 0
 
 
-def fast_in_bf16() -> bool:
-    """Whether the hardware multiplies bf16 itself; a CPU that has to emulate it is faster in fp32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+def ask(narrator: "Narrator", model: str, when: str) -> str:
+    command = [sys.executable, "-m", "lisa_ds.cli", "generate", model, "--prompt", PROMPT, "--max_new_tokens", "60"]
+    said = narrator.run(f"asking the model {when} training", command)
+    lines = (line for line in said.splitlines() if line.strip())
+    return "\n".join(textwrap.fill(line, narrator.width, initial_indent="> ", subsequent_indent="> ") for line in lines)
+
+
+class Narrator:
+    """Runs other processes and shows what they do, each line with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self.start = self.spoke = time.monotonic()
+        self.on_terminal = sys.stdout.isatty()
+        self.beat_s = 1.0 if self.on_terminal else 3.0  # after so long without a line there is one that says how long
+        self.width = min(100, shutil.get_terminal_size((100, 40)).columns)
+        self.indent = len(STAMP.format(0))
+
+    def say(self, text: str) -> None:
+        """Print a line; on a terminal in the place of the last beat."""
+        stamp = STAMP.format(time.monotonic() - self.start)
+        lines = textwrap.wrap(text, self.width - 1, initial_indent=stamp, subsequent_indent=" " * self.indent)
+        print("\r\033[K" if self.on_terminal else "", "\n".join(lines), sep="", flush=True)
+        self.spoke = time.monotonic()
+
+    def beat(self, what: str, seconds: float) -> None:
+        """Say that ``what`` goes on."""
+        stamp, tail = STAMP.format(time.monotonic() - self.start), f": {seconds:.0f} s"
+        text = stamp + textwrap.shorten(what, self.width - 1 - self.indent - len(tail), placeholder="...") + tail
+        print(f"\r\033[K{text}" if self.on_terminal else f"{text}\n", end="", flush=True)
+        self.spoke = time.monotonic()
+
+    def run(self, what: str, command: list[str], show: bool = False) -> str:
+        """Run a command in the repository's root, and return what it writes to stdout.
+
+        What it writes to stderr is shown, with ``show`` all of it; a line that ends in ``...`` says what takes place from
+        then on. Exits with the command's exit code if that is not 0.
+        """
+        self.say(f"{what} ...")
+        environment = {**os.environ, "COLUMNS": str(self.width - 1 - self.indent)}  # there is a stamp before each line
+        with tempfile.TemporaryFile("w+") as answer:
+            output, error = (subprocess.PIPE, subprocess.STDOUT) if show else (answer, subprocess.PIPE)
+            with subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=error, text=True
+            ) as process:
+                told: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+                threading.Thread(target=_tell, args=(process, told), daemon=True).start()
+                since, stage = time.monotonic(), what
+                while True:
+                    try:
+                        line = told.get(timeout=max(0.0, self.spoke + self.beat_s - time.monotonic()))
+                    except queue.Empty:
+                        self.beat(stage, time.monotonic() - since)
+                        continue
+                    if line is None:
+                        break
+                    if line:
+                        self.say(line)
+                        since, stage = time.monotonic(), line.removesuffix(" ...") if line.endswith(" ...") else what
+            if process.returncode:
+                sys.exit(process.returncode)
+            answer.seek(0)
+            return answer.read()
+
+
+def _tell(process: "subprocess.Popen[str]", told: "queue.SimpleQueue[str | None]") -> None:
+    """Its lines, and None when it has ended."""
+    stream = process.stdout or process.stderr
+    assert stream is not None
+    for line in stream:
+        told.put(line.rstrip())
+    process.wait()
+    told.put(None)
+
+
+def cpu_is_fast_in_bf16() -> bool:
+    """Whether the CPU multiplies bf16 itself; one that has to emulate it is faster in fp32."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))

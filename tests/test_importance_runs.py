@@ -59,7 +59,7 @@ def test_the_calibration_recipe_from_end_to_end(write: Any, tmp_path: Path) -> N
     folder = write(tmp_path / "run")
     done = launch(folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    before, after = done.stdout.split("held-out loss ")[1].split("\n")[0].split(" -> ")
+    before, after = done.stdout.split("\nheld-out loss ")[1].split("\n")[0].split(" -> ")
     assert float(after) < float(before)
     assert " in 4 intervals" in done.stdout
     lines = [json.loads(line) for line in (folder / "out/layers.jsonl").read_text().splitlines()]

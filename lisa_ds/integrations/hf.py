@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from lisa_ds.config import LisaConfig
 from lisa_ds.engines.zero3 import LisaEngine, armed, compat, parallel
 from lisa_ds.engines.zero3.live import memory_report, precision
 from lisa_ds.errors import ConfigError, EngineError
+from lisa_ds.integrations import console
 from lisa_ds.integrations.calibration import CalibrationBatches
 from lisa_ds.integrations.sharing import count_rows_once
 from lisa_ds.layers import LayerStack
@@ -197,10 +200,11 @@ class LisaCallback(TrainerCallback):
         self.memory = engine.memory_report()
         self.trained = engine.layer_history[:-1] if self._is_new else engine.layer_history
         if state.is_world_process_zero:
-            tqdm.write(
-                f"step {state.global_step}: interval {engine.interval} trains {engine.what_trains}; "
-                f"{self.state_bytes / 1e6:.1f} MB of gradients and optimizer state live on a rank"
-            )
+            head = f"step {state.global_step}: interval {engine.interval} trains "
+            tail = f"; live state {self.state_bytes / 1e6:.1f} MB on a rank"
+            what = textwrap.shorten(engine.what_trains, console.width() - len(head + tail), placeholder=" ...")
+            tqdm.write(head + what + tail)
+            sys.stdout.flush()
 
 
 class _StepsPerEpoch:

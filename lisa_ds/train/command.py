@@ -16,6 +16,7 @@ from lisa_ds.cluster.preemption import Preempted, Preemption, ignore
 from lisa_ds.config import load_config
 from lisa_ds.errors import LisaError
 from lisa_ds.terminal import Parser
+from lisa_ds.train import stages
 
 RANK_0_SPEAKS_S = 10.0
 """How long another rank waits, after an error, for the launcher to end it because rank 0 has told of the same."""
@@ -45,7 +46,8 @@ def _train(argv: Sequence[str] | None, preemption: Preemption) -> None:
         overrides.append(f"deepspeed={arguments.deepspeed_config}")
     config = load_config(arguments.lisa_config, overrides)
 
-    import torch.distributed  # with transformers and DeepSpeed: seconds
+    stages.begin("loading torch, transformers and DeepSpeed")
+    import torch.distributed
 
     from lisa_ds.train.run import run
 
@@ -92,6 +94,9 @@ def _prepare_environment() -> None:
     # Ranks that each take every core only get in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // on_this_node)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it forks after threads have started
+    if not sys.stderr.isatty():  # a bar in a file is noise
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own, too
     # Every rank's copy of the same warnings is noise, and so are DeepSpeed's calls of names that torch has deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

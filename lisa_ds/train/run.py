@@ -17,7 +17,7 @@ from lisa_ds import data, flops, methods
 from lisa_ds.cluster.preemption import Preemption
 from lisa_ds.config import RunConfig
 from lisa_ds.errors import ConfigError
-from lisa_ds.integrations import hf, sharing
+from lisa_ds.integrations import console, hf, sharing
 from lisa_ds.integrations.preemption import PreemptionCallback
 from lisa_ds.integrations.statistics import LayerStatistics
 from lisa_ds.integrations.streaming import streamed
@@ -25,7 +25,7 @@ from lisa_ds.integrations.throughput import Throughput
 from lisa_ds.integrations.trainer import Clock, LabelLogitsTrainer
 from lisa_ds.layers import LayerStack
 from lisa_ds.models import load_model, load_tokenizer
-from lisa_ds.train import arguments
+from lisa_ds.train import arguments, stages
 from lisa_ds.train.preflight import check_memory
 from lisa_ds.train.resume import find_checkpoint, restore_patience
 from lisa_ds.train.summary import Summary
@@ -48,6 +48,7 @@ def run(
         Preempted: One has come, on some rank. ``--resume auto`` continues the run; it has exported nothing.
         LisaError: Something is wrong with config, data, model or checkpoint. Nothing has been written.
     """
+    stages.begin("checking the run and planning its memory")
     given = arguments.check(config)
     hf.check_deepspeed(arguments.deepspeed_config(config), config.where("deepspeed"), lisa=config.method == "lisa")
     if given.get("fp16"):
@@ -56,11 +57,13 @@ def run(
     peak = flops.peak_flops(_device_name(), os.environ)
     planned = check_memory(config, force=force)
     checkpoint = find_checkpoint(config, resume)
+    stages.begin(f"reading and tokenising {config.data.path}")
     tokenizer = load_tokenizer(config.model)
     rows = data.load_dataset(config.data, tokenizer, task=config.model.task)
     if config.model.task == "sequence_classification":
         _num_classes(config, *rows)
     _check_writable(config)
+    stages.begin("joining the process group; DeepSpeed compiles an operator if it is the first time")
     args = arguments.build(config, given, resumed=checkpoint is not None)
     hf.join_process_group()
     if planned and args.process_index == 0:
@@ -68,6 +71,7 @@ def run(
     place, preemption = Path(args.output_dir), preemption or Preemption()
     with preemption.marked(place), _removed_if_left_empty(place):
         trainer, clock = _build_trainer(config, given, args, tokenizer, *rows)
+        console.show_lines(trainer)
         throughput = Throughput(trainer, clock, peak, config.lisa.layers_path)
         trainer.callback_handler.callbacks.insert(0, throughput)
         methods.prepare(trainer, config)
@@ -75,9 +79,11 @@ def run(
             trainer.add_callback(_layer_statistics(config, trainer))
         restore_patience(trainer, checkpoint)
         trainer.add_callback(PreemptionCallback(preemption, checkpoint))
+        stages.begin("building the engine")
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     loss_before, loss_after = _held_out_losses(trainer)
     model = Path(args.output_dir) / "model"
+    stages.begin(f"exporting the trained model to {model}")
     _export(trainer, model)
     summary = _summarise(config, trainer, clock, throughput, loss_before, loss_after, model)
     if trainer.is_world_process_zero():
@@ -99,6 +105,7 @@ def _build_trainer(
         model_config = model_config.model_copy(update={"num_labels": _num_classes(config, train_rows, eval_rows)})
     set_seed(args.seed)  # a new head is drawn at random
     # `args` keeps transformers' HfDeepSpeedConfig alive, under which a model is built partitioned.
+    stages.begin(f"loading the weights of {config.model.name_or_path}")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     with sharing.loading(), streamed():
         model = load_model(model_config, dtype)
@@ -185,6 +192,7 @@ def _held_out_losses(trainer: LabelLogitsTrainer) -> tuple[float | None, float |
     before = next((loss for step, loss in measured if step == 0), None)
     if not trainer.args.load_best_model_at_end and measured and measured[-1][0] == state.global_step:
         return before, measured[-1][1]
+    stages.begin("measuring the held-out loss after training")
     return before, trainer.evaluate()["eval_loss"]
 
 

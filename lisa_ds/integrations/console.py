@@ -1,0 +1,140 @@
+"""What a run shows of its log entries: one line each, and bars where somebody watches.
+
+Trackers and ``log_history`` have the whole entry; a line has what a person looks at, as far as it fits.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+_FIRST: dict[str, Callable[[Any], str]] = {
+    "epoch": lambda value: f"epoch {value:.2f}",
+    "loss": lambda value: f"loss {value:.4f}",
+    "eval_loss": lambda value: f"held-out loss {value:.4f}",
+    "train_loss": lambda value: f"mean loss {value:.4f}",
+    "grad_norm": lambda value: f"grad {value:.3g}",
+    "learning_rate": lambda value: f"lr {value:.2e}",
+}
+# Between the two comes what has no form of its own: counts of what went wrong, metrics.
+_LAST: dict[str, Callable[[Any], str]] = {
+    "tokens_per_second": lambda value: f"{_short(value)} tok/s",
+    "max_rank_memory_gb": lambda value: f"{value:.2f} GB",
+    "lisa/interval": lambda value: f"interval {value}",
+    "waiting_for_data": lambda value: f"waiting {value:.0%}",
+    "mfu": lambda value: f"MFU {value:.0%}",
+    "eval_runtime": lambda value: f"{value:.1f} s",
+    "train_runtime": lambda value: f"{value:.1f} s",
+    "eval_samples_per_second": lambda value: f"{_short(value)} rows/s",
+}
+# What the line says already, or another one.
+_UNTOLD = {
+    *("step", "total_flos", "lisa/state_mb", "tokens_per_second_per_gpu", "hfu", "max_rank_reserved_gb"),
+    *("eval_steps_per_second", "train_steps_per_second", "train_samples_per_second", "evaluating_and_saving_s"),
+}
+
+
+def show_lines(trainer: Any) -> None:
+    """Have ``trainer`` show its entries by :class:`Console` instead of whatever it has for it."""
+    for stock in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(stock)
+    trainer.add_callback(Console(bars=not trainer.args.disable_tqdm and sys.stderr.isatty()))
+
+
+def width() -> int:
+    """Columns of a line at most: 100, or those of a narrower terminal."""
+    return min(100, shutil.get_terminal_size((100, 24)).columns)
+
+
+def line(entry: Mapping[str, Any], step: int, steps: int) -> str:
+    """A log entry in one line; what does not fit is left out, from the end.
+
+    Example:
+        >>> line({"loss": 3.28204, "grad_norm": 2.924, "learning_rate": 4.7658e-4, "epoch": 0.208183}, 10, 400)
+        'step  10/400  epoch 0.21  loss 3.2820  grad 2.92  lr 4.77e-04'
+    """
+    other = {key: value for key, value in entry.items() if key not in _UNTOLD and key not in _FIRST | _LAST}
+    parts = [
+        *(form(entry[key]) for key, form in _FIRST.items() if key in entry),
+        *(
+            f"{_name(key)} {value:.4g}" if isinstance(value, float) else f"{_name(key)} {value}"
+            for key, value in other.items()
+        ),
+        *(form(entry[key]) for key, form in _LAST.items() if key in entry),
+    ]
+    shown = f"step {step:>{len(str(steps))}}/{steps}"
+    columns = width()
+    for part in parts:
+        if len(shown) + len("  ") + len(part) > columns:
+            break
+        shown += f"  {part}"
+    return shown
+
+
+class Console(ProgressCallback):
+    """Transformers' bars, if somebody watches, and :func:`line` for each entry.
+
+    Args:
+        bars: Whether to show them; in a file they would be noise.
+    """
+
+    def __init__(self, *, bars: bool) -> None:
+        super().__init__()
+        self._bars = bars
+        self._begun = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say what comes before the first step, and show a bar."""
+        self._begun = False
+        if self._bars:
+            super().on_train_begin(args, state, control, **kwargs)
+        if args.eval_on_start:
+            self._say(state, "measuring the held-out loss before training ...")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Announce the first step, whose entry may be far away."""
+        if not self._begun:
+            self._begun = True
+            self._say(state, f"training, from step {state.global_step + 1} to {state.max_steps} ...")
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """See transformers."""
+        if self._bars:
+            super().on_step_end(*args, **kwargs)
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """See transformers."""
+        if self._bars:
+            super().on_prediction_step(*args, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show an entry; also of an evaluation after training, when transformers' bar is gone."""
+        if logs:
+            self._say(state, line(logs, state.global_step, state.max_steps))
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """See transformers."""
+        if self._bars:
+            super().on_train_end(*args, **kwargs)
+
+    def _say(self, state: Any, text: str) -> None:
+        if state.is_world_process_zero:
+            tqdm.write(text)  # above the bars
+            sys.stdout.flush()
+
+
+def _name(key: str) -> str:
+    return key.removeprefix("lisa/").replace("_", " ")
+
+
+def _short(value: float) -> str:
+    """Three digits and a unit: ``82.1``, ``12.3k``, ``1.23M``."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if value >= 0.9995 * size:
+            return f"{value / size:#.3g}{unit}".replace(".k", "k").replace(".M", "M")
+    return f"{value:.3g}"
