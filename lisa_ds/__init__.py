@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from lisa_ds.errors import LisaError as LisaError
     from lisa_ds.integrations.hf import attach as attach
     from lisa_ds.layers import LayerStack as LayerStack
+    from lisa_ds.memory import ModelShape as ModelShape
+    from lisa_ds.memory import Plan as Plan
+    from lisa_ds.memory import Precision as Precision
     from lisa_ds.memory import plan as plan
     from lisa_ds.ops import masked_adamw_ as masked_adamw_
     from lisa_ds.optim import MaskedAdamW as MaskedAdamW
@@ -27,6 +30,9 @@ _HOME = {
     "LisaConfig": "config",
     "LisaError": "errors",
     "MaskedAdamW": "optim",
+    "ModelShape": "memory",
+    "Plan": "memory",
+    "Precision": "memory",
     "RunConfig": "config",
     "attach": "integrations.hf",
     "initialize": "engines.zero3",
@@ -40,6 +46,9 @@ __all__ = [
     "LisaConfig",
     "LisaError",
     "MaskedAdamW",
+    "ModelShape",
+    "Plan",
+    "Precision",
     "RunConfig",
     "attach",
     "initialize",

@@ -297,3 +297,65 @@ def test_one_home_per_fact(deepspeed: dict[str, Any], key: str | None) -> None:
         return
     (line,) = mistakes(check_contradictions, TRAINING, deepspeed, deepspeed_source="zero3.json", world_size=2)
     assert line.startswith(f"zero3.json: {key}: contradicts training, where ")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("lisa: {seed: 18446744073709551616}", "lisa.seed: should be a number of 64 bits, got 18446744073709551616"),
+        ("lisa: {seed: " + "9" * 200 + "}", "lisa.seed: should be a number of 64 bits, got a number of 665 bits"),
+        ("data: {path: x, seed: -9223372036854775809}", "data.seed: should be a number of 64 bits, got -9223372036854775809"),
+        ("training: {learning_rate: .nan}", "training.learning_rate: should be a finite number, got nan"),
+        ("deepspeed: {a: {b: [1, -.inf]}}", "deepspeed.a.b: should be a finite number, got -inf"),
+        ('data: {path: "a\\0b"}', "data.path: should be text without NUL or half characters, got 'a\\x00b'"),
+        ('training: {run_name: "\\ud800"}', "training.run_name: should be text without NUL or half characters, got '\\ud800'"),
+        ("deepspeed: {a: {null: 1}}", "deepspeed.a: should have text for keys, has None, got {None: 1}"),
+        ("data: {path: " + "x" * 256 + "}", "data.path: should be a path, whose parts have at most 255 bytes, got 'xxx"),
+        ("deepspeed: " + "x/" * 2048, "deepspeed: should be a path, whose parts have at most 255 bytes, got 'x/x"),
+        ("lisa: {sampler: {name: fixed_scores, file: " + "é" * 128 + "}}", "lisa.sampler.file: should be a path, whose"),
+        ("a: &a [*a]", "run.yaml: is nested too deeply or refers to itself"),
+        ("a: " + "[" * 60 + "]" * 60, "run.yaml: is nested too deeply or refers to itself"),
+        ("a: " + "[" * 3000, "run.yaml: is nested too deeply or refers to itself"),
+        ("a0: &a0 [1,1,1,1,1,1,1,1]\n" + "\n".join(f"a{i+1}: &a{i+1} [*a{i},*a{i},*a{i},*a{i},*a{i},*a{i},*a{i},*a{i}]" for i in range(9)), "run.yaml: is nested too deeply or refers to itself"),
+        ("a: !!timestamp x", "run.yaml: not valid YAML: a value does not fit its type: "),
+        ("a: !!bool x", "run.yaml: not valid YAML: a value does not fit its type: 'x'"),
+        ("a: !!map [x]", "run.yaml: not valid YAML: a value does not fit its type: "),
+        ("a: 2001-99-99", "run.yaml: not valid YAML: a value does not fit its type: month must be in 1..12"),
+        ("a: !!python/object/apply:os.getcwd []", "run.yaml: line 1: not valid YAML: could not determine a constructor"),
+        ("a: " + "1" * 5000, "run.yaml: not valid YAML: a value does not fit its type: Exceeds the limit (4300 digits)"),
+    ],
+)  # fmt: skip
+def test_values_that_would_fail_far_from_here(file: Path, text: str, what: str) -> None:
+    file.write_text(f"{text}\n")
+    found = [line for line in mistakes(load_config, file) if what in line]
+    assert len(found) == 1
+    assert len(found[0]) < 300
+
+
+def test_a_path_that_is_no_file_is_told(file: Path) -> None:
+    file.write_text(RUN)
+    for path, message in {
+        "/dev/zero": "is a device",
+        "x" * 300: "File name too long",
+        "a\0b": "embedded null byte",
+    }.items():
+        (told,) = mistakes(load_config, path)
+        assert message in told
+    assert mistakes(load_config(file, ["deepspeed=/dev/zero"]).deepspeed_config)
+    assert mistakes(load_config(file, ["deepspeed=~nobody/x"]).deepspeed_config)
+
+
+def test_keys_behind_a_name_or_a_path_can_be_set(file: Path) -> None:
+    file.write_text(RUN + "deepspeed: zero.json\nlisa: {optimizer: masked_adamw, sampler: grad_norm, growth: null}\n")
+    Path("zero.json").write_text('{"zero_optimization": {"stage": 3, "offload_param": null}}')
+    config = load_config(
+        file,
+        [
+            "deepspeed.zero_optimization.offload_param.device=cpu",
+            "lisa.optimizer.moments=int8",
+            "lisa.sampler.floor=0.2",
+        ],
+    )
+    assert config.deepspeed_config() == {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    assert (config.lisa.optimizer.name, config.lisa.optimizer.moments) == ("masked_adamw", "int8")
+    assert (config.lisa.sampler.name, config.lisa.sampler.floor) == ("grad_norm", 0.2)

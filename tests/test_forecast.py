@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks import plan_accuracy
 from lisa_ds.cli import main
-from lisa_ds.config import LisaConfig, load_config
+from lisa_ds.config import LisaConfig, load_config, model_alone
 from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.integrations import hf
 from lisa_ds.memory import Architecture, Forecast, RunSettings, advice, catalogue, forecast, residents, settings
@@ -314,19 +315,15 @@ def test_the_command_plans_without_torch_in_a_second(tmp_path: Path) -> None:
 
 
 def test_one_plan_takes_less_than_a_second() -> None:
-    architecture, run = settings.of_model(load_model("meta-llama/Llama-3.1-405B"), num_ranks=16)
+    config = model_alone("meta-llama/Llama-3.1-405B")
+    architecture = settings.architecture_of(config.model)
+    run = settings.from_run(config, architecture, num_ranks=16)
     best = 9.0
     for _ in range(3):
         start = time.process_time()  # others may keep the machine busy
         plan.make("Llama-3.1-405B", architecture, run, 80 * 2**30)
         best = min(best, time.process_time() - start)
     assert best < 1
-
-
-def load_model(name: str) -> Any:
-    from lisa_ds.config import ModelConfig
-
-    return ModelConfig(name_or_path=name)
 
 
 @pytest.mark.parametrize("model", ["meta-llama/Llama-2-7b-hf", "Qwen/Qwen2.5-0.5B"])
@@ -376,7 +373,8 @@ def test_a_run_that_does_not_fit_has_an_exit_code(capsys: pytest.CaptureFixture[
     ("arguments", "message"),
     [
         ([], "plan: name the FILE of a run, or --model NAME for a model alone"),
-        (["--model", "gpt2", "lisa.seed=3"], "plan: 'lisa.seed=3' overrides a run's file"),
+        (["--model", "gpt2", "lisa.sed=3"], "command line: lisa.sed: unknown key, got 3; did you mean 'lisa.seed'?"),
+        (["--model", "gpt2", "=x"], "command line: should be key=value with a dotted key, got '=x'"),
         (["--model", "gpt2", "--gpu-memory", "big"], "argument --gpu-memory: should be such as 80GB, got 'big'"),
         (["--model", "Llama-2-7c-hf"], "did you mean meta-llama/Llama-2-7b-hf"),
         (["--lisa_config", "none.yaml"], "none.yaml: no such file"),
@@ -386,3 +384,141 @@ def test_a_run_that_does_not_fit_has_an_exit_code(capsys: pytest.CaptureFixture[
 def test_a_wrong_command_is_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+ADVISED = {
+    "a model alone": (
+        ["--model", "meta-llama/Llama-3.1-8B", "--gpu-memory", "24GB", "training.per_device_train_batch_size=4"],
+        {},
+    ),
+    "a DeepSpeed file": (["--gpu-memory", "12GB"], {"deepspeed": "zero.json"}),
+    "names for sections": (["--gpu-memory", "11GB"], {"lisa": {"optimizer": "masked_adamw", "sampler": "cyclic"}}),
+    "rates of roles": (["--gpu-memory", "11GB"], {"lisa": {"embeddings_lr_scale": 0.1, "lm_head_lr_scale": 0.5}}),
+    "empty sections": (
+        ["--gpu-memory", "10GB"],
+        {"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": None}}},
+    ),
+    "growth": (["--gpu-memory", "16GB"], {"lisa": {"growth": {"schedule": {3: 8}}}}),
+    "full": (["--gpu-memory", "30GB"], {"method": "full"}),
+}
+
+
+@pytest.mark.parametrize("case", ADVISED)
+def test_all_that_is_advised_can_be_written_behind_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("zero.json").write_text('{"zero_optimization": {"stage": 3}}')
+    arguments, changes = ADVISED[case]
+    if "--model" not in arguments:
+        run = {
+            "model": {"name_or_path": "meta-llama/Llama-2-7b-hf"},
+            "data": {"path": "rows.jsonl"},
+            "training": {"bf16": True},
+        }
+        Path("run.yaml").write_text(yaml.safe_dump({**run, **changes}))
+        arguments = ["--lisa_config", "run.yaml", *arguments]
+    command = ["plan", "--world-size", "2", "--json", *arguments]
+    assert main(command) == 2
+    advice = json.loads(capsys.readouterr().out)["changes"]
+    assert len(advice) >= 2
+    written = [part for change in advice for part in change["write"].split()]
+    main([*command, *written])
+    told = json.loads(capsys.readouterr().out)
+    assert told["methods"][told["run"]["method"]]["peak"] == advice[-1]["peak"]
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("training.per_device_train_batch_size", ["{a: 1}", "3.5epochs", "[2]", "true", "0", "-1", "null", "1.5", ".nan", "9999999999999"]),
+        ("training.gradient_accumulation_steps", ["{gradient_accumulation_steps: 1}", "x", "[[]]", "0", "1e400", "null"]),
+        ("training.bf16", ["x", "1", "{enabled: true}", "[true]", "null"]),
+        ("training.gradient_checkpointing", ["x", "1", "{}"]),
+        ("training.use_liger_kernel", ["x", "{}"]),
+        ("training.gradient_checkpoint", ["true"]),
+        ("training", ["[1]", "x"]),
+        ("data.max_length", ["x", "{}", "0", "1e400", f"1{'0' * 400}"]),
+        ("deepspeed", ['"a\\0b"', "x" * 300, "/dev/zero", "[1]", "~nobody/x.json"]),
+        ("deepspeed.zero_optimization.reduce_bucket_size", [".inf", "x", "{}", "-1", "true", "1e400", f"1{'0' * 400}"]),
+        ("deepspeed.tensor_parallel.autotp_size", ["x", "0", "3", ".nan"]),
+        ("model.name_or_path", ["x" * 300, "x/" * 3000, '"a\\0b"', '"\\ud800"', "~nobody/model", "/dev/zero", "run.yaml", "."]),
+        ("lisa.sampler", ["[uniform]", "{name: {name: x}}", "3"]),
+        ("lisa.num_sampled_layers", ["99", "{}", f"1{'0' * 5000}"]),
+    ],
+)  # fmt: skip
+def test_no_value_of_any_key_is_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str, values: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path("run.yaml").write_text("model: {name_or_path: gpt2}\ndata: {path: rows.jsonl}\n")
+    for value in values:
+        assert main(["plan", "--lisa_config", "run.yaml", "--world-size", "2", f"{key}={value}"]) == 2, value
+        out, err = capsys.readouterr()
+        assert err.startswith("lisa-ds: error: "), value
+        assert key.split(".")[-1] in err or value in err, (value, err)
+        assert len(err) < 1000, value
+        assert out == ""
+
+
+def test_values_that_a_plan_reads_have_a_type_and_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: {name_or_path: gpt2}\ndata: {path: rows.jsonl}\ntraining:\n"
+        "  {gradient_accumulation_steps: {a: 1}, per_device_train_batch_size: 3.5epochs, group_by_length: true, seed: 1}\n"
+    )
+    assert main(["plan", "--lisa_config", str(file)]) == 2
+    where = f"{file}: training"
+    assert capsys.readouterr().err.splitlines() == [
+        f"lisa-ds: error: {where}.per_device_train_batch_size: should be a whole number, got '3.5epochs'",
+        f"{where}.gradient_accumulation_steps: should be a whole number, got {{'a': 1}}",
+        f"{where}.group_by_length: the installed transformers has no such argument; set train_sampling_strategy: group_by_length, "
+        "got True",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"n_layer": 0}, "a size is not a whole number, 1 or more, got 0"),
+        ({"n_layer": -3}, "a size is not a whole number, 1 or more, got -3"),
+        ({"n_layer": 2.5}, "a size is not a whole number, 1 or more, got 2.5"),
+        ({"n_layer": 10**9}, "a model of at most 10000 layers is planned, got 1000000000"),
+        ({"n_embd": [768]}, "a size is not a whole number, 1 or more, got [768]"),
+        ({"n_embd": "768"}, "a size is not a whole number, 1 or more, got '768'"),
+        ({"n_inner": {}, "n_embd": None}, "a size is not a number that fits the others: "),
+        ({"vocab_size": None}, "a size is not a whole number, 1 or more, got None"),
+        ({"n_head": 0}, "a size is not a whole number, 1 or more, got 0"),
+        ({"vocab_size": 1e400}, "a size is not a whole number, 1 or more, got inf"),
+    ],
+)
+def test_sizes_of_a_model_that_cannot_be(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        Architecture.from_config({**catalogue.require("gpt2"), **config})
+    assert str(caught.value).startswith(f"config.json: {message}")
+
+
+def test_a_run_with_ligers_fused_loss_has_no_logits_to_hold() -> None:
+    plain, fused = (of("Llama-3.1-8B", micro_batch=4, fused_loss=fused) for fused in (False, True))
+    logits = 4 * 1024 * 128256
+    assert plain.phases["backward"]["logits"] >= logits * 4  # in fp32
+    assert fused.phases["backward"].get("logits", 0) + fused.phases["forward"].get("logits", 0) < logits // 4
+    assert plain.peak - fused.peak > 4e9
+    settings_of = {
+        kind: settings.from_run(
+            model_alone(kind, ["training.use_liger_kernel=true", *more]), Architecture.from_config(catalogue.require(kind)), num_ranks=1
+        ).fused_loss
+        for kind, more in (("Llama-3.1-8B", []), ("gpt2", []), ("Qwen2.5-7B", ["training.liger_kernel_config={fused_linear_cross_entropy: false}"]))
+    }  # fmt: skip
+    assert settings_of == {"Llama-3.1-8B": True, "gpt2": False, "Qwen2.5-7B": False}  # GPT-2 has no kernels of Liger's
+
+
+def test_other_methods_say_which_variant_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "gpt2", "--world-size", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "LoRA: rank 16 on every linear of the blocks, with an fp32 master copy of the adapters" in lines
+    assert (
+        "GaLore: galore_adamw, rank 256, moments in the model's type, gradients of all parameters kept (galore_adamw_layerwise, "
+        "which keeps them for one parameter at a time, takes less); it has no ZeRO-3 implementation: each rank holds all of it"
+    ) in lines

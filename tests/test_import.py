@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import typing
 
 import pytest
 
@@ -26,6 +27,17 @@ def test_planning_a_run_loads_no_torch() -> None:
 def test_every_public_name_is_there(name: str) -> None:
     assert name in dir(lisa_ds)
     assert getattr(lisa_ds, name).__name__ == name
+
+
+def test_what_plan_takes_and_returns_can_be_imported_beside_it() -> None:
+    types = typing.get_type_hints(lisa_ds.plan).values()
+    ours = {
+        part
+        for hint in types
+        for part in (hint, *typing.get_args(hint))
+        if "lisa_ds" in getattr(part, "__module__", "")
+    }
+    assert {kind.__name__ for kind in ours} == {"ModelShape", "LisaConfig", "Precision", "Plan"} <= set(lisa_ds.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -327,7 +327,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ["deepspeed={zero_optimization: {stage: 3}, expert_parallel: {enabled: true}}"],
             "command line: deepspeed: expert_parallel.enabled: AutoEP keeps experts in groups of ranks of their own; *",
         ),
-        (["training.report_to=[1]"], "command line: training.report_to: 1 is not installed or not known to transformers; *"),
+        (["training.report_to=[1]"], "command line: training.report_to: should be nothing or text or a list of text, got [1]"),
         (
             ["training.metric_for_best_model=accuracy"],
             "command line: training.metric_for_best_model: a run measures eval_loss, got 'accuracy'",

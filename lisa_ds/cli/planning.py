@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from lisa_ds.cli import values
-from lisa_ds.config import ModelConfig, load_config
+from lisa_ds.config import load_config, model_alone
 from lisa_ds.errors import ConfigError
 
 NOT_FITTING = 2
@@ -37,13 +37,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     if file is not None:
         overrides += [f"model.name_or_path={arguments.model}"] if arguments.model else []
         config = load_config(file, overrides)
-        architecture = settings.architecture_of(config.model)
-        name, run = config.model.name_or_path, settings.from_run(config, architecture, num_ranks=arguments.world_size)
-    elif overrides:
-        raise ConfigError(f"plan: {overrides[0]!r} overrides a run's file; say --lisa_config")
     else:
-        name = arguments.model
-        architecture, run = settings.of_model(ModelConfig(name_or_path=name), num_ranks=arguments.world_size)
+        config = model_alone(arguments.model, overrides)
+    architecture = settings.architecture_of(config.model)
+    name, run = config.model.name_or_path, settings.from_run(config, architecture, num_ranks=arguments.world_size)
     report = plan.make(name, architecture, run, arguments.gpu_memory)
     print(json.dumps(plan.as_json(report), indent=2) if arguments.json else "\n".join(plan.lines(report)))
     if arguments.figure:

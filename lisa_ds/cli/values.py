@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lisa_ds.errors import ConfigError
@@ -30,7 +30,7 @@ def run_file(arguments: argparse.Namespace) -> tuple[str | None, list[str]]:
         ConfigError: Two are given.
     """
     words = [*filter(None, [arguments.config]), *arguments.overrides]
-    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    files = [word for word in words if "=" not in word or os.path.isfile(word)]
     if arguments.lisa_config is not None:
         files.insert(0, arguments.lisa_config)
     if len(files) > 1:

@@ -13,6 +13,7 @@ from lisa_ds.config.run import DataConfig as DataConfig
 from lisa_ds.config.run import ModelConfig as ModelConfig
 from lisa_ds.config.run import RunConfig as RunConfig
 from lisa_ds.config.run import load_config as load_config
+from lisa_ds.config.run import model_alone as model_alone
 from lisa_ds.config.sampler import GrowthConfig as GrowthConfig
 from lisa_ds.config.sampler import SamplerConfig as SamplerConfig
 
@@ -26,4 +27,5 @@ __all__ = [
     "SamplerConfig",
     "check_contradictions",
     "load_config",
+    "model_alone",
 ]

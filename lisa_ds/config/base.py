@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from lisa_ds.errors import ConfigError
@@ -85,6 +86,7 @@ def validate(kind: type[SectionT], fields: Mapping[str, Any], origin: Origin, pr
     Raises:
         ConfigError: Every mistake, one a line.
     """
+    problems = [*problems, *_unfit(fields, origin)]
     try:
         section = kind.model_validate(dict(fields))
     except ValidationError as error:
@@ -128,18 +130,19 @@ def _explain(problem: ErrorDetails, kind: type[Section], origin: Origin) -> str:
     location = problem["loc"]
     where = origin.where(".".join(str(part) for part in location)) or kind.__name__
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key, got {_show(problem['input'])}" + _meant(_suggest(kind, location, origin.prefix))
+        return f"{where}: unknown key, got {show(problem['input'])}" + _meant(_suggest(kind, location, origin.prefix))
     if problem["type"] == "missing":
         return f"{where}: required, got nothing"
     if problem["type"] in ("model_type", "model_attributes_type"):
-        return f"{where}: should be a section of keys, got {_show(problem['input'])}"
+        return f"{where}: should be a section of keys, got {show(problem['input'])}"
     what = problem["msg"].removeprefix("Input ")
-    if isinstance(problem["input"], Mapping) and problem["type"] == "mistake":
+    about_keys = isinstance(problem["input"], Mapping) and problem["type"] == "mistake"
+    if about_keys and not what.startswith("should be"):
         return f"{where}: {what}"  # about several keys, which the text names: the whole section would say nothing
     choices = problem.get("ctx", {}).get("choices", ())
     if problem["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-    return f"{where}: {what}, got {_show(problem['input'])}" + _meant(_closest(problem["input"], choices))
+    return f"{where}: {what}, got {show(problem['input'])}" + _meant(_closest(problem["input"], choices))
 
 
 def _suggest(kind: type[Section], location: tuple[int | str, ...], prefix: str) -> list[str]:
@@ -157,9 +160,56 @@ def _suggest(kind: type[Section], location: tuple[int | str, ...], prefix: str) 
     ]
     if not homes and ("training" in kind.model_fields or prefix) and key in _HOMES:
         homes = [_HOMES[str(key)]]
-    return homes or [
-        ".".join(str(part) for part in (*path, near)) for near in _closest(key, list(section.model_fields))
-    ]
+    known = [name for name, field in section.model_fields.items() if not field.exclude]
+    return homes or [".".join(str(part) for part in (*path, near)) for near in _closest(key, known)]
+
+
+def fits_a_path(value: str) -> str:
+    """Refuse a name that no file can have, on any file system of Linux.
+
+    Raises:
+        PydanticCustomError: A part of it has more than 255 bytes, or the whole more than 4095.
+    """
+    encoded = value.encode("utf-8", "surrogatepass")
+    if len(encoded) > 4095 or any(len(part) > 255 for part in encoded.split(b"/")):
+        raise mistake("should be a path, whose parts have at most 255 bytes")
+    return value
+
+
+PathName = Annotated[str, Field(min_length=1), AfterValidator(fits_a_path)]
+"""The path of a file or directory, which need not exist."""
+
+
+def _unfit(fields: Mapping[str, Any], origin: Origin) -> list[str]:
+    """Values that no key means: they would fail far from here, in arithmetic, in a system call or when they are printed."""
+    problems: list[str] = []
+    left: list[tuple[tuple[str, ...], Any]] = [((), fields)]
+    while left:
+        path, value = left.pop()
+        what = ""
+        if isinstance(value, Mapping):
+            left += [((*path, str(key)), inner) for key, inner in value.items()]
+            odd = [key for key in value if not isinstance(key, (str, int))]
+            what = f"should have text for keys, has {odd[0]!r}" if odd else ""
+        elif isinstance(value, (list, tuple)):
+            left += [(path, inner) for inner in value]
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            what = "should be a number of 64 bits"
+        elif isinstance(value, float) and not math.isfinite(value):
+            what = "should be a finite number"
+        elif isinstance(value, str) and not _writable(value):
+            what = "should be text without NUL or half characters"
+        if what:
+            problems.append(f"{origin.where('.'.join(path))}: {what}, got {show(value)}")
+    return problems[::-1]
+
+
+def _writable(text: str) -> bool:
+    """Whether ``text`` can be written to a file, and name one."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _without_none(annotation: Any) -> Any:
@@ -175,6 +225,9 @@ def _meant(suggestions: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, suggestions))}?" if suggestions else ""
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
+    """``value`` as messages quote it: its beginning, if it is long."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"  # Python does not write out thousands of digits
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ import yaml
 
 from lisa_ds.errors import ConfigError
 
+TOO_DEEP = "is nested too deeply or refers to itself"
+_DEEPEST, _MOST_VALUES = 50, 100_000
+
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """The keys and values of a YAML or JSON file.
@@ -19,12 +24,14 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, is not what its name says, or does not hold keys.
     """
+    if stat.S_ISCHR(_mode(path)) or stat.S_ISBLK(_mode(path)):
+        raise ConfigError(f"{path}: is a device, not a file of keys and values")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file (looked from {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    except (OSError, ValueError) as error:  # no UTF-8, or a name that no file can have
+        raise ConfigError(f"{_printable(path)}: cannot be read as text: {error}") from None
     try:
         fields = parse_json(text) if Path(path).suffix == ".json" else parse_yaml(text)
     except ValueError as error:
@@ -43,9 +50,11 @@ def parse_json(text: str) -> Any:
         ValueError: With line and column, or the key that is given twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return _unfolded(json.loads(text, object_pairs_hook=_unique))
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
 
 
 def parse_yaml(text: str) -> Any:
@@ -55,7 +64,7 @@ def parse_yaml(text: str) -> Any:
         ValueError: With line and column, or the key that is given twice.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f"line {mark.line + 1}: " if mark else ""
@@ -63,6 +72,44 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"{line}not valid YAML: {error.problem}{column}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {error}") from None
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:  # a number of thousands of digits, or a tag such as !!timestamp on something else
+        raise ValueError(f"not valid YAML: a value does not fit its type: {error}") from None
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    return _unfolded(value)
+
+
+def _unfolded(value: Any) -> Any:
+    """``value`` as it is, if it can be walked: aliases may make a few lines endless, or as good as that.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    count, left = 0, [(0, value)]
+    while left:
+        depth, each = left.pop()
+        count += 1
+        if depth > _DEEPEST or count > _MOST_VALUES:
+            raise ValueError(TOO_DEEP)
+        if isinstance(each, (dict, list)):
+            left += [(depth + 1, inner) for inner in (each.values() if isinstance(each, dict) else each)]
+    return value
+
+
+def _mode(path: str | Path) -> int:
+    try:
+        return os.stat(path).st_mode
+    except (OSError, ValueError):
+        return 0
+
+
+def _printable(path: str | Path) -> str:
+    return str(path).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 class _Loader(yaml.SafeLoader):

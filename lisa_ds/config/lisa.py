@@ -155,7 +155,7 @@ class LisaConfig(Section):
         if self.growth and self.sampler.name == "fixed":
             raise mistake("growth does not go with sampler 'fixed', whose layers are the same for the whole run")
         for part in ("embeddings", "lm_head", "rest"):
-            if getattr(self, part) == "never" and f"{part}_lr_scale" in self.model_fields_set:
+            if getattr(self, part) == "never" and getattr(self, f"{part}_lr_scale") != 1:
                 raise mistake(f"{part}_lr_scale has no effect with {part}: never; remove one of them")
         return self
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lisa_ds.config.base import Origin, Section, mistake, not_built, validate
+from lisa_ds.config.base import Origin, PathName, Section, fits_a_path, mistake, not_built, show, validate
 from lisa_ds.config.files import parse_yaml, read_mapping
 from lisa_ds.config.lisa import LisaConfig, rename_aliases
+from lisa_ds.config.sampler import named
+from lisa_ds.config.training import TrainingValues, known, section
 
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -19,7 +23,7 @@ Count = Annotated[int, Field(ge=1)]
 def _path_or_keys(value: Any) -> Any:
     if value is not None and not isinstance(value, (str, dict)):
         raise mistake("should be the path of a DeepSpeed config or its keys")
-    return value
+    return fits_a_path(value) if isinstance(value, str) else value
 
 
 def _statistics(value: Any) -> Any:
@@ -35,7 +39,7 @@ def _statistics(value: Any) -> Any:
 class ModelConfig(Section):
     """Which model is trained."""
 
-    name_or_path: Name
+    name_or_path: PathName
     """``builtin:smollm2-135m``, a directory, or a name on the Hugging Face hub."""
 
     task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
@@ -63,13 +67,13 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """What it is trained on, and how rows become tokens."""
 
-    path: Name
+    path: PathName
     """``builtin:stdlib-docs``, a file (json, jsonl, parquet, csv, tsv, txt), a directory of files, or a hub data set."""
 
     split: Name = "train"
     """The split to train on."""
 
-    eval_path: Name | None = None
+    eval_path: PathName | None = None
     """Held-out data. Without it, see ``eval_split`` and ``eval_fraction``."""
 
     eval_split: Name | None = None
@@ -159,8 +163,25 @@ class RunConfig(Section):
 
     def output_dir(self) -> Path:
         """Where the run writes: ``training.output_dir``, or ``runs/`` and the name of its config file."""
-        given = self.training.get("output_dir")
-        return Path(given).expanduser() if given else Path("runs") / (Path(self.source).stem or "run")
+        given = self.training_values().output_dir
+        return Path(os.path.expanduser(given)) if given else Path("runs") / (Path(self.source).stem or "run")
+
+    def training_values(self) -> TrainingValues:
+        """What of ``training`` is read without transformers.
+
+        Raises:
+            ConfigError: Every unknown key of ``training``, and every value that is read and is not what its key means, one a line.
+        """
+        origin = replace(self._origin, prefix="training")
+        read = {field.name for field in fields(TrainingValues)}
+        kind = known()
+        if kind is None:  # transformers is not installed: it can be planned all the same
+            given = {key: value for key, value in self.training.items() if key in read}
+            kind = section(get_type_hints(TrainingValues))
+        else:
+            given = self.training
+        values = validate(kind, given, origin).model_dump(include=read, exclude_unset=True)
+        return TrainingValues(**values)
 
     def deepspeed_config(self) -> dict[str, Any]:
         """DeepSpeed's keys and values, read from their file if a path is given; empty if there are none.
@@ -187,27 +208,60 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     fields = {key: value for key, value in read_mapping(path).items() if value is not None}  # `lisa:` alone is empty
     if isinstance(fields.get("lisa"), Mapping):
         fields["lisa"] = rename_aliases(fields["lisa"], Origin(str(path), "lisa"), problems)
+    return _overridden(fields, overrides, Origin(str(path)), problems)
+
+
+def model_alone(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run to be planned, of a model alone: 16-bit, rows of 1,024 tokens one at a time; it has no data.
+
+    Args:
+        name: Of the model, as ``model.name_or_path``.
+        overrides: As for :func:`load_config`.
+
+    Raises:
+        ConfigError: Every mistake in the overrides, one a line.
+    """
+    fields = {
+        "model": {"name_or_path": name},
+        "data": {"path": "none", "max_length": 1024},
+        "training": {"bf16": True, "per_device_train_batch_size": 1},
+    }
+    return _overridden(fields, overrides, Origin("command line"), [])
+
+
+def _overridden(fields: dict[str, Any], overrides: Sequence[str], origin: Origin, problems: list[str]) -> RunConfig:
     overridden: set[str] = set()
     added: set[str] = set()
     for override in overrides:
         dotted, _, text = override.partition("=")
         parts = dotted.split(".")
         if "=" not in override or not all(parts):
-            problems.append(f"command line: should be key=value with a dotted key, got {override!r}")
+            problems.append(f"command line: should be key=value with a dotted key, got {show(override)}")
             continue
         if parts[0] == "lisa" and len(parts) == 2:
             parts = ["lisa", *rename_aliases({parts[1]: None}, Origin("command line", "lisa"), problems)]
         try:
             value = parse_yaml(text)
         except ValueError as error:
-            problems.append(f"command line: {dotted}: {error}, got {text!r}")
+            problems.append(f"command line: {dotted}: {error}, got {show(text)}")
             continue
         try:
-            added |= _put(fields, parts, value)
+            added |= _put(_written_out(fields, parts), parts, value)
             overridden.add(".".join(parts))
         except ValueError as error:
             problems.append(f"command line: {dotted}: {error}")
-    return validate(RunConfig, fields, Origin(str(path), "", frozenset(overridden), frozenset(added)), problems)
+    origin = replace(origin, overridden=frozenset(overridden), added=frozenset(added))
+    return validate(RunConfig, fields, origin, problems)
+
+
+def _written_out(fields: dict[str, Any], parts: list[str]) -> dict[str, Any]:
+    """``fields`` with what stands for a section put in its place, if one of its keys is to be set: a name, or a file's path."""
+    lisa = fields.get("lisa")
+    if parts[0] == "deepspeed" and len(parts) > 1 and isinstance(fields.get("deepspeed"), str):
+        fields["deepspeed"] = read_mapping(fields["deepspeed"])
+    if parts[0] == "lisa" and len(parts) > 2 and parts[1] in ("sampler", "optimizer") and isinstance(lisa, dict):
+        lisa[parts[1]] = named(lisa.get(parts[1]))
+    return fields
 
 
 def _put(fields: dict[str, Any], parts: list[str], value: Any) -> set[str]:
@@ -220,12 +274,12 @@ def _put(fields: dict[str, Any], parts: list[str], value: Any) -> set[str]:
     added = set()
     for depth, part in enumerate(sections, start=1):
         section = ".".join(sections[:depth])
-        if part not in fields:
+        if fields.get(part) is None:
             fields[part] = {}
             added.add(section)
         inner = fields[part]
         if not isinstance(inner, dict):
-            raise ValueError(f"{section} is {inner!r}, which has no keys to set; override it as a whole")
+            raise ValueError(f"{section} is {show(inner)}, which has no keys to set; override it as a whole")
         fields = inner
     fields[key] = value
     return added

@@ -6,10 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictInt, model_validator
 
-from lisa_ds.config.base import Section, mistake
+from lisa_ds.config.base import PathName, Section, mistake
 
 Count = Annotated[int, Field(ge=1)]
-File = Annotated[str, Field(min_length=1)]
 
 _BY_SCORES = ("fixed_scores", "weight_norm", "grad_norm", "fisher")
 # Which samplers a key means something to.
@@ -49,14 +48,14 @@ class SamplerConfig(Section):
     layers: Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(strict=False)] | None = None
     """``fixed`` only: the layers to train, counted from 0; left out, they are drawn once."""
 
-    file: File | None = None
+    file: PathName | None = None
     """``fixed_scores`` only: the file of scores."""
 
-    lora_norms: File | None = None
+    lora_norms: PathName | None = None
     """``weight_norm`` only, with ``full_norms``: layer statistics of a LoRA run, whose mean weight norms are divided by those of a
     full one: the probabilities of the LISA paper's section 3.2. A run's ``layers.jsonl``."""
 
-    full_norms: File | None = None
+    full_norms: PathName | None = None
     """``weight_norm`` only: layer statistics of a full fine-tuning run."""
 
     score: Literal["accumulated", "mean", "ema"] = "accumulated"

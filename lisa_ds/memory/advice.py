@@ -23,7 +23,7 @@ class Change:
     """One change, on top of those before it."""
 
     write: str
-    """As on the command line of ``launch/train.py``."""
+    """As on the command line of ``launch/train.py``, and of ``lisa-ds plan``."""
 
     costs: str
     """What is paid for it."""
@@ -87,6 +87,8 @@ def _candidates(run: RunSettings) -> Iterator[tuple[str, str, Callable[[RunSetti
 
     zero = "deepspeed.zero_optimization"
     stage = f"{zero}.stage=3"  # a run that has no deepspeed section does not say it yet
+    if run.method == "full" and run.bucket_size is not None:  # nor this, which has a section get DeepSpeed's default
+        stage += f" {zero}.reduce_bucket_size={run.bucket_size}"
     yield (
         f"{stage} {zero}.stage3_max_reuse_distance=0 {zero}.stage3_prefetch_bucket_size=10000000",
         "weights are gathered again in backward",
@@ -113,9 +115,8 @@ def _candidates(run: RunSettings) -> Iterator[tuple[str, str, Callable[[RunSetti
         yield "lisa.optimizer.moments=int8", "moments in 8 bits", with_optimizer(moments="int8")
     if run.method == "lisa":
         for role, what in (("embeddings", "the embeddings do not train"), ("lm_head", "the head does not train")):
-            if f"{role}_lr_scale" in run.lisa.model_fields_set:
-                what += f"; remove lisa.{role}_lr_scale"
-            yield f"lisa.{role}=never", what, with_lisa(**{role: "never"})
+            rate = "" if getattr(run.lisa, f"{role}_lr_scale") == 1 else f" lisa.{role}_lr_scale=1"
+            yield f"lisa.{role}=never{rate}", what, with_lisa(**{role: "never", f"{role}_lr_scale": 1.0})
         if run.lisa.growth is not None:
             yield "lisa.growth=null", "no more layers are added later", with_lisa(growth=None)
         if not run.lisa.sampler.layers and run.lisa.num_sampled_layers > 1 and run.lisa.sampling_ratio is None:

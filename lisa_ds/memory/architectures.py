@@ -7,6 +7,7 @@ transformers' own by tests, for every architecture here.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -16,6 +17,9 @@ from typing import Any
 
 from lisa_ds.errors import ModelError
 from lisa_ds.memory.state import ModelShape
+
+MOST_LAYERS = 10_000
+"""More than any model has: a plan follows them one by one."""
 
 
 @dataclass(frozen=True)
@@ -175,11 +179,21 @@ class Architecture:
                 "model is planned from the model itself by launch/train.py"
             )
         try:
-            return _READERS[kind](kind, config)
+            architecture = _READERS[kind](kind, config)
         except KeyError as missing:
             raise ModelError(f"{where}: {missing.args[0]}: required to plan a {kind!r} model, got nothing") from None
-        except (TypeError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, ZeroDivisionError) as error:
             raise ModelError(f"{where}: a size is not a number that fits the others: {error}") from None
+        shapes = [size for module in architecture.modules for shape in module.shapes for size in shape]
+        sizes = dataclasses.asdict(architecture.sizes)
+        for size in (architecture.num_layers, *shapes, *(sizes[key] for key in sizes if key not in ("gated", "norm"))):
+            if type(size) is not int or not 1 <= size < 2**40:
+                raise ModelError(f"{where}: a size is not a whole number, 1 or more, got {size!r}")
+        if architecture.num_layers > MOST_LAYERS:
+            raise ModelError(
+                f"{where}: a model of at most {MOST_LAYERS} layers is planned, got {architecture.num_layers}"
+            )
+        return architecture
 
 
 def _linear(into: int, out: int, bias: bool = False, *, part: str, by_row: bool = False) -> Module:

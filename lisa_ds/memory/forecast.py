@@ -48,6 +48,9 @@ class RunSettings:
     """Micro-batches of a step."""
 
     checkpointing: bool = False
+    fused_loss: bool = False
+    """Whether Liger computes head and loss together, of a model that it knows."""
+
     bucket_size: int | None = None
     """Elements of the reduce bucket; None for the engine's own choice."""
 
@@ -126,6 +129,7 @@ def forecast(
         bucket_size=bucket,
         forgets_inputs=run.method == "lisa",
         adapter_rank=run.lora_rank if run.method == "lora" else 0,
+        fused_loss=run.fused_loss,
         gather=run.gather,
     )
     peaks = step_peaks(architecture, settings, sampled=held.blocks, roles=held.roles)

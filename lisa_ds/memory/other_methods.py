@@ -34,8 +34,18 @@ def lora_state(architecture: Architecture, run: RunSettings) -> tuple[dict[str, 
     return state, parts
 
 
+def described(run: RunSettings) -> list[str]:
+    """Which variants of LoRA and GaLore are planned."""
+    alone = "; it has no ZeRO-3 implementation: each rank holds all of it" if run.world_size > 1 else ""
+    return [
+        f"LoRA: rank {run.lora_rank} on every linear of the blocks, with an fp32 master copy of the adapters",
+        f"GaLore: galore_adamw, rank {run.galore_rank}, moments in the model's type, gradients of all parameters kept "
+        f"(galore_adamw_layerwise, which keeps them for one parameter at a time, takes less){alone}",
+    ]
+
+
 def galore(architecture: Architecture, run: RunSettings) -> Forecast:
-    """GaLore as its authors' code has it: every rank holds the whole model, as nothing of it is sharded.
+    """GaLore as its authors' code has it, not layer by layer: every rank holds the whole model, as nothing of it is sharded.
 
     Gradients and moments are in the model's type. A matrix of a block of ``m x n`` has moments of ``rank x max(m, n)`` and a
     projector of ``min(m, n) x rank``; all other parameters have moments of their own size (arXiv:2403.03507, section 4).
@@ -55,7 +65,9 @@ def galore(architecture: Architecture, run: RunSettings) -> Forecast:
         "gradients": run.width * parameters,
         "moments": run.width * (2 * (parameters - projected) + small),
     }
-    alone = StepSettings(run.tokens, 1, run.width, checkpointing=run.checkpointing, bucket_size=2**62)
+    alone = StepSettings(
+        run.tokens, 1, run.width, checkpointing=run.checkpointing, bucket_size=2**62, fused_loss=run.fused_loss
+    )
     everything = range(architecture.num_layers)
     peaks = step_peaks(architecture, alone, sampled=everything, roles=("embeddings", "lm_head", "rest"))
     forward, backward = peaks.forward, {**peaks.backward, "gradients in flight": 0}

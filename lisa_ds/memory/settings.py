@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lisa_ds.config import ModelConfig, RunConfig
@@ -28,13 +27,13 @@ def architecture_of(model: ModelConfig) -> Architecture:
     """
     name = model.name_or_path
     where = model.where("name_or_path")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        file = path / "config.json"
-        if not file.is_file():
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):  # unlike pathlib's, it is no error where there can be no such name
+        file = os.path.join(path, "config.json")
+        if not os.path.isfile(file):
             raise ModelError(f"{where}: {path} holds no config.json, so it is not a Hugging Face model directory")
-        return Architecture.from_config(read_mapping(file), str(file))
-    if path.is_file():
+        return Architecture.from_config(read_mapping(file), file)
+    if os.path.isfile(path):
         return Architecture.from_config(read_mapping(path), str(path))
     if (config := catalogue.find(name)) is not None:
         return Architecture.from_config(config, name)
@@ -54,7 +53,7 @@ def _from_hub(name: str, revision: str | None, where: str) -> Any:
             f"{where}: {name} is not one of the models that are built in, no such directory is here, and the hub gave no "
             f"config.json ({type(error).__name__}): check the name, the connection, and for a gated model HF_TOKEN"
         ) from None
-    return json.loads(Path(file).read_text())
+    return read_mapping(file)
 
 
 def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -> RunSettings:
@@ -68,11 +67,11 @@ def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -
     Raises:
         ConfigError: ``tensor_parallel`` does not divide the ranks, or a size is no number.
     """
-    training, deepspeed = config.training, config.deepspeed_config()
+    training, deepspeed = config.training_values(), config.deepspeed_config()
     zero = deepspeed.get("zero_optimization")
     zero = zero if isinstance(zero, Mapping) else {}
     ways = _tensor_parallel(config, deepspeed, num_ranks)
-    width = 2 if training.get("bf16") or training.get("fp16") else 4
+    width = 2 if training.bf16 or training.fp16 else 4
     hidden = architecture.sizes.hidden
     bucket = _number(config, zero, "reduce_bucket_size", hidden**2)
     if bucket is None and config.method == "full" and config.deepspeed is None:
@@ -82,15 +81,17 @@ def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -
     given = {key: _number(config, zero, f"stage3_{key}", automatic.get(key)) for key in _GATHER_KEYS}
     return RunSettings(
         world_size=num_ranks // ways,
-        micro_batch=training.get("per_device_train_batch_size", 8),
+        micro_batch=training.per_device_train_batch_size,
         sequence=config.data.max_length,
         method=config.method,
         lisa=config.lisa,
         width=width,
-        bf16=bool(training.get("bf16")),
+        bf16=training.bf16,
         gradient_width=_gradient_width(config, deepspeed, width),
-        accumulation=training.get("gradient_accumulation_steps", 1),
-        checkpointing=bool(training.get("gradient_checkpointing") or training.get("activation_checkpointing")),
+        accumulation=training.gradient_accumulation_steps,
+        checkpointing=training.checkpointing,
+        fused_loss=training.fused_loss
+        and architecture.sizes.norm == "rms",  # Liger knows Llama and those built like it
         bucket_size=bucket,
         gather=GatherSettings(**{key: value for key, value in given.items() if value is not None}),
         offload_optimizer=_device(zero, "offload_optimizer") == "cpu",
@@ -101,15 +102,10 @@ def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -
     )
 
 
-def of_model(model: ModelConfig, *, num_ranks: int) -> tuple[Architecture, RunSettings]:
-    """A model alone, with the defaults of a 16-bit run of one row of 1,024 tokens."""
-    return architecture_of(model), RunSettings(num_ranks, micro_batch=1)
-
-
 def _tensor_parallel(config: RunConfig, deepspeed: Mapping[str, Any], num_ranks: int) -> int:
     section = deepspeed.get("tensor_parallel")
     ways = section.get("autotp_size", 1) if isinstance(section, Mapping) else 1
-    if not isinstance(ways, int) or ways < 1 or num_ranks % ways:
+    if not isinstance(ways, int) or isinstance(ways, bool) or ways < 1 or num_ranks % ways:
         raise ConfigError(
             f"{config.where('deepspeed')}: tensor_parallel.autotp_size: must divide the {num_ranks} ranks, got {ways!r}"
         )
@@ -117,23 +113,27 @@ def _tensor_parallel(config: RunConfig, deepspeed: Mapping[str, Any], num_ranks:
 
 
 def _gradient_width(config: RunConfig, deepspeed: Mapping[str, Any], width: int) -> int:
-    asked = (deepspeed.get("data_types") or {}).get("grad_accum_dtype")
+    types = deepspeed.get("data_types")
+    asked = types.get("grad_accum_dtype") if isinstance(types, Mapping) else None
     if asked is not None:
         return 4 if asked in ("fp32", "float32") else 2
-    accumulates = config.training.get("gradient_accumulation_steps", 1) > 1
+    accumulates = config.training_values().gradient_accumulation_steps > 1
     return 4 if config.method == "lisa" and accumulates else width
 
 
 def _number(config: RunConfig, zero: Mapping[str, Any], key: str, automatic: int | None) -> int | None:
     value = zero.get(key)
-    if value == "auto":
-        return automatic
+    if value is None or value == "auto":
+        return automatic if value else None
     try:
-        return None if value is None else int(float(value))
-    except (TypeError, ValueError):
+        number = int(float(value))  # a JSON file may say 5e8
+    except (TypeError, ValueError, OverflowError):
+        number = -1
+    if isinstance(value, bool) or not 0 <= number < 2**63:
         raise ConfigError(
-            f"{config.where('deepspeed')}: zero_optimization.{key}: should be a number, got {value!r}"
-        ) from None
+            f"{config.where('deepspeed')}: zero_optimization.{key}: should be a number, 0 or more, got {value!r}"
+        )
+    return number
 
 
 def _device(zero: Mapping[str, Any], key: str) -> Any:

@@ -40,6 +40,9 @@ class StepSettings:
     adapter_rank: int = 0
     """Of LoRA adapters on every linear of the blocks; 0 for none."""
 
+    fused_loss: bool = False
+    """Whether Liger computes head and loss together."""
+
     gather: GatherSettings = field(default_factory=GatherSettings)
 
 
@@ -123,7 +126,7 @@ class _Step:
             grad = grad or index in sampled
         head_role = "embeddings" if architecture.tied else "lm_head"
         tape = self._tape(trains=head_role in roles)
-        head(architecture, tape)
+        head(architecture, tape, fused=settings.fused_loss)
         reaches = grad or "rest" in roles or head_role in roles
         sections.append(self._section(len(sections), tape, head_role in roles, reaches))
         sections[-1].records = True

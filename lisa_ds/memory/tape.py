@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from lisa_ds.memory.architectures import Architecture, Module
 
 FP32 = 4
+LIGER_CHUNK = 1
+"""Liger makes as many logits at a time as this many times the hidden states take."""
 
 
 @dataclass(frozen=True)
@@ -196,12 +198,25 @@ def _mlp(architecture: Architecture, tape: Tape, modules: Iterator[Module], sour
     return tape.linear("down", next(modules), product)
 
 
-def head(architecture: Architecture, tape: Tape) -> None:
-    """From the last block's output ``x`` to the loss: final norm, logits of every token, softmax in fp32."""
+def head(architecture: Architecture, tape: Tape, *, fused: bool = False) -> None:
+    """From the last block's output ``x`` to the loss: final norm, logits of every token, softmax in fp32.
+
+    ``fused``: as Liger does, which makes logits a few tokens at a time and takes their gradient at once; what is kept is the
+    gradient of the hidden states (its ops/fused_linear_cross_entropy.py).
+    """
     sizes = architecture.sizes
     normed = tape.norm("final", architecture.final[0], "x", sizes.norm, sizes.hidden)
     (module,) = architecture.head
     shapes = module.shapes if not architecture.tied else ((sizes.vocab, sizes.hidden), *module.shapes)
+    if fused:
+        rows = min(tape.tokens, _power_of_two(-(-tape.tokens // -(-sizes.vocab // (LIGER_CHUNK * sizes.hidden)))))
+        weight = sizes.vocab * sizes.hidden * tape.width if tape.trains else 0
+        tape.modules.append(Module("head", shapes, sizes.hidden))
+        size = rows * sizes.vocab * tape.width
+        tape.ops.append(Op("logits", size, (normed,), scratch=weight, module=len(tape.modules) - 1))
+        tape.ops.append(Op("logits.done", tape.tokens * sizes.hidden * tape.width, ("logits",), ("logits.done",)))
+        tape.ops.append(Op("loss", FP32, ("logits.done",)))
+        return
     logits = tape.linear("logits", Module("head", shapes, sizes.hidden), normed)
     source, size = logits, tape.tokens * sizes.vocab * FP32
     if tape.width != FP32:
@@ -209,3 +224,8 @@ def head(architecture: Architecture, tape: Tape) -> None:
         tape.ops.append(Op(source, size, (logits,)))
     tape.ops.append(Op("softmax", size, (source,), ("softmax",)))
     tape.ops.append(Op("loss", FP32, ("softmax",), ("softmax",)))
+
+
+def _power_of_two(count: int) -> int:
+    """The least one that is not below ``count``."""
+    return 1 << (count - 1).bit_length()

@@ -12,6 +12,7 @@ from lisa_ds.errors import ConfigError
 from lisa_ds.memory.advice import RESERVE, Change, changes, fewest_ranks, usable
 from lisa_ds.memory.architectures import Architecture
 from lisa_ds.memory.forecast import METHODS, PARTS, Forecast, RunSettings, forecast
+from lisa_ds.memory.other_methods import described
 
 _COLOURS = {
     "weights": "#4c566a",
@@ -97,9 +98,7 @@ def lines(report: PlanReport) -> list[str]:
     text += _activations(report)
     host = [f"{part} {_gb(size)}" for part, size in report.own.host.items()]
     text.append(f"on the host, in GB: {', '.join(host)}")
-    if "galore" in report.forecasts and run.world_size > 1:
-        text.append("GaLore has no ZeRO-3 implementation: each rank holds all of it")
-    return [*text, "", *_verdict(report)]
+    return [*text, *described(run), "", *_verdict(report)]
 
 
 def as_json(report: PlanReport) -> dict[str, Any]:
@@ -193,7 +192,8 @@ def _settings(run: RunSettings, tied: bool) -> str:
     split = f" ({run.tensor_parallel}-way tensor parallel)" if run.tensor_parallel > 1 else ""
     checkpointing = "activation checkpointing" if run.checkpointing else "no activation checkpointing"
     rows = f"{run.micro_batch} x {run.sequence} tokens a micro-batch"
-    return f"{ranks}{split}, {rows}, {number}, {checkpointing}; " + _method(run, tied)
+    fused = ", head and loss fused by Liger" if run.fused_loss else ""
+    return f"{ranks}{split}, {rows}, {number}, {checkpointing}{fused}; " + _method(run, tied)
 
 
 def _method(run: RunSettings, tied: bool) -> str:

@@ -6,28 +6,19 @@ import copy
 import dataclasses
 import functools
 import os
-import types
 import typing
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BeforeValidator, create_model
-from pydantic_core import PydanticCustomError
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
 from lisa_ds.config import RunConfig, check_contradictions
-from lisa_ds.config.base import Origin, Section, mistake, validate
+from lisa_ds.config.base import Origin, Section, validate
+from lisa_ds.config.training import EARLY_STOPPING, section
 from lisa_ds.errors import ConfigError
-
-EARLY_STOPPING = {
-    "early_stopping_patience": (int, "Evaluations without a better eval_loss after which training stops."),
-    "early_stopping_threshold": (float, "How much better it has to be."),
-}
-"""Keys of ``training`` that are ours: transformers has them in a callback only."""
 
 # Whatever these would do, something else here does it.
 _ELSEWHERE = {
@@ -37,16 +28,10 @@ _ELSEWHERE = {
     "fsdp_config": "LISA shards its state under DeepSpeed ZeRO-3",
     "auto_find_batch_size": "it does not go with ZeRO-3",
     "local_rank": "the launcher sets it",
+    "parallelism_config": "ranks that share a layer are deepspeed.tensor_parallel.autotp_size",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "it has no effect: a run evaluates, trains, and evaluates"),
 }
-_AT_LEAST = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("save_total_limit", "early_stopping_patience"), 1),
-    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps"), 0),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "early_stopping_threshold"), 0),
-}
 _ADAMW = ("adamw_torch", "adamw_torch_fused")  # transformers' names for torch's own
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys and values"}
 
 
 def check(config: RunConfig) -> dict[str, Any]:
@@ -260,56 +245,10 @@ def _early_stopping(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _section() -> type[Section]:
-    """Transformers' class as a section of ours, so that its mistakes read like all others."""
+    """Transformers' class as a section of ours."""
     hints = typing.get_type_hints(TrainingArguments)
-    fields: dict[str, Any] = {
-        field.name: (Annotated[Any, BeforeValidator(functools.partial(_check, field.name, hints[field.name]))], None)
-        for field in dataclasses.fields(TrainingArguments)
-        if field.init
-    }
-    for name, (kind, _) in EARLY_STOPPING.items():
-        fields[name] = (Annotated[Any, BeforeValidator(functools.partial(_check, name, kind))], None)
-    return create_model("Training", __base__=Section, **fields)
-
-
-def _check(name: str, hint: Any, value: Any) -> Any:
-    if name in _ELSEWHERE:
-        raise mistake(f"does not belong here: {_ELSEWHERE[name]}")
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    choices = [choice.value for option in options if _is_enum(option) for choice in option]
-    if choices:
-        if value is False and "no" in choices:  # what YAML makes of a bare `no`
-            value = "no"
-        if value not in choices:
-            expected = ", ".join(f"'{choice}'" for choice in choices)
-            raise PydanticCustomError("literal_error", "should be one of {expected}", {"expected": expected})
-    elif not any(_fits(option, value) for option in options):
-        raise mistake(f"should be {' or '.join(dict.fromkeys(map(_name, options)))}")
-    elif name in _AT_LEAST and value is not None and value < _AT_LEAST[name]:
-        raise mistake(f"should be {_AT_LEAST[name]} or more")
-    return value
-
-
-def _is_enum(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, Enum)
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    kind = typing.get_origin(hint) or hint
-    if kind is typing.Literal:
-        return value in typing.get_args(hint)
-    if isinstance(value, bool):  # Python takes it for a number
-        return kind in (bool, Any)
-    if kind is float:
-        return isinstance(value, (int, float))
-    return kind is Any or (isinstance(kind, type) and isinstance(value, kind))
-
-
-def _name(hint: Any) -> str:
-    kind = typing.get_origin(hint) or hint
-    if kind is list:
-        return "a list"
-    return "nothing" if kind is type(None) else _NAMES.get(kind, str(kind))
+    names = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    return section({name: hints[name] for name in names if name not in _ELSEWHERE}, elsewhere=_ELSEWHERE)
 
 
 def _under_present_names(given: dict[str, Any], origin: Origin) -> dict[str, Any]:

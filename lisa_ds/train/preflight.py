@@ -89,7 +89,8 @@ def _state_alone(config: RunConfig, memory: int, device: str) -> str | None:
     stack = LayerStack.from_model(skeleton(config.model), config.lisa.layers_path)
     shape = ModelShape.from_numels(stack.numels(), tied=stack.tied)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    width = 2 if config.training.get("bf16") or config.training.get("fp16") else 4
+    training = config.training_values()
+    width = 2 if training.bf16 or training.fp16 else 4
     needed = sum(_partitions(shape, ranks, config, width).values())
     if needed <= usable(memory):
         return None
