@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from lisa_ds.data import formats
-from lisa_ds.data.fields import Unused
+from lisa_ds.data.fields import Unused, listed
 from lisa_ds.data.sources import Source
 from lisa_ds.data.tokenise import Status, Tokeniser
 from lisa_ds.errors import DataError
@@ -133,14 +133,18 @@ def _write_rows(
     path: Path, source: Source, form: formats.Form, columns: Mapping[str, str], seed: int
 ) -> tuple[npt.NDArray[np.float64], set[int | str], Unused]:
     """Bring every row to its one form and hash it, so that equal rows never stand on both sides of a split."""
-    hashes, classes, unused = array("d"), set(), Unused()
+    hashes, classes, unused, renamed = array("d"), set(), Unused(), set()
     features = datasets.Features(**_CONTENT[form.kind], place=_STRING)
 
     def rows() -> Iterator[dict[str, Any]]:
         for row in source.rows():
-            content = form(formats.rename(row, columns), unused)
-            said = {key: value for key, value in content.items() if value is not None}
-            text = f"{seed}\0{json.dumps(said, sort_keys=True)}"
+            renamed.update(columns.keys() & row.fields.keys())
+            try:
+                content = form(formats.rename(row, columns), unused)
+                said = {key: value for key, value in content.items() if value is not None}
+                text = f"{seed}\0{json.dumps(said, sort_keys=True)}"
+            except RecursionError:
+                raise DataError(f"{row.place}: nested too deeply") from None
             hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48)
             if form.kind == "classification":
                 classes.add(content["label"])
@@ -154,6 +158,8 @@ def _write_rows(
     stream, schema = rows(), features.arrow_schema
     batches = iter(lambda: list(islice(stream, _BATCH)), [])
     _write(path, features, (pa.Table.from_pylist(batch, schema=schema) for batch in batches))
+    if absent := sorted(columns.keys() - renamed):
+        raise DataError(f"{source.name}: data.columns renames {listed(absent)}, which no row has")
     return np.array(hashes), classes, unused
 
 

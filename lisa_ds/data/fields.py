@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,16 +13,25 @@ from lisa_ds.errors import DataError
 
 @dataclass
 class Unused:
-    """How many rows hold a column, and how many turns a field, that nothing reads."""
+    """How many rows hold a column, how many turns a field, and how many rows a placeholder, that nothing reads."""
 
     columns: Counter[str] = field(default_factory=Counter)
     turns: Counter[str] = field(default_factory=Counter)
+    placeholders: Counter[str] = field(default_factory=Counter)
 
     def told(self) -> list[str]:
         """Such as ``columns not used: 'id' (1,200 rows), 'source' (3 rows)``."""
-        kinds = (("columns", "rows", self.columns), ("fields of turns", "turns", self.turns))
+        kinds = (
+            ("columns not used", "row", self.columns),
+            ("fields of turns not used", "turn", self.turns),
+            (
+                "learned as plain text, though it stands for something else in the data of others",
+                "row",
+                self.placeholders,
+            ),
+        )
         return [
-            f"{what} not used: " + ", ".join(f"{name!r} ({n:,} {unit})" for name, n in counts.most_common())
+            f"{what}: " + ", ".join(f"{name!r} ({n:,} {unit}{'s' * (n > 1)})" for name, n in counts.most_common())
             for what, unit, counts in kinds
             if counts
         ]
@@ -50,6 +60,16 @@ class Fields:
         self._read.add(name)
         return self.values.get(name)
 
+    def part(self, name: str, value: Any, expected: str = "an object") -> Fields:
+        """The fields of an object inside this one.
+
+        Raises:
+            DataError: It is no object.
+        """
+        if not isinstance(value, Mapping):
+            raise self.wrong(name, expected, value)
+        return Fields(value, self.place, self.at(name))
+
     def text(self, name: str, *, optional: bool = False) -> str:
         """The value, which is text; of an optional one that is not there, nothing."""
         value = self.take(name)
@@ -73,13 +93,17 @@ class Fields:
             if name not in self._read and says_something(value):
                 yield name, value
 
+    def says(self, name: str) -> bool:
+        """Whether the field is there and says something."""
+        return says_something(self.values.get(name))
+
     def at(self, name: str) -> str:
         """The full name of a field."""
         return f"{self.path}.{name}" if self.path else name
 
     def wrong(self, name: str, expected: str, value: object) -> DataError:
         """What to raise about a value."""
-        return wrong(self.place, self.at(name), expected, value)
+        return DataError(f"{self.place}: {self.at(name)} should be {expected}, got {shown(value)}")
 
     def refused(self, name: str, why: str) -> DataError:
         """What to raise about a field that means something to others and cannot be honoured."""
@@ -88,19 +112,19 @@ class Fields:
 
 def says_something(value: object) -> bool:
     """Whether a value is more than null, NaN, a blank text, or a list or an object of such."""
-    if isinstance(value, str):
+    if isinstance(value, (str, bytes)):
         return bool(value.strip())
     if isinstance(value, Mapping):
         return any(map(says_something, value.values()))
     if isinstance(value, (list, tuple)):
         return any(map(says_something, value))
-    return value is not None and value == value
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
-def wrong(place: str, name: str, expected: str, value: object) -> DataError:
-    """What to raise about a value that is not as it should be."""
-    shown = repr(value)
-    return DataError(f"{place}: {name} should be {expected}, got {shown if len(shown) <= 80 else shown[:77] + '...'}")
+def shown(value: object) -> str:
+    """A value for a message, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def listed(names: Collection[str]) -> str:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from lisa_ds.data.fields import Fields, Unused, listed
 from lisa_ds.data.files import Row
+from lisa_ds.data.refusals import refuse_columns, refuse_placeholders
 from lisa_ds.data.turns import Turn, read_tools, read_turns, turn
 from lisa_ds.errors import DataError
 
@@ -64,7 +65,11 @@ class Form:
             )
         fields = Fields(row.fields, row.place)
         content = self.read(fields, unused)
+        refuse_columns(fields, "messages" if self.kind == "conversation" and self.option != "alpaca" else self.option)
+        texts = [turn["content"] for turn in content.get("messages", ())] or [content["text"]]
+        refuse_placeholders(fields, texts)
         unused.columns.update(name for name, _ in fields.rest())
+        unused.placeholders.update(name for name in ("<image>",) if any(name in text for text in texts))
         return content
 
 
@@ -75,11 +80,14 @@ def tell(row: Row, option: str) -> Form:
         DataError: No form has these columns, or not the one that was asked for.
     """
     forms = [form for form in FORMS if option in ("auto", form.option)]
-    for form in forms:
+    fields = Fields(row.fields, row.place)
+    filled = [form for form in forms if all(map(fields.says, form.columns))]
+    for form in filled or forms:  # a column that says nothing is of the form of other rows
         if all(column in row.fields for column in form.columns):
             if form.kind == "pair" and not isinstance(row.fields["prompt"], str):
                 return _PAIR_OF_TURNS
             return form
+    refuse_columns(fields, None)
     asked = "" if option == "auto" else f"data.format is {option!r}, but "
     accepted = "\n".join(f"  {form.name + ':':<21}{', '.join(form.columns)}" for form in forms)
     raise DataError(
@@ -92,15 +100,21 @@ def rename(row: Row, columns: Mapping[str, str]) -> Row:
     """The row with its columns renamed as ``data.columns`` says.
 
     Raises:
-        DataError: A column to be renamed is not there.
+        DataError: A column that a form needs is not there under its old name.
     """
     if not columns:
         return row
-    if missing := [column for column in columns if column not in row.fields]:
+    needed = {column for form in FORMS for column in form.columns}
+    if missing := [old for old, new in columns.items() if new in needed and old not in row.fields]:
         raise DataError(f"{row.place}: data.columns renames {listed(missing)}; found {listed(row.fields)}")
     # What the new name stood for before is hidden.
     kept = {key: value for key, value in row.fields.items() if key not in columns and key not in columns.values()}
-    return Row(row.place, kept | {new: row.fields[old] for old, new in columns.items()}, row.starts, row.ends)
+    return Row(
+        row.place,
+        kept | {new: row.fields[old] for old, new in columns.items() if old in row.fields},
+        row.starts,
+        row.ends,
+    )
 
 
 def _alpaca(row: Fields, unused: Unused) -> dict[str, Any]:

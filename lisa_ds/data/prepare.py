@@ -52,7 +52,8 @@ def load_dataset(
         source = open_source(config.eval_path or config.path, config.eval_split or "train", key)
     elif not config.eval_fraction:
         return train, None
-    return train, _load(source, held_out, config, tokenizer, task, labels=tuple(label_names(train) or ()))
+    labels = tuple(label_names(train) or ())
+    return train, _load(source, held_out, config, tokenizer, task, labels, told=config.eval_fraction > 0)
 
 
 def label_names(rows: datasets.Dataset) -> list[str] | None:
@@ -91,12 +92,22 @@ def preview(row: dict[str, Any], tokenizer: Any) -> str:
 
 
 def _load(
-    source: Source, part: Part, config: DataConfig, tokenizer: Any, task: str, labels: tuple[str, ...] | None = None
+    source: Source,
+    part: Part,
+    config: DataConfig,
+    tokenizer: Any,
+    task: str,
+    labels: tuple[str, ...] | None = None,
+    told: bool = False,
 ) -> datasets.Dataset:
+    """A part of a source; ``told`` says that what its rows hold besides was told with another part."""
     first = next(source.rows(), None)
     if first is None:
         raise DataError(f"{source.name}: holds no rows")
-    form = formats.tell(formats.rename(first, config.columns), config.format)
+    try:
+        form = formats.tell(formats.rename(first, config.columns), config.format)
+    except RecursionError:
+        raise DataError(f"{first.place}: nested too deeply") from None
     _check(form, config, task, source.name)
     prepare_tokenizer(tokenizer, form.kind)
     tokeniser = Tokeniser(
@@ -129,7 +140,11 @@ def _load(
         )
 
     place = build_once(f"data/{key}", fill)
-    _report(source.name, json.loads((place / "counts.json").read_text()), config)
+    counts = json.loads((place / "counts.json").read_text())
+    _report(source.name, counts["rows"], config)
+    if not told:
+        for line in Unused(**{what: Counter(names) for what, names in counts["unused"].items()}).told():
+            _log.warning("%s: %s", source.name, line)
     return datasets.Dataset.from_file(str(place / "rows.arrow"))
 
 
@@ -145,9 +160,8 @@ def _check(form: formats.Form, config: DataConfig, task: str, name: str) -> None
         )
 
 
-def _report(name: str, found: dict[str, Any], config: DataConfig) -> None:
-    """Say what was lost and what was not read, each time: of a cached data set it is the same as of a fresh one."""
-    counts = found["rows"]
+def _report(name: str, counts: dict[str, int], config: DataConfig) -> None:
+    """Say what was lost, each time: a cached data set is as much shorter as a fresh one."""
     what = {
         Status.CUT: f"cut at data.max_length {config.max_length}",
         Status.TOO_LONG: f"dropped, longer than data.max_length {config.max_length}",
@@ -156,8 +170,6 @@ def _report(name: str, found: dict[str, Any], config: DataConfig) -> None:
     lost = [f"{counts[status.name]:,} {text}" for status, text in what.items() if counts.get(status.name)]
     if lost and not config.packing:
         _log.warning("%s: of %s rows, %s", name, f"{sum(counts.values()):,}", "; ".join(lost))
-    for told in Unused(**{what: Counter(names) for what, names in found["unused"].items()}).told():
-        _log.warning("%s: %s", name, told)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 
 from lisa_ds.data import stdlib_docs
-from lisa_ds.data.files import READERS, Row, read_rows
+from lisa_ds.data.files import READERS, Row, read_rows, without_nulls
 from lisa_ds.errors import DataError
 
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+(/[\w.-]+)?)(:(?P<subset>[\w.-]+))?")
@@ -42,7 +44,14 @@ def open_source(path: str, split: str, where: str) -> Source:
     """
     if path.startswith("builtin:"):
         return _builtin(path, split, where)
-    local = Path(path).expanduser()
+    try:
+        return _open(Path(path).expanduser(), path, split, where)
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such home, a NUL in it, no permission
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(f"{where}: {path} cannot be read: {reason}") from None
+
+
+def _open(local: Path, path: str, split: str, where: str) -> Source:
     if local.is_file():
         if split != "train":
             raise DataError(f"{where}: {path} is a single file and has no split {split!r}")
@@ -69,7 +78,7 @@ def _files(paths: list[Path], name: str) -> Source:
     for path in paths:
         if path.suffix not in READERS:
             raise DataError(f"{path}: should be one of {', '.join(READERS)}, got {path.suffix or 'no suffix'}")
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(os.fsencode(path.name) + f"\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
@@ -129,13 +138,28 @@ def _hub(path: str, split: str, where: str) -> Source:
 def _from_datasets(loaded: Any, name: str) -> Source:
     # A class is stored as a number, but means the name that somebody gave it.
     classes = {key: kind for key, kind in loaded.features.items() if isinstance(kind, datasets.ClassLabel)}
+    # Pictures and sounds are refused by name, not decoded: that takes packages that a text model does not need.
+    stored = loaded.to_iterable_dataset().decode(False) if any(map(_is_media, loaded.features.values())) else loaded
 
     def rows() -> Iterator[Row]:
-        for number, fields in enumerate(loaded, start=1):
-            named = {key: kind.int2str(fields[key]) for key, kind in classes.items() if fields[key] is not None}
-            yield Row(f"{name}: row {number}", {**fields, **named})
+        number = 0
+        try:
+            for number, fields in enumerate(stored, start=1):
+                named = {key: kind.int2str(fields[key]) for key, kind in classes.items() if fields[key] is not None}
+                yield Row(
+                    f"{name}: row {number}", {key: without_nulls(value) for key, value in {**fields, **named}.items()}
+                )
+        except (ValueError, OverflowError, ImportError, pyarrow.ArrowException) as error:
+            raise DataError(f"{name}: row {number + 1}: cannot be read: {' '.join(str(error).split())}") from error
 
     return Source(name, str(loaded._fingerprint), rows)
+
+
+def _is_media(kind: Any) -> bool:
+    if isinstance(kind, dict):
+        return any(map(_is_media, kind.values()))
+    inside = getattr(kind, "feature", None)  # of a list
+    return _is_media(inside) if inside is not None else isinstance(getattr(kind, "decode", None), bool)
 
 
 def _near(path: Path) -> str:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from lisa_ds.data.fields import Fields, Unused
+from lisa_ds.data import strict_json
+from lisa_ds.data.fields import Fields, Unused, says_something, shown
+from lisa_ds.data.refusals import refuse_turn_fields
+from lisa_ds.data.strict_json import NotJSON
+from lisa_ds.errors import DataError
 
 Turn = dict[str, Any]
 
@@ -22,6 +25,7 @@ _ROLES = {
     **{"assistant": "assistant", "gpt": "assistant", "function_call": "assistant", "tool_call": "assistant"},
     **{"tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool"},
 }
+_KEYS = (("role", "content"), ("from", "value"))
 _CALLS = ("function_call", "tool_call")  # roles whose content is the calls
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _LEARN = ("weight", "loss", "train", "training")
@@ -46,42 +50,58 @@ def read_turns(row: Fields, column: str, unused: Unused, keys: tuple[str, str] =
         DataError: A turn is malformed, or says something that cannot be honoured.
     """
     values = row.take(column)
-    expected = f"{keys[0]!r} and {keys[1]!r}"
     if not isinstance(values, list) or not values:
-        raise row.wrong(column, f"a list of turns with {expected}", values)
+        raise row.wrong(column, f"a list of turns with {keys[0]!r} and {keys[1]!r}", values)
     turns: list[Turn] = []
     for number, value in enumerate(values):
-        at = f"{column}[{number}]"
-        if not isinstance(value, Mapping):
-            raise row.wrong(at, f"a turn with {expected}", value)
-        fields = Fields(value, row.place, at)
-        role_key, content_key = next(
-            (pair for pair in (keys, ("role", "content"), ("from", "value")) if pair[0] in fields), keys
-        )
-        if role_key not in fields:
-            raise row.wrong(at, f"a turn with {expected}", value)
-        role = fields.take(role_key)
-        if not isinstance(role, str) or role not in _ROLES:
-            raise fields.wrong(role_key, f"one of {', '.join(_ROLES)}", role)
-        if role in _CALLS:
-            found = _call_turn(fields, content_key)
+        fields = row.part(f"{column}[{number}]", value, f"a turn with {keys[0]!r} and {keys[1]!r}")
+        found = _read_turn(fields, keys, unused)
+        refuse_turn_fields(fields)
+        unused.turns.update(name for name, _ in fields.rest())
+        if turns and _goes_on(turns[-1], found):
+            turns[-1]["tool_calls"] = [*turns[-1].get("tool_calls", ()), *found["tool_calls"]]
         else:
-            found = turn(_ROLES[role], "")
-            calls = _tool_calls(fields, found["role"])
-            if content_key not in fields and not calls:
-                raise row.wrong(at, f"a turn with {expected}", value)
-            found["content"] = _content(fields, content_key, unused, optional=bool(calls))
-            if calls:
-                found["tool_calls"] = calls
-        _add_reasoning(fields, found)
-        for name in ("tool_call_id", "name"):
-            if text := fields.text(name, optional=True):
-                found[name] = text
-        _add_learn(fields, found)
-        for name, _ in fields.rest():
-            unused.turns[name] += 1
-        turns.append(found)
+            turns.append(found)
     return turns
+
+
+def _read_turn(fields: Fields, keys: tuple[str, str], unused: Unused) -> Turn:
+    role_key, content_key = next((pair for pair in (keys, *_KEYS) if pair[0] in fields), keys)
+    malformed = DataError(
+        f"{fields.place}: {fields.path} should be a turn with {keys[0]!r} and {keys[1]!r}, got {shown(fields.values)}"
+    )
+    if role_key not in fields:
+        raise malformed
+    role = fields.take(role_key)
+    if not isinstance(role, str) or role not in _ROLES:
+        raise fields.wrong(role_key, f"one of {', '.join(_ROLES)}", role)
+    if role in _CALLS and not fields.says("tool_calls"):
+        found = _call_turn(fields, content_key, unused)
+    else:
+        calls = _tool_calls(fields, _ROLES[role], unused)
+        if content_key not in fields and not calls:
+            raise malformed
+        found = turn(_ROLES[role], _content(fields, content_key, unused, optional=bool(calls)))
+        if calls:
+            found["tool_calls"] = calls
+    _add_reasoning(fields, found)
+    for name in ("tool_call_id", "name"):
+        if text := fields.text(name, optional=True):
+            found[name] = text
+    _add_learn(fields, found)
+    return found
+
+
+def _goes_on(before: Turn, found: Turn) -> bool:
+    """Whether a call that has a turn of its own belongs to what the assistant said, or called, right before."""
+    only_calls = {"role", "content", "tool_calls", "learn"}
+    return (
+        before["role"] == found["role"] == "assistant"
+        and "tool_calls" in found
+        and not found["content"]
+        and found.keys() <= only_calls
+        and before.get("learn") == found.get("learn")
+    )
 
 
 def read_tools(row: Fields) -> list[dict[str, Any]] | None:
@@ -111,36 +131,33 @@ def _content(fields: Fields, key: str, unused: Unused, *, optional: bool) -> str
     if isinstance(content, list):
         texts = []
         for number, part in enumerate(content):
-            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise fields.wrong(key, "text", content)
-            inside = Fields(part, fields.place, f"{fields.at(key)}[{number}]")
-            inside.take("type")
+            inside = fields.part(f"{key}[{number}]", part)
+            if (kind := inside.take("type")) != "text":
+                raise inside.refused("type", f"is {kind!r}, and rows are trained on as text alone; leave out the row")
             texts.append(inside.text("text"))
-            for name, _ in inside.rest():
-                unused.turns[f"{key}[].{name}"] += 1
+            unused.turns.update(f"{key}[].{name}" for name, _ in inside.rest())
         return "".join(texts)
     if not isinstance(content, str):
         raise fields.wrong(key, "text", content)
     return fields.encodable(key, content)
 
 
-def _tool_calls(fields: Fields, role: str) -> list[dict[str, Any]]:
+def _tool_calls(fields: Fields, role: str, unused: Unused) -> list[dict[str, Any]]:
     """Calls in OpenAI's form, with the arguments as an object."""
     calls = []
-    found = fields.take("tool_calls")
-    if found:
+    if found := fields.take("tool_calls"):
         if not isinstance(found, list):
             raise fields.wrong("tool_calls", "a list of calls", found)
-        calls += [_call(fields, f"tool_calls[{number}]", call) for number, call in enumerate(found)]
+        calls += [_call(fields, f"tool_calls[{number}]", call, unused) for number, call in enumerate(found)]
     if found := fields.take("function_call"):
-        calls.append(_call(fields, "function_call", found))
+        calls.append(_call(fields, "function_call", found, unused))
     if calls and role != "assistant":
-        name = "tool_calls" if fields.take("tool_calls") else "function_call"
+        name = "tool_calls" if fields.says("tool_calls") else "function_call"
         raise fields.refused(name, f"is in a turn of role {role!r}; only the assistant calls tools")
     return calls
 
 
-def _call_turn(fields: Fields, key: str) -> Turn:
+def _call_turn(fields: Fields, key: str, unused: Unused) -> Turn:
     """A turn whose content is a call, or a list of calls, as JSON; thoughts may go before it."""
     content = fields.text(key)
     found = turn("assistant", "")
@@ -151,23 +168,26 @@ def _call_turn(fields: Fields, key: str) -> Turn:
     calls = calls if isinstance(calls, list) else [calls]
     if not calls:
         raise fields.wrong(key, "a call", calls)
-    found["tool_calls"] = [_call(fields, key, call) for call in calls]
+    found["tool_calls"] = [_call(fields, key, call, unused) for call in calls]
     return found
 
 
-def _call(fields: Fields, at: str, call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise fields.wrong(at, "a call with the name of a function and its arguments", call)
-    if call.get("type", "function") != "function":
-        raise fields.wrong(f"{at}.type", "'function'", call["type"])
-    arguments = _parsed(fields, f"{at}.arguments", function.get("arguments"))
+def _call(fields: Fields, at: str, value: Any, unused: Unused) -> dict[str, Any]:
+    call = fields.part(at, value)
+    if (kind := call.take("type")) not in (None, "function"):
+        raise call.wrong("type", "'function'", kind)
+    function = call if call.take("function") is None else call.part("function", call.take("function"))
+    arguments = _parsed(function, "arguments", function.take("arguments"))
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
-        raise fields.wrong(f"{at}.arguments", "an object, or JSON of one", arguments)
-    outer = {key: call[key] for key in ("id",) if call.get(key) is not None}
-    return {**outer, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        raise function.wrong("arguments", "an object, or JSON of one", arguments)
+    said = {"type": "function", "function": {"name": function.text("name"), "arguments": arguments}}
+    if call.says("id"):
+        said = {"id": call.text("id"), **said}
+    kind = at.partition("[")[0]
+    unused.turns.update(f"{kind}[].{name}" for part in {call, function} for name, _ in part.rest())
+    return said
 
 
 def _parsed(fields: Fields, name: str, value: Any) -> Any:
@@ -176,13 +196,12 @@ def _parsed(fields: Fields, name: str, value: Any) -> Any:
         if not value.strip():
             return None
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too long a number"
-            raise fields.wrong(name, f"valid JSON ({reason})", value) from None
+            value = strict_json.parse(value)
+        except NotJSON as error:
+            raise fields.wrong(name, f"valid JSON ({error})", value) from None
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError):
         raise fields.wrong(name, "what JSON and Unicode can say", value) from None
     return value
 
@@ -199,7 +218,7 @@ def _add_reasoning(fields: Fields, found: Turn) -> None:
 
 def _add_learn(fields: Fields, found: Turn) -> None:
     """Whether the row says that a turn carries loss: OpenAI's and mistral-finetune's ``weight``, and flags of others."""
-    given = {name: value for name in _LEARN if (value := fields.take(name)) is not None}
+    given = {name: value for name in _LEARN if says_something(value := fields.take(name))}
     for name, value in given.items():
         if value not in (0, 1):  # true and false are
             raise fields.wrong(name, "0 or 1, false or true", value)
