@@ -1,7 +1,8 @@
 """Everything about the package is in pyproject.toml; this compiles the kernels ahead of time, if asked to.
 
+``csrc``, which they are compiled from, and ``configs``, which `lisa-ds recipes` copies from, go into the package.
 ``LISA_DS_BUILD_OPS=cpu|cuda|all pip install .`` puts the compiled libraries into the package; 0, the default, leaves them to be
-compiled at first use. ``csrc`` goes into the package either way.
+compiled at first use.
 """
 
 import importlib.util
@@ -34,7 +35,7 @@ def wanted(kinds):
 
 
 class BuildWithKernels(build_py):
-    """Adds ``csrc``, and what is asked for of it in compiled form."""
+    """Adds ``csrc`` and ``configs``, and what is asked for in compiled form."""
 
     def run(self):
         """See setuptools."""
@@ -42,7 +43,8 @@ class BuildWithKernels(build_py):
         builder = load_builder()
         package = ROOT if self.editable_mode else Path(self.build_lib)
         if not self.editable_mode:
-            shutil.copytree(ROOT / "csrc", package / "lisa_ds" / "csrc", dirs_exist_ok=True)
+            for folder in ("csrc", "configs"):
+                shutil.copytree(ROOT / folder, package / "lisa_ds" / folder, dirs_exist_ok=True)
         for kind in wanted(builder.KINDS):
             print(f"lisa_ds: compiling the {kind} kernels ahead of time ...", flush=True)
             with tempfile.TemporaryDirectory() as folder:

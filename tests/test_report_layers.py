@@ -180,7 +180,6 @@ def test_the_table_alone_needs_no_matplotlib_and_no_torch(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["report"], "the following arguments are required: WHAT"),
         (["report", "layers"], "the following arguments are required: RUN"),
         (["report", "layers", "nowhere"], "nowhere: no layer statistics can be read: No such file or directory"),
         (["report", "layers", "begun"], "begun/layers.jsonl: holds no recording yet"),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import lisa_ds
-from lisa_ds.cli import hosts, layers, models, planning
+from lisa_ds.cli import hosts, layers, models, planning, starting, training
 from lisa_ds.terminal import Parser
 
-GROUPS = (planning, hosts, layers, models)
+if TYPE_CHECKING:
+    from lisa_ds.cli.values import Commands
+
+GROUPS = (starting, planning, hosts, training, layers, models)
 """Modules that hold commands, in the order of the help."""
 
 
@@ -40,7 +44,17 @@ def build() -> Parser:
     # `deepspeed --no_python lisa-ds check` puts it here.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(command=lambda _: parser.print_help())
+    _add_groups(parser)
+    return parser
+
+
+def names() -> list[str]:
+    """Of all commands."""
+    return list(_add_groups(Parser()).choices)
+
+
+def _add_groups(parser: Parser) -> Commands:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for group in GROUPS:
         group.add(commands)
-    return parser
+    return commands

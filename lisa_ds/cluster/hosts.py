@@ -85,7 +85,7 @@ def expected(environ: Mapping[str, str], world_size: int, hostfile: Path | None 
         ClusterError: ``hostfile`` cannot be read, or a line of it is not one.
     """
     if hostfile is not None:
-        slots = _read_hostfile(hostfile)
+        slots = read_hostfile(hostfile)
     elif "SLURM_STEP_NODELIST" in environ and environ.get("SLURM_DISTRIBUTION", "block").startswith("block"):
         names = host_names(environ["SLURM_STEP_NODELIST"])
         tasks = tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
@@ -96,7 +96,12 @@ def expected(environ: Mapping[str, str], world_size: int, hostfile: Path | None 
     return dict(enumerate(hosts)) if len(hosts) == world_size else {}
 
 
-def _read_hostfile(path: Path) -> list[tuple[str, int]]:
+def read_hostfile(path: Path) -> list[tuple[str, int]]:
+    """Hosts and the ranks of each, from a file of DeepSpeed's.
+
+    Raises:
+        ClusterError: It cannot be read, or a line is not one.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
