@@ -32,14 +32,15 @@ MARKED = CHATML.replace(
     "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}"
     "{% endif %}{{ '\n' }}",
 )
-# As Qwen3's: only the last turn shows its (here empty) thoughts.
+# As Qwen3's: only the last turn shows its thoughts.
 THINKING = CHATML.replace(
     "message['content'] + '<|im_end|>\n'",
-    "('<think>\n\n</think>\n\n' if loop.last and message['role'] == 'assistant' else '')"
+    "('<think>' + message['content'].split('</think>')[0].split('<think>')[-1].strip() + '</think>'"
+    " if loop.last and message['role'] == 'assistant' else '')"
     " + message['content'].split('</think>')[-1].lstrip() + '<|im_end|>\n'",
 )
-# Writes what was said before behind what is said now: an answer cannot be found by its beginning.
-REWRITING = "{{ messages | length }} turns" + CHATML
+# Writes what was said before behind what is said now: what was asked does not go before the answer.
+BACKWARDS = CHATML.replace("in messages", "in messages | reverse")
 # Refuses what is not strictly by turns, as Llama 2's and Gemma's do.
 STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('must start with user') }}{% endif %}" + CHATML
 
@@ -342,7 +343,7 @@ def expected_answers(messages: list[dict[str, str]]) -> list[str]:
 def test_loss_is_on_the_answers_token_by_token(which: str, messages: list[dict[str, str]], tokenizer: Any) -> None:
     if which == "smollm2":
         tokenizer = AutoTokenizer.from_pretrained(smollm2())
-    ids, labels, _ = Tokeniser(tokenizer, "conversation", 1024).row(as_stored(messages))
+    ids, labels, *_ = Tokeniser(tokenizer, "conversation", 1024).row(as_stored(messages))
 
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
     learned = [i for i, label in enumerate(labels) if label != IGNORED]
@@ -371,17 +372,17 @@ def test_marks_of_a_template_are_followed(tokenizer: Any) -> None:
 
 def test_a_template_that_hides_earlier_thoughts(tokenizer: Any) -> None:
     tokenizer.chat_template = THINKING
-    messages = turns("a", "<think>hm</think>\n\none", "b", "two")
-    ids, labels, _ = Tokeniser(tokenizer, "conversation", 1024).row(as_stored(messages))
+    messages = turns("a", "<think>hm</think>\n\none", "b", "<think>ho</think>two")
+    ids, labels, *_ = Tokeniser(tokenizer, "conversation", 1024).row(as_stored(messages))
     row = {"input_ids": ids, "labels": labels}
-    assert learned(row, tokenizer) == ["one<|im_end|>", "<think>\n\n</think>\n\ntwo<|im_end|>"]
+    assert learned(row, tokenizer) == ["one<|im_end|>", "<think>ho</think>two<|im_end|>"]
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (REWRITING, turns("a", "b"), "writes a conversation differently once it goes on, so the answer in turn 2"),
-        (STRICT, turns("a", "b")[1:], "chat template refuses this conversation: must start with user"),
+        (BACKWARDS, turns("a", "b"), r"chat template does not let turn 2 \(assistant\) be told from the rest of the"),
+        (STRICT, turns("a", "b")[1:], "chat template refuses this conversation: must start with user; set data.chat_t"),
     ],
 )
 def test_a_template_that_does_not_fit(
@@ -395,7 +396,7 @@ def test_a_template_that_does_not_fit(
 def test_a_tokenizer_that_loses_text_is_followed_by_offsets(uncased: Any) -> None:
     uncased.chat_template, uncased.eos_token = CHATML, "<|im_end|>"
     messages = turns("What is it", "SEVEN", "what", "Good film")
-    ids, labels, _ = Tokeniser(uncased, "conversation", 1024).row(as_stored(messages))
+    ids, labels, *_ = Tokeniser(uncased, "conversation", 1024).row(as_stored(messages))
     text = "<|im_start|> user what is it <|im_end|> <|im_start|> assistant⟦seven <|im_end|>⟧"
     text += "<|im_start|> user what <|im_end|> <|im_start|> assistant⟦good film <|im_end|>⟧"
     assert preview({"input_ids": ids, "labels": labels}, uncased) == text
@@ -563,7 +564,7 @@ def test_rows_are_tokenised_once(tmp_path: Path, tokenizer: Any, monkeypatch: py
     tokenizer(["a", "bb"], padding=True, truncation=True, max_length=9)  # what it was used for last does not count
 
     tokenised: list[int] = []
-    monkeypatch.setattr(Tokeniser, "row", lambda *_: tokenised.append(1) or ([1, 2], [1, 2], 0))
+    monkeypatch.setattr(Tokeniser, "row", lambda *_: tokenised.append(1) or ([1, 2], [1, 2], 0, 0))
     assert load(path, tokenizer)[:] == first
     assert load(path, tokenizer, num_workers=2)[:] == first
     assert not tokenised

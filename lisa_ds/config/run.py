@@ -97,6 +97,9 @@ class DataConfig(Section):
     packing: bool = False
     """Whether texts are joined and cut into rows of ``max_length``, for continual pre-training."""
 
+    chat_template: Name | None = None
+    """The template that conversations go through: a .jinja file, or a name; without it, the tokenizer's own."""
+
     loss_on: Literal["answers", "all"] = "answers"
     """Which tokens of a conversation are learned."""
 
@@ -111,6 +114,9 @@ class DataConfig(Section):
 
     columns: dict[str, str] = Field(default_factory=dict)
     """Renames columns before the format is told: ``{question: prompt}``."""
+
+    ignore: list[Name] = Field(default_factory=list)
+    """Columns, and fields of turns, that are left out: ``[tools, reasoning_content]``."""
 
     @model_validator(mode="after")
     def _one_held_out_set(self) -> DataConfig:

@@ -7,7 +7,7 @@ import json
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,7 +20,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from lisa_ds.data import formats
+from lisa_ds.data.answers import Note
 from lisa_ds.data.fields import Unused, listed
+from lisa_ds.data.ignored import leave_out, leave_out_read
 from lisa_ds.data.sources import Source
 from lisa_ds.data.tokenise import Status, Tokeniser
 from lisa_ds.errors import DataError
@@ -61,19 +63,22 @@ def build(
     tokeniser: Tokeniser,
     *,
     columns: Mapping[str, str],
+    ignore: Collection[str],
     seed: int,
     packed: bool,
     num_workers: int,
 ) -> None:
     """Write ``rows.arrow``, and ``counts.json``: what became of the rows, and which fields of them nothing read.
 
-    ``rows`` counts by the names of :class:`Status`; ``unused`` holds ``columns`` and ``turns``.
+    ``rows`` counts by the names of :class:`Status`, ``notes`` by those of :class:`Note`; ``unused`` holds ``columns`` and
+    ``turns``; ``ignored`` counts what ``ignore`` left out.
 
     Raises:
         DataError: A row is malformed, or none is left.
     """
     scratch = target / "scratch.arrow"
-    hashes, classes, unused = _write_rows(scratch, source, form, columns, seed)
+    ignored = Counter(dict.fromkeys(ignore, 0))
+    hashes, classes, unused = _write_rows(scratch, source, form, columns, ignored, seed)
     chosen = part.choose(hashes)
     if not len(chosen):
         share = "data.eval_fraction holds out none" if part.low == 0 else "data.eval_fraction holds out each"
@@ -93,14 +98,15 @@ def build(
             batched=True,
             batch_size=_BATCH // 10,
             remove_columns=rows.column_names,
-            features=datasets.Features(**features, status=datasets.Value("int8")),
+            features=datasets.Features(**features, status=datasets.Value("int8"), notes=datasets.Value("int8")),
             num_proc=workers if workers > 1 else None,
             new_fingerprint=hashlib.sha256(str(target).encode()).hexdigest()[:32],  # of scratch: any will do
             desc=f"tokenising {source.name}",
         )
 
     counts: Counter[int] = Counter()
-    batches = _kept(tokens, features.arrow_schema, counts)
+    notes: Counter[int] = Counter()
+    batches = _kept(tokens, features.arrow_schema, counts, notes)
     _write(target / "rows.arrow", features, _packed(batches, tokeniser.max_length) if packed else batches)
     if not counts[Status.KEPT] + counts[Status.CUT]:
         why = {
@@ -110,7 +116,9 @@ def build(
         reasons = " and ".join(f"{counts[status]} {text}" for status, text in why.items() if counts[status])
         raise DataError(f"{source.name}: no row is left: {reasons}")
     became = {Status(key).name: number for key, number in counts.items()}
-    (target / "counts.json").write_text(json.dumps({"rows": became, "unused": vars(unused)}))
+    noted = {str(note.name): sum(n for found, n in notes.items() if note & found) for note in Note}
+    told = {"rows": became, "notes": noted, "unused": vars(unused), "ignored": ignored}
+    (target / "counts.json").write_text(json.dumps(told))
     for file in target.glob("*.arrow"):
         if file.name != "rows.arrow":
             file.unlink()
@@ -130,17 +138,18 @@ def _bar_if_watched() -> Iterator[None]:
 
 
 def _write_rows(
-    path: Path, source: Source, form: formats.Form, columns: Mapping[str, str], seed: int
+    path: Path, source: Source, form: formats.Form, columns: Mapping[str, str], ignored: Counter[str], seed: int
 ) -> tuple[npt.NDArray[np.float64], set[int | str], Unused]:
     """Bring every row to its one form and hash it, so that equal rows never stand on both sides of a split."""
-    hashes, classes, unused, renamed = array("d"), set(), Unused(), set()
+    hashes, classes, unused, renamed, names = array("d"), set(), Unused(), set(), tuple(ignored)
     features = datasets.Features(**_CONTENT[form.kind], place=_STRING)
 
     def rows() -> Iterator[dict[str, Any]]:
         for row in source.rows():
             renamed.update(columns.keys() & row.fields.keys())
             try:
-                content = form(formats.rename(row, columns), unused)
+                row = leave_out(row, names, ignored)
+                content = leave_out_read(form(formats.rename(row, columns), unused), names, ignored)
                 said = {key: value for key, value in content.items() if value is not None}
                 text = f"{seed}\0{json.dumps(said, sort_keys=True)}"
             except RecursionError:
@@ -170,10 +179,11 @@ def _write(path: Path, features: datasets.Features, tables: Iterable[pa.Table]) 
             writer.write_table(table.cast(schema))
 
 
-def _kept(tokens: datasets.Dataset, schema: pa.Schema, counts: Counter[int]) -> Iterator[pa.Table]:
+def _kept(tokens: datasets.Dataset, schema: pa.Schema, counts: Counter[int], notes: Counter[int]) -> Iterator[pa.Table]:
     for table in tokens.with_format("arrow").iter(_BATCH):
         status = table["status"].to_numpy()
         counts.update(status.tolist())
+        notes.update(table["notes"].to_pylist())
         yield table.filter(pa.array((status == Status.KEPT) | (status == Status.CUT))).select(schema.names)
 
 

@@ -19,13 +19,26 @@ import transformers
 from lisa_ds.cache import build_once
 from lisa_ds.config import DataConfig
 from lisa_ds.data import formats
+from lisa_ds.data.answers import Note
 from lisa_ds.data.build import Part, build
 from lisa_ds.data.fields import Unused
+from lisa_ds.data.ignored import leave_out
 from lisa_ds.data.sources import Source, open_source
+from lisa_ds.data.templates import set_chat_template
 from lisa_ds.data.tokenise import IGNORED, Status, Tokeniser, fingerprint, prepare_tokenizer
 from lisa_ds.errors import DataError
 
 _log = logging.getLogger(__name__)
+
+_NOTED = {
+    Note.THOUGHT_LEFT_OUT: "hold reasoning in earlier answers, which the chat template writes in the last alone: "
+    "those answers are learned without it",
+    Note.ASKED_OTHERWISE: "hold answers that the chat template does not begin as it asks for them: the model is trained "
+    "on another beginning than it is given in use",
+    Note.NO_END: "hold answers after which the chat template writes no token that ends a turn: the model is not taught "
+    "to stop",
+    Note.NOT_MARKED: "hold answers outside the chat template's {% generation %} marks: those are not learned",
+}
 
 
 def load_dataset(
@@ -38,12 +51,14 @@ def load_dataset(
 
     Args:
         config: The ``data`` section.
-        tokenizer: Of the model. If it has no chat template and needs one, it is given one and keeps it.
+        tokenizer: Of the model. It is given ``data.chat_template``, or one if it has none and needs one, and keeps it.
         task: ``causal_lm`` or ``sequence_classification``.
 
     Raises:
         DataError: Data is missing, malformed or empty, or does not go with the other settings.
+        ConfigError: ``data.chat_template`` is none.
     """
+    set_chat_template(tokenizer, config)
     source = open_source(config.path, config.split, config.where("path"))
     train = _load(source, Part(low=config.eval_fraction, max_rows=config.max_rows), config, tokenizer, task)
     held_out = Part(high=config.eval_fraction or 1.0, max_rows=config.eval_max_rows)
@@ -105,7 +120,8 @@ def _load(
     if first is None:
         raise DataError(f"{source.name}: holds no rows")
     try:
-        form = formats.tell(formats.rename(first, config.columns), config.format)
+        kept = leave_out(first, config.ignore, Counter())
+        form = formats.tell(formats.rename(kept, config.columns), config.format)
     except RecursionError:
         raise DataError(f"{first.place}: nested too deeply") from None
     _check(form, config, task, source.name)
@@ -119,7 +135,7 @@ def _load(
         cut_later=config.packing,
         labels=labels,
     )
-    settings = {"format", "columns", "max_length", "packing", "loss_on", "on_too_long", "seed"}
+    settings = {"format", "columns", "ignore", "max_length", "packing", "loss_on", "on_too_long", "seed"}
     recipe = [
         (source.name, source.fingerprint, asdict(part), labels),
         (config.model_dump(include=settings), fingerprint(tokenizer), _code()),
@@ -134,6 +150,7 @@ def _load(
             form,
             tokeniser,
             columns=config.columns,
+            ignore=config.ignore,
             seed=config.seed,
             packed=config.packing,
             num_workers=config.num_workers,
@@ -141,8 +158,10 @@ def _load(
 
     place = build_once(f"data/{key}", fill)
     counts = json.loads((place / "counts.json").read_text())
-    _report(source.name, counts["rows"], config)
+    _report(source.name, counts, config)
     if not told:
+        if left_out := [f"{key!r} ({number:,} times)" for key, number in counts["ignored"].items()]:
+            _log.warning("%s: left out as data.ignore says: %s", source.name, ", ".join(left_out))
         for line in Unused(**{what: Counter(names) for what, names in counts["unused"].items()}).told():
             _log.warning("%s: %s", source.name, line)
     return datasets.Dataset.from_file(str(place / "rows.arrow"))
@@ -153,6 +172,8 @@ def _check(form: formats.Form, config: DataConfig, task: str, name: str) -> None
         fitting = "causal_lm" if task == "sequence_classification" else "sequence_classification"
         other = ", or data.format: text to learn the texts alone" if form.kind == "classification" else ""
         raise DataError(f"{name}: rows are {form.name}, but model.task is {task!r}; set model.task: {fitting}{other}")
+    if config.chat_template is not None and form.kind not in ("conversation", "pair"):
+        raise DataError(f"{name}: rows are {form.name}, which go through no chat template; remove data.chat_template")
     if config.packing and form.kind != "text":
         raise DataError(
             f"{name}: rows are {form.name}, but data.packing joins plain texts, so that tokens of one row attend to "
@@ -160,8 +181,9 @@ def _check(form: formats.Form, config: DataConfig, task: str, name: str) -> None
         )
 
 
-def _report(name: str, counts: dict[str, int], config: DataConfig) -> None:
+def _report(name: str, found: dict[str, Any], config: DataConfig) -> None:
     """Say what was lost, each time: a cached data set is as much shorter as a fresh one."""
+    counts = found["rows"]
     what = {
         Status.CUT: f"cut at data.max_length {config.max_length}",
         Status.TOO_LONG: f"dropped, longer than data.max_length {config.max_length}",
@@ -170,6 +192,9 @@ def _report(name: str, counts: dict[str, int], config: DataConfig) -> None:
     lost = [f"{counts[status.name]:,} {text}" for status, text in what.items() if counts.get(status.name)]
     if lost and not config.packing:
         _log.warning("%s: of %s rows, %s", name, f"{sum(counts.values()):,}", "; ".join(lost))
+    for note, text in _NOTED.items():
+        if number := found["notes"][str(note.name)]:
+            _log.warning("%s: %s of %s rows %s", name, f"{number:,}", f"{sum(counts.values()):,}", text)
 
 
 @cache

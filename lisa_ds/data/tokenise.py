@@ -1,8 +1,7 @@
 """Rows into tokens, and which of them carry loss.
 
 A conversation goes through the tokenizer's chat template. Loss is on what the assistant says and on the token that
-ends its turn, and on nothing else. Where the template does not mark those itself, they are found by rendering the
-conversation up to each answer.
+ends its turn, and on nothing else; :mod:`lisa_ds.data.answers` says where that is in the text.
 """
 
 from __future__ import annotations
@@ -10,16 +9,15 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-import jinja2
-
+from lisa_ds.data.answers import Note, find_answers
 from lisa_ds.data.formats import Kind
-from lisa_ds.data.turns import Turn
+from lisa_ds.data.rendering import Conversation, Span
 from lisa_ds.errors import DataError
 
 IGNORED = -100  # the label of a token without loss, as torch.nn.CrossEntropyLoss has it
@@ -35,10 +33,6 @@ INSTRUCTION_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
 )
 
-_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-Span = tuple[int, int]  # of characters
-
 
 class Status(enum.IntEnum):
     """What became of a row."""
@@ -47,6 +41,15 @@ class Status(enum.IntEnum):
     CUT = 1
     NO_ANSWER = 2
     TOO_LONG = 3
+
+
+class Tokens(NamedTuple):
+    """A row as the model is trained on it."""
+
+    ids: list[int]
+    labels: Any  # of each token, :data:`IGNORED` where there is no loss; the class, for classification
+    status: Status
+    notes: Note = Note(0)
 
 
 @dataclass(frozen=True)
@@ -63,32 +66,29 @@ class Tokeniser:
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """A batch of rows, as ``Dataset.map`` hands it over."""
-        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "status": []}
-        for values in zip(*rows.values(), strict=True):
-            ids, labels, status = self.row(dict(zip(rows, values, strict=True)))
-            columns["input_ids"].append(ids)
-            columns["labels"].append(labels)
-            columns["status"].append(status)
-        return columns
+        made = [self.row(dict(zip(rows, values, strict=True))) for values in zip(*rows.values(), strict=True)]
+        return dict(zip(("input_ids", "labels", "status", "notes"), map(list, zip(*made, strict=True)), strict=True))
 
-    def row(self, row: dict[str, Any]) -> tuple[list[int], Any, Status]:
-        """Tokens of one row, its labels (the class, for classification), and what became of it."""
+    def row(self, row: dict[str, Any]) -> Tokens:
+        """Tokens of one row."""
         if self.kind == "classification":
             return self._classified(row)
+        notes = Note(0)
         if self.kind == "text":
             ids = self._document(row) if row["text"].strip() else []
             loss = [True] * len(ids)
         else:
-            ids, loss = self._conversation(row)
+            ids, loss, notes = self._conversation(row)
         status = Status.KEPT
         if len(ids) > self.max_length and not self.cut_later:
             status = Status.TOO_LONG if self.drop_too_long else Status.CUT
             ids, loss = ids[: self.max_length], loss[: self.max_length]
         if status is not Status.TOO_LONG and not any(loss[1:]):  # nothing predicts the first token
             status = Status.NO_ANSWER
-        return ids, [token if learned else IGNORED for token, learned in zip(ids, loss, strict=True)], status
+        labels = [token if learned else IGNORED for token, learned in zip(ids, loss, strict=True)]
+        return Tokens(ids, labels, status, notes)
 
-    def _classified(self, row: dict[str, Any]) -> tuple[list[int], int, Status]:
+    def _classified(self, row: dict[str, Any]) -> Tokens:
         label = json.loads(row["label"])
         if self.labels:
             if label not in self.labels:
@@ -98,89 +98,47 @@ class Tokeniser:
             raise DataError(f"{row['place']}: label should be a number, as in training, got {label!r}")
         ids = self.tokenizer(row["text"])["input_ids"]
         if len(ids) <= self.max_length:
-            return ids, label, Status.KEPT
+            return Tokens(ids, label, Status.KEPT)
         # Cut by the tokenizer itself, which keeps the special tokens that it puts at the end.
         ids = self.tokenizer(row["text"], truncation=True, max_length=self.max_length)["input_ids"]
-        return ids, label, Status.TOO_LONG if self.drop_too_long else Status.CUT
+        return Tokens(ids, label, Status.TOO_LONG if self.drop_too_long else Status.CUT)
 
     def _document(self, row: dict[str, Any]) -> list[int]:
         before = [self.tokenizer.bos_token_id] if row["starts"] and self._bos else []
         after = [self.tokenizer.eos_token_id] if row["ends"] else []
         return [*before, *self._ids(row["text"]), *after]
 
-    def _conversation(self, row: dict[str, Any]) -> tuple[list[int], list[bool]]:
-        place = row["place"]
-        messages: list[Turn] = json.loads(row["messages"])
-        tools = json.loads(row["tools"])
+    def _conversation(self, row: dict[str, Any]) -> tuple[list[int], list[bool], Note]:
+        turns = json.loads(row["messages"])
+        notes = Note(0)
         if self.kind == "pair" and not self.tokenizer.chat_template:
-            question, completion = (message["content"] for message in messages)
+            question, completion = (turn["content"] for turn in turns)
             before = self._bos + question
             text = before + completion + self.tokenizer.eos_token
-            spans = [(len(before), len(text))] if completion.strip() else []
-        elif _MARKED.search(str(self.tokenizer.chat_template)) and not self.loss_on_all:
-            return self._marked_by_template(messages, tools, place)
+            spans: tuple[Span, ...] = ((len(before), len(text)),) if completion.strip() else ()
+            if self.loss_on_all:
+                spans = ((0, len(text)),)
         else:
-            text = self._render(messages, tools, place)
-            spans = [] if self.loss_on_all else self._answers(messages, tools, text, place)
-        ids, loss = self._located(text, spans, place)
-        return ids, [True] * len(ids) if self.loss_on_all else loss
-
-    def _marked_by_template(self, messages: list[Turn], tools: Any, place: str) -> tuple[list[int], list[bool]]:
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                _shown(messages), tools=tools, return_dict=True, return_assistant_tokens_mask=True
+            answers = find_answers(
+                self.tokenizer,
+                Conversation(tuple(map(_shown, turns)), tuple(json.loads(row["tools"]) or ()) or None),
+                [turn.get("learn") for turn in turns],
+                row["place"],
+                loss_on_all=self.loss_on_all,
             )
-        except (jinja2.TemplateError, ValueError) as error:
-            raise self._refused(place, error) from error
-        return encoded["input_ids"], [bool(learned) for learned in encoded["assistant_masks"]]
+            text, spans, notes = answers.text, answers.spans, answers.notes
+        return *self._located(text, spans, row["place"]), notes
 
-    def _render(self, messages: list[Turn], tools: Any, place: str, *, ask: bool = False) -> str:
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                _shown(messages), tools=tools, tokenize=False, add_generation_prompt=ask
-            )
-        except (jinja2.TemplateError, ValueError) as error:
-            raise self._refused(place, error) from error
-        return text
-
-    def _refused(self, place: str, error: Exception) -> DataError:
-        return DataError(f"{place}: the tokenizer's chat template refuses this conversation: {error}")
-
-    def _answers(self, messages: list[Turn], tools: Any, text: str, place: str) -> list[Span]:
-        """Where in ``text`` the assistant speaks, its end of turn included."""
-        spans = []
-        for turn, message in enumerate(messages):
-            asked = any(earlier["role"] == "user" for earlier in messages[:turn])
-            if message["role"] != "assistant" or not asked or not message["content"].strip():
-                continue
-            before = self._render(messages[:turn], tools, place, ask=True)
-            upto = self._render(messages[: turn + 1], tools, place)
-            end = len(upto) if text.startswith(upto) else self._end_of_answer(text, len(before), message["content"])
-            if end is None or not text.startswith(before):
-                raise DataError(
-                    f"{place}: the tokenizer's chat template writes a conversation differently once it goes on, so "
-                    f"the answer in turn {turn + 1} cannot be told from the rest; use a template with "
-                    f"{{% generation %}} marks, or set data.loss_on: all"
-                )
-            spans.append((len(before), end))
-        return spans
-
-    def _end_of_answer(self, text: str, start: int, content: str) -> int | None:
-        """The end of a turn that the template writes otherwise while it is the last: without its thoughts, say."""
-        said = content.rpartition("</think>")[2].strip()
-        start += len(text[start:]) - len(text[start:].lstrip())
-        if not text.startswith(said, start):
-            return None
-        end = start + len(said)
-        return end + max((len(token) for token in self._special if text.startswith(token, end)), default=0)
-
-    def _located(self, text: str, spans: list[Span], place: str) -> tuple[list[int], list[bool]]:
+    def _located(self, text: str, spans: Sequence[Span], place: str) -> tuple[list[int], list[bool]]:
         """Tokens of ``text``, and which of them lie in ``spans``.
 
         The text is cut where an answer begins and ends and the parts are tokenised apart: no token then holds the
         end of a question and the start of an answer, which are never one token when the model is asked. Where that
         would write another text (a tokenizer that begins every text with a space), tokens are located by offsets.
         """
+        if list(spans) == [(0, len(text))]:
+            ids = self._ids(text)
+            return ids, [True] * len(ids)
         edges = [0, *(edge for span in spans for edge in span), len(text)]
         parts = [self._ids(text[start:end]) for start, end in pairwise(edges)]
         ids = [token for part in parts for token in part]
@@ -205,27 +163,8 @@ class Tokeniser:
             raise DataError(f"{place}: this tokenizer does not say where its tokens lie; it has no fast version")
         loss = [False] * len(ids)
         for start, end in ranges:
-            end = self._end_of_turn(ids, start, end)
             loss[start:end] = [True] * (end - start)
         return ids, loss
-
-    def _end_of_turn(self, ids: list[int], start: int, end: int) -> int:
-        """Leave out the blanks that a template writes after the token that ends a turn: nobody generates them."""
-        for last in reversed(range(start, end)):
-            if ids[last] in self._special_ids:
-                return last + 1
-            if self._text([ids[last]]).strip():
-                break
-        return end
-
-    @cached_property
-    def _special(self) -> dict[str, int]:
-        added = self.tokenizer.added_tokens_decoder.items()
-        return {token.content: number for number, token in added if token.special}
-
-    @cached_property
-    def _special_ids(self) -> set[int]:
-        return {*self._special.values(), *self.tokenizer.all_special_ids}
 
     @cached_property
     def _bos(self) -> str:
@@ -240,9 +179,9 @@ class Tokeniser:
         return text
 
 
-def _shown(messages: list[Turn]) -> list[Turn]:
-    """What the template sees: not which turns are learned."""
-    return [{key: value for key, value in turn.items() if key != "learn"} for turn in messages]
+def _shown(turn: dict[str, Any]) -> dict[str, Any]:
+    """What the template sees: not whether the turn is learned."""
+    return {key: value for key, value in turn.items() if key != "learn"}
 
 
 def first_token(tokenizer: Any) -> str:
