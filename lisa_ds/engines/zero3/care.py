@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from lisa_ds.engines.zero3 import compat
+from lisa_ds.engines.zero3.presence import PresentStage3
 from lisa_ds.errors import EngineError
 from lisa_ds.layers import Unit
 from lisa_ds.ops import Hyper, Segment, SegmentTable
@@ -119,13 +119,12 @@ class Care:
         self._coming = None
 
 
-class CarefulStage3(DeepSpeedZeroOptimizer_Stage3):
+class CarefulStage3(PresentStage3):
     """Stage 3 that holds gradients to their units' bounds, if there are bounds; the window is built on it."""
 
     # Of the window.
     _care: Care
     _shown_units: list[Unit]
-    fp32_partitioned_groups_flat: list[Tensor]
 
     def check_care(self) -> None:
         """Refuse what the limiter cannot see.
@@ -161,7 +160,7 @@ class CarefulStage3(DeepSpeedZeroOptimizer_Stage3):
         """The launches of a fused step, each with its factor: one, or one for each unit where each has a factor of its own.
 
         Args:
-            table: Over the whole window.
+            table: Over what of the window has a gradient.
             factor: What every gradient is multiplied by.
             seed: Of stochastic rounding.
         """
@@ -169,7 +168,10 @@ class CarefulStage3(DeepSpeedZeroOptimizer_Stage3):
             return [(table, factor)]
         parts: dict[Unit, tuple[list[Segment], list[Hyper]]] = {}
         units = [
-            unit for unit, group in zip(self._shown_units, self.fp16_groups, strict=True) for _ in range(len(group))
+            unit
+            for unit, group in zip(self._shown_units, self.fp16_groups, strict=True)
+            for parameter in group
+            if parameter.ds_id not in self.absent
         ]
         for unit, segment, hyper in zip(units, table.segments, table.hypers, strict=True):
             segments, hypers = parts.setdefault(unit, ([], []))

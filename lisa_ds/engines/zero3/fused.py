@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.stage3 import OPTIMIZER_STEP_TIMER
 from torch import Tensor
 
 from lisa_ds.engines.zero3 import care, compat, parallel
+from lisa_ds.engines.zero3.presence import STEPS
 from lisa_ds.engines.zero3.window import WindowedStage3
 from lisa_ds.errors import EngineError
 from lisa_ds.ops import Hyper, Segment, SegmentTable, default_backend, masked_adamw_, sum_of_squares
@@ -154,17 +155,20 @@ class FusedStage3(WindowedStage3):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """See the base class. The host waits once, at the end, to learn whether the step was taken."""
+        self.settle_gradients()
         self._pre_step()
         self._partition_all_parameters()
         self.timers(OPTIMIZER_STEP_TIMER).start()
         scale = float(self.loss_scale)
         table = self._launch()
-        norm = self._scaled_norm(table)
+        norm = torch.zeros((), device=self.device) if table is None else self._scaled_norm(table)
         if not self.offload_optimizer:
             self.zero_grad(set_to_none=True)
         bad = (~norm.isfinite()).float()
-        for part, factor in self.launches(table, self._factor(norm, scale), self._seed):
-            masked_adamw_(part, factor=factor, found_inf=bad)
+        if table is not None:
+            for part, factor in self.launches(table, self._factor(norm, scale), self._seed):
+                masked_adamw_(part, factor=factor, found_inf=bad)
+            self._count_steps()
         self._put_weights_in_place()
         self.overflow = bool(bad)
         self.timers(OPTIMIZER_STEP_TIMER).stop()
@@ -172,40 +176,51 @@ class FusedStage3(WindowedStage3):
         if self.overflow:
             self._global_grad_norm = float("inf")
             self._overflow_clean_up(scale)
+            self.begin_gradients()
             return
         self._global_grad_norm = norm / scale
         for position in range(len(self.fp16_groups)):
             self.averaged_gradients[position] = None
         self._stepped()
+        self.begin_gradients()
         self._post_step({OPTIMIZER_STEP_TIMER})
 
-    def _launch(self) -> SegmentTable:
-        """The table over the window; the last one, if everything lies where it did."""
+    def _launch(self) -> SegmentTable | None:
+        """The table over what has a gradient; the last one, if everything lies where it did. None if nothing has one."""
         places, hypers = [], []
         for position, master in enumerate(self.fp32_partitioned_groups_flat):
             state = self._state_of(position)
+            present = [parameter.ds_id not in self.absent for parameter in self.fp16_groups[position]]
+            if any(present) and not all(present) and STEPS not in state:
+                state[STEPS] = state["step"].repeat(len(present))
             tensors = (self.fp16_partitioned_groups_flat[position], master, master.grad, *state.values())
             places.append([tensor.data_ptr() for tensor in tensors if isinstance(tensor, Tensor)])
             hyper = self._hyper(position)
-            hypers += [hyper] * len(self.fp16_groups[position])
+            hypers += [hyper] * sum(present)
         places.append([self.grad_partitions_flat_buffer.data_ptr()])
+        places.append(sorted(self.absent))
         if self._table is not None and self._table[0] == places:
             self._table[1].set_hypers(hypers)
             return self._table[1]
         segments = [s for position in range(len(self.fp16_groups)) for s in self._segments(position)]
+        if not segments:
+            return None
         table = SegmentTable(segments, hypers, seed=self._seed)
         self._table = (places, table)
         return table
 
     def _segments(self, position: int) -> list[Segment]:
-        """One segment for each parameter's partition: each has its own 8-bit scales, wherever it lies in the sub-group."""
+        """One segment for each partition with a gradient: each has its own 8-bit scales, wherever it lies in the sub-group."""
         master, flat = self.fp32_partitioned_groups_flat[position].detach(), self.fp16_partitioned_groups_flat[position]
         state = self._state_of(position)
         gradients: Mapping[int, Tensor] = getattr(self, compat.GRAD_PARTITIONS)
-        segments, offset, scales = [], 0, 0
-        for parameter in self.fp16_groups[position]:
-            size = parameter.partition_numel()
-            part, scaled = slice(offset, offset + size), slice(scales, scales - -size // QUANT_BLOCK)
+        steps = state[STEPS].unbind() if STEPS in state else itertools.repeat(state["step"])
+        segments, scales = [], 0
+        for (parameter, part), step in zip(self.slices(position), steps, strict=False):
+            scaled = slice(scales, scales - -(part.stop - part.start) // QUANT_BLOCK)
+            scales = scaled.stop
+            if parameter.ds_id in self.absent:
+                continue
             weight = flat[part] if flat.device == master.device else None
             gradient = gradients[parameter.ds_id]
             if self.offload_optimizer:
@@ -221,12 +236,18 @@ class FusedStage3(WindowedStage3):
                     exp_avg_sq=state["exp_avg_sq"][part],
                     exp_avg_scale=state["exp_avg_scale"][scaled] if "exp_avg_scale" in state else None,
                     exp_avg_sq_scale=state["exp_avg_sq_scale"][scaled] if "exp_avg_sq_scale" in state else None,
-                    step=state["step"],
+                    step=step,
                     stream=(parallel.stream_rank(parameter) << 32) + self._number_of[parameter.ds_id],
                 )
             )
-            offset, scales = offset + size, scaled.stop
         return segments
+
+    def _count_steps(self) -> None:
+        """Where parameters count their own steps, let the sub-group's be the most of them."""
+        for position in range(len(self.fp16_groups)):
+            state = self._state_of(position)
+            if STEPS in state:
+                state["step"].copy_(state[STEPS].amax())
 
     def _is_alias(self, position: int) -> bool:
         master, flat = self.fp32_partitioned_groups_flat[position], self.fp16_partitioned_groups_flat[position]

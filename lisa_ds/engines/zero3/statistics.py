@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from lisa_ds.engines.zero3 import compat
 from lisa_ds.engines.zero3.norms import Part, UnitSquares, adam_step, is_adam, update_square
 from lisa_ds.engines.zero3.partitions import own_elements
+from lisa_ds.engines.zero3.presence import STEPS
 from lisa_ds.layers import LayerStack, Unit
 
 _ATTRIBUTE = "lisa_unit_statistics"
@@ -171,6 +172,7 @@ class UnitStatistics:
         known: set[int] = set()
         if not is_adam(optimizer.optimizer) or optimizer.swap_optimizer:
             return result, known
+        absent: Collection[int] = getattr(optimizer, "absent_of_step", ())
         scales: Sequence[float] = getattr(optimizer, "lr_scales", None) or [1.0] * len(optimizer.fp16_groups)
         for position, parameters in enumerate(optimizer.fp16_groups):
             group = optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[position]]
@@ -178,15 +180,18 @@ class UnitStatistics:
             step = adam_step(optimizer.optimizer, group, state, lr_scale=scales[position])
             if step is None:
                 continue
-            for parameter in parameters:
+            own_steps = state.get(STEPS, [step.step] * len(parameters))
+            for parameter, own in zip(parameters, own_steps, strict=True):
                 unit = self._unit_of[id(parameter)]
                 known.add(unit)
+                if parameter.ds_id in absent:
+                    continue
                 if count := own_elements(parameter):
                     weight, first, second = (
                         optimizer._get_fp32_opt_state_partition(parameter, True, key)[0][:count]
                         for key in (None, "exp_avg", "exp_avg_sq")
                     )
-                    square = update_square(weight, first, second, step) * _share(parameter)
+                    square = update_square(weight, first, second, replace(step, step=own)) * _share(parameter)
                     result[unit] += square.to(result.device)
         return result, known
 

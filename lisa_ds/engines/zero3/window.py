@@ -58,11 +58,8 @@ class WindowedStage3(CarefulStage3):
     """
 
     # The base class is untyped; these are the attributes of it that are set here.
-    averaged_gradients: dict[int, Any]
-    fp32_partitioned_groups_flat: list[Tensor]
     grad_partitions_flat_buffer: Any
     grad_position: dict[int, list[int]]
-    norm_for_param_grads: dict[int, Tensor]
     sub_group_to_group_id: dict[int, int]
 
     def __init__(self, *args: Any, plan: WindowPlan, **kwargs: Any) -> None:
@@ -73,6 +70,7 @@ class WindowedStage3(CarefulStage3):
         self.block_lr_scales: Mapping[int, float] = {}
         """Learning-rate factor of blocks in this interval; those not named train at the optimizer's own rate."""
         self._lr_scales_of_step: list[float] = []
+        self._absent_of_step: frozenset[int] = frozenset()
         super().__init__(*args, **kwargs)
 
     # ---- layout: what the base class asks while it is built ------------------------------------------------------
@@ -99,7 +97,7 @@ class WindowedStage3(CarefulStage3):
         self._param_group_of = dict(self.sub_group_to_group_id)
         self._unit_of_sub_group = [self._plan.unit_of[id(group[0])] for group in self._all["fp16_groups"]]
         self._master: dict[int, Tensor] = {}  # sub-group -> its live fp32 partition
-        self._reduced: set[int] = set()  # ds_id of each parameter with a gradient since the last step
+        self.watch_gradients()
         self._roles = self.present(self._roles)
         window = self._sub_groups((*self._sampled, *self._roles))
         if not window:
@@ -149,6 +147,11 @@ class WindowedStage3(CarefulStage3):
     def lr_scales(self) -> list[float]:
         """Learning-rate factor that each sub-group of the window had in the last step."""
         return list(self._lr_scales_of_step)
+
+    @property
+    def absent_of_step(self) -> frozenset[int]:
+        """``ds_id`` of each parameter of the window that took no part in the last step."""
+        return self._absent_of_step
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -226,6 +229,7 @@ class WindowedStage3(CarefulStage3):
             self.grad_partitions_flat_buffer.zero_()
         partitions: dict[int, Tensor] = getattr(self, compat.GRAD_PARTITIONS)
         partitions.clear()
+        self._written.clear()
         offset = 0
         for parameter in parameters:
             partitions[parameter.ds_id] = self.grad_partitions_flat_buffer.narrow(
@@ -240,31 +244,29 @@ class WindowedStage3(CarefulStage3):
             self.norm_for_param_grads = {}
             self.subgroup_to_device = dict.fromkeys(range(len(self.fp16_groups)), "cpu")
 
-    def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> Any:
-        """See the base class; remembers whose gradients have come."""
-        self._reduced.update(parameter.ds_id for parameter in params_to_release)
-        return super().partition_grads(params_to_release, grad_partitions)
-
     def sampled_without_gradient(self) -> tuple[int, ...]:
-        """Sampled blocks of which no parameter has had a gradient since the last call."""
+        """Sampled blocks of which no parameter has a gradient for the step to come."""
+        self.settle_gradients()
         with_gradient = {
             self._plan.unit_of[id(parameter)]
             for parameter in itertools.chain.from_iterable(self.fp16_groups)
-            if parameter.ds_id in self._reduced
+            if parameter.ds_id not in self.absent
         }
-        self._reduced.clear()
         return tuple(layer for layer in self._sampled if layer not in with_gradient)
 
     # ---- step -----------------------------------------------------------------------------------------------------
 
     def step(self, closure: Any = None) -> None:
         """See the base class."""
+        self.settle_gradients()
         super().step(closure)
         if not self.overflow:
             self._stepped()
+        self.begin_gradients()
 
     def _stepped(self) -> None:
         """Note that a step was taken, not skipped."""
+        self._absent_of_step = self.absent
         self._lr_scales_of_step = [self._lr_scale(position) for position in range(len(self.fp16_groups))]
         self._care.stepped()
 
