@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -53,12 +54,69 @@ def test_what_a_cluster_needs_comes_from_the_environment(tmp_path: Path) -> None
 
 def test_containers() -> None:
     for step in steps("configs/demo.yaml", LISA_CONTAINER="my/image:1", LISA_CONTAINER_MOUNTS="/data:/data"):
-        mounts = f"--container-mounts={ROOT}:{ROOT},/data:/data"
+        mounts = f"--container-mounts={ROOT}:{ROOT},/tmp:/tmp,/data:/data"
         assert step[2:5] == ["--container-image=my/image:1", mounts, f"--container-workdir={ROOT}"]
     for step in steps("configs/demo.yaml", LISA_APPTAINER="image.sif"):
         inside = step[step.index("apptainer") :]
-        assert inside[:8] == ["apptainer", "exec", "--nv", "--bind", str(ROOT), "--pwd", str(ROOT), "image.sif"]
-        assert inside[8] == "python"
+        assert inside[:4] == ["apptainer", "exec", "--nv", "--bind"]
+        assert inside[4:9] == [f"{ROOT}:{ROOT},/tmp:/tmp", "--pwd", str(ROOT), "image.sif", "python"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "mounted"),
+    [
+        ({"LISA_SCRATCH": "/scratch"}, ["/scratch"]),
+        ({"SLURM_TMPDIR": "/local/7"}, ["/local/7"]),
+        ({"HF_HOME": "/shared/hf"}, ["/tmp", "/shared/hf"]),
+        ({"LISA_DS_CACHE": "/shared/lisa", "HF_HOME": "/shared/hf", "LISA_SCRATCH": "/nvme"}, ["/nvme", "/shared/hf", "/shared/lisa"]),
+        ({"HF_HOME": "/cache", "LISA_DS_CACHE": "/cache", "TMPDIR": "/cache"}, ["/cache"]),
+    ],
+)  # fmt: skip
+def test_a_container_has_the_caches_that_its_environment_names(variables: dict[str, str], mounted: list[str]) -> None:
+    pairs = ",".join(f"{path}:{path}" for path in [str(ROOT), *mounted])
+    for step in steps("configs/demo.yaml", LISA_CONTAINER="image", **variables):
+        assert f"--container-mounts={pairs}" in step
+    for step in steps("configs/demo.yaml", LISA_APPTAINER="image.sif", **variables):
+        assert step[step.index("--bind") + 1] == pairs
+
+
+def test_both_recipes_make_the_same_image() -> None:
+    docker, apptainer = ((ROOT / "launch" / name).read_text() for name in ("Dockerfile", "apptainer.def"))
+    base = re.search("^From: (.*)$", apptainer, re.MULTILINE)
+    assert base is not None
+    assert f"FROM {base[1]}\n" in docker
+    for command in ("apt-get install .*", "pip install .*", "LISA_DS_BUILD_OPS=.*"):
+        theirs = [found.removesuffix(" \\") for found in re.findall(command, docker)]
+        assert theirs == re.findall(command, apptainer)
+    copied = {name for line in re.findall("^COPY (.*) ", docker, re.MULTILINE) for name in line.split()}
+    files = apptainer.partition("%files\n")[2].partition("\n\n")[0].split("\n")
+    assert {tuple(line.split()) for line in files} == {(name, f"/usr/src/lisa_ds/{name}") for name in copied}
+    assert all((ROOT / name).exists() for name in copied)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_shellcheck_finds_nothing_in_the_image_s_steps() -> None:
+    text = (ROOT / "launch/apptainer.def").read_text()
+    sections = re.split(r"^%(\w+)\n", text, flags=re.MULTILINE)[1:]
+    scripts = {name: body for name, body in zip(sections[::2], sections[1::2], strict=True) if name != "files"}
+    assert set(scripts) == {"post", "environment", "test"}
+    for body in scripts.values():
+        subprocess.run(["shellcheck", "-s", "sh", "-"], input=body, text=True, check=True)
+
+
+def test_every_sbatch_line_asks_for_cores_and_time() -> None:
+    places = [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "launch").iterdir(),
+        *(ROOT / "configs").rglob("*.yaml"),
+    ]
+    text = "\n".join(path.read_text() for path in places if path.is_file())
+    lines = re.findall(r"sbatch --nodes(?:.*\\\n)*.*", text)
+    assert len(lines) >= 5
+    for line in lines:
+        assert "--cpus-per-task=" in line, line
+        assert "--time=" in line, line
 
 
 def test_an_array_takes_its_line_of_the_sweep(tmp_path: Path) -> None:
