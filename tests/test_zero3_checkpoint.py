@@ -99,12 +99,15 @@ def test_a_bad_checkpoint_is_named_and_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_warm_start_reads_every_weight_of_the_tag_and_begins_anew(tmp_path: Path) -> None:
-    for seen in run_ranks(2, run_warm_starts, tmp_path, Case("warm", dtype="bf16"), tmp_path, timeout_s=240):
+    case = Case("warm", dtype="bf16", zero={"stage3_param_persistence_threshold": 1000})
+    for seen in run_ranks(2, run_warm_starts, tmp_path, case, tmp_path, timeout_s=240):
         assert seen["differ"]  # the two tags do
+        assert seen["refused, not whole"] == seen["resumed, not whole"] == []
         for tag in ("old", "new"):
             for option in ("load_module_only", "load_optimizer_states"):
                 key = f"{tag}, {option}"
                 assert seen[key] == []
+                assert seen[f"{key}, not whole"] == []
                 assert seen[f"{key}, masters"]
                 assert seen[f"{key}, states"] == 0
                 assert len(seen[f"{key}, history"]) == 1

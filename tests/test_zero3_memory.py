@@ -10,7 +10,12 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.trajectory import Case
-from tests.zero3_memory_runs import run_activations, run_many_switches, run_with_frozen_parameters
+from tests.zero3_memory_runs import (
+    run_activations,
+    run_many_switches,
+    run_uneven_switches,
+    run_with_frozen_parameters,
+)
 
 pytestmark = pytest.mark.multirank
 
@@ -69,3 +74,28 @@ def test_parameters_frozen_by_the_user_stay_frozen_and_out_of_the_count(tmp_path
         assert seen["frozen_moved"] == []
         assert seen["frozen_requires_grad"] == []
         assert seen["moved"] > 0
+
+
+UNEVEN: dict[
+    str, tuple[dict[str, Any], int]
+] = {  # with the bytes of an element that are there only while it is cast to fp32
+    "bf16": ({}, 4),
+    "adamw": ({"lisa": {"optimizer": "adamw"}}, 4),
+    "fp32 accumulation": ({"gradients": "fp32"}, 4),
+    "fp32": ({"bf16": False}, 0),
+    "no master copy": ({"lisa": {"optimizer": {"precision": "stochastic_rounding"}}}, 0),
+    "offload": ({"zero": {"offload_optimizer": {"device": "cpu"}}}, 4),
+}
+
+
+def test_a_switch_drops_the_old_gradients_before_it_allocates(tmp_path: Path) -> None:
+    cases = [case for case, _ in UNEVEN.values()]
+    for rank in run_ranks(2, run_uneven_switches, tmp_path, cases):
+        for (name, (_, cast)), seen in zip(UNEVEN.items(), rank, strict=True):
+            before, after = seen["before"], seen["after"]
+            states = ("gradients", "master", "exp_avg", "exp_avg_sq")
+            others = seen["start"] - sum(before[kind] for kind in states)
+            largest = max(after["gradients"], cast * after["weights"] * 8 // 9 // (4 if name == "fp32" else 2))
+            peak = others + after["master"] + largest
+            assert before["gradients"] > 4000 < after["gradients"] / 4, name
+            assert seen["peak"] == pytest.approx(max(peak, seen["start"]), abs=1000), name

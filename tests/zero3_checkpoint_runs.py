@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lisa_ds.errors import CheckpointError
 from tests.trajectory import Case, Outcome
 from tests.zero3_runs import build_engine, full_parameters, seed_weights, train
 
@@ -55,6 +57,14 @@ def run_resume(case: Case, folder: Path, save_after: list[int]) -> dict[int | st
     return outcomes
 
 
+def not_whole(engine: Any) -> list[str]:
+    """Of the small parameters that stay whole on every rank, those that do not, or hold something else than their parts."""
+    here = {n: p.detach().float().clone() for n, p in engine.module.named_parameters() if p.ds_persist}
+    assert here
+    parts = full_parameters(engine)
+    return [name for name, value in here.items() if not torch.equal(value, parts[name])]
+
+
 def where(engine: Any) -> dict[str, Any]:
     """Where a run stands."""
     return {
@@ -76,8 +86,6 @@ def moments(engine: Any) -> list[Tensor]:
 
 def run_bad_checkpoints(case: Case, folder: Path) -> dict[str, str]:
     """The message of each way a checkpoint can be bad; the engine must be unharmed by all of them."""
-    from lisa_ds.errors import CheckpointError
-
     deepspeed.init_distributed(dist_backend="gloo")
     engine = build_engine(case)
     engine.save_checkpoint(str(folder), tag="good")
@@ -160,8 +168,9 @@ def run_warm_starts(case: Case, folder: Path) -> dict[str, Any]:
             engine = build_engine(case, shift=0.5)
             train(engine, replace(case, steps=4))  # past a switch: the sampled set is not the first one
             engine.load_checkpoint(str(folder), tag=tag, **option)
-            loaded = full_parameters(engine)
             key = f"{tag}, {next(iter(option))}"
+            result[f"{key}, not whole"] = not_whole(engine)
+            loaded = full_parameters(engine)
             result[key] = [name for name, value in saved[tag].items() if not torch.equal(loaded[name], value)]
             result[f"{key}, history"] = engine.layer_history
             result[f"{key}, states"] = len(engine.optimizer.optimizer.state)
@@ -175,5 +184,11 @@ def run_warm_starts(case: Case, folder: Path) -> dict[str, Any]:
             )
             result[f"{key}, then"] = train(engine, replace(case, steps=2)).losses
             engine.destroy()
+    engine = build_engine(case, shift=0.5)
+    with contextlib.suppress(CheckpointError):
+        engine.load_checkpoint(str(folder), tag="no such", load_module_only=True)
+    result["refused, not whole"] = not_whole(engine)
+    engine.load_checkpoint(str(folder), tag="new")
+    result["resumed, not whole"] = not_whole(engine)
     result["differ"] = any(not torch.equal(saved["old"][name], value) for name, value in saved["new"].items())
     return result

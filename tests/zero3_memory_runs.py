@@ -170,3 +170,48 @@ def run_with_frozen_parameters() -> dict[str, Any]:
         "frozen_requires_grad": [n for n, p in model.named_parameters() if "self_attn" in n and p.requires_grad],
         "moved": sum("mlp" in n and not torch.equal(before[n], after[n]) for n in before),
     }
+
+
+class Uneven(torch.nn.Module):
+    """Two blocks and nothing else; the second is eight times the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (64, 512)
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(64, size), torch.nn.Tanh(), torch.nn.Linear(size, 64)) for size in sizes
+        )
+
+    def forward(self, rows: Tensor) -> Tensor:
+        for block in self.blocks:
+            rows = rows + block(rows)
+        return rows.float().square().mean()
+
+
+def run_uneven_switches(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Switch from the small block to the large one; live bytes at the start, at the peak and of each kind."""
+    from benchmarks.live_bytes import LiveBytes
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    seen = []
+    for case in cases:
+        model, bf16 = Uneven(), case.get("bf16", True)
+        zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0, **case.get("zero", {})}
+        config = {"train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": bf16}, "zero_optimization": zero}
+        config |= {"data_types": {"grad_accum_dtype": case.get("gradients")}}
+        optimizer = torch.optim.AdamW(model.parameters())
+        lisa = {"num_sampled_layers": 1, "interval_steps": 100, **case.get("lisa", {})}
+        engine, *_ = lisa_ds.initialize(model=model, optimizer=optimizer, lisa_config=lisa, config=config)
+        engine.switch_to([0])
+        for _ in range(2):
+            engine.backward(engine(torch.randn(2, 64, dtype=torch.bfloat16 if bf16 else torch.float32)))
+            engine.step()
+        before, live = engine.memory_report(), LiveBytes()
+        live.adopt()
+        start = live.now
+        with live, live.phase("switch"):
+            engine.switch_to([1])
+        peak = live.peaks["switch"]
+        seen.append({"start": start, "peak": peak, "before": before, "after": engine.memory_report()})
+        engine.destroy()
+    return seen

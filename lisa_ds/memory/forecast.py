@@ -208,10 +208,16 @@ def _init(state: Mapping[str, int], held: residents.Residents, run: RunSettings)
 def _switch(
     state: Mapping[str, int], small: Mapping[str, int], held: residents.Residents, run: RunSettings
 ) -> dict[str, int]:
-    """After the state of what leaves is dropped: what comes in has an fp32 copy, but no moments before their first step."""
+    """Gradients and the state of what leaves are dropped; what comes in is copied to fp32, then gradients are made anew.
+
+    What comes in has no moments before its first step.
+    """
     if run.offload_optimizer:
         return _add(state, small)
-    return _add({**state, "moments": held.always_moments}, small, {"scratch": 4 * held.switched})
+    after = {**state, "moments": held.always_moments}
+    cast = 4 * held.switched if state["master"] and run.width < 4 else 0
+    copying = {**after, "gradients": 0}
+    return max((_add(copying, small, {"scratch": cast}), _add(after, small)), key=_total)
 
 
 def _add(*tables: Mapping[str, int]) -> dict[str, int]:

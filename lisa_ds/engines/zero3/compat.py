@@ -55,7 +55,6 @@ _STAGE3_METHODS = (
     "_unflatten_partitioned_parameters",
     "_update_scale",
     "create_reduce_and_remove_grad_hooks",
-    "initialize_optimizer_states",
     "partition_grads",
     "reduce_ready_partitions_and_remove_grads",
     "reenter_backward_if_needed",

@@ -9,7 +9,7 @@ from typing import Any
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from lisa_ds.engines.zero3 import checkpoint, policies
+from lisa_ds.engines.zero3 import checkpoint, detour, policies
 from lisa_ds.engines.zero3.warm import load_weights
 from lisa_ds.errors import CheckpointError
 
@@ -65,7 +65,8 @@ class ResumableEngine(DeepSpeedEngine):
         if load_module_only or not load_optimizer_states:
             self._check_warm_start(Path(load_dir) / tag)
             self.optimizer.forget_second_copies()
-            load_weights(self.module, Path(load_dir) / tag)
+            with detour.partitioned(self.optimizer):
+                load_weights(self.module, Path(load_dir) / tag)
             self._begin_anew()
             return str(Path(load_dir) / tag), {}
         files = [Path(self._get_ckpt_name(load_dir, tag)), Path(self._get_zero_ckpt_name(load_dir, tag))]

@@ -181,6 +181,7 @@ class WindowedStage3(CarefulStage3):
                 f"nothing to train: layers {list(sampled)} are sampled and every other parameter is frozen"
             )
         self._finish_reductions()
+        self._release_gradients()
         self._retire(sorted(set(old) - set(new)))
         self._materialise(sorted(set(new) - set(old)))
         self._sampled, self._roles = sampled, wanted
@@ -210,39 +211,38 @@ class WindowedStage3(CarefulStage3):
         self._show(sub_groups)
         self.fp32_partitioned_groups_flat = []
         self._create_fp32_partitions()
-        if self.offload_optimizer:
-            self.initialize_optimizer_states()  # allocates the host gradient of each fp32 partition
+        for master in self.fp32_partitioned_groups_flat if self.offload_optimizer else ():
+            master.grad = self._pinned(torch.zeros_like(master, requires_grad=False))
         self._master.update(zip(sub_groups, self.fp32_partitioned_groups_flat, strict=True))
 
-    def _rebuild_gradient_partitions(self) -> None:
-        """Give each sampled parameter its slice of the gradient buffer, and forget the old slices."""
-        parameters = list(itertools.chain.from_iterable(self.fp16_groups))
-        numel = sum(parameter.partition_numel() for parameter in parameters)
-        if self.grad_partitions_flat_buffer.numel() != numel:
-            self.grad_partitions_flat_buffer = None  # free the old one before the new one is allocated
-            buffer = torch.zeros(numel, dtype=self.gradient_accumulation_dtype, device=self.device)
-            if self.offload_optimizer_pin_memory:
-                buffer = get_accelerator().pin_memory(buffer)
-            self.grad_partitions_flat_buffer = buffer
-        else:
-            # Padding after the last element of an odd-sized parameter is never written again, but enters the norm.
-            self.grad_partitions_flat_buffer.zero_()
-        partitions: dict[int, Tensor] = getattr(self, compat.GRAD_PARTITIONS)
-        partitions.clear()
+    def _release_gradients(self) -> None:
+        """Free the gradient buffer, and with it what lies in it, before anything that comes in is allocated."""
+        getattr(self, compat.GRAD_PARTITIONS).clear()
+        self.averaged_gradients = {}
         self._written.clear()
-        offset = 0
-        for parameter in parameters:
-            partitions[parameter.ds_id] = self.grad_partitions_flat_buffer.narrow(
-                0, offset, parameter.partition_numel()
-            )
-            offset += parameter.partition_numel()
+        self.grad_partitions_flat_buffer = None
+
+    def _rebuild_gradient_partitions(self) -> None:
+        """Give each sampled parameter its slice of a new gradient buffer."""
+        parameters = list(itertools.chain.from_iterable(self.fp16_groups))
+        sizes = [parameter.partition_numel() for parameter in parameters]
+        # Zeros: padding after the last element of an odd-sized parameter is never written, but enters the norm.
+        buffer = self._pinned(torch.zeros(sum(sizes), dtype=self.gradient_accumulation_dtype, device=self.device))
+        self.grad_partitions_flat_buffer, slices = buffer, torch.split(buffer, sizes)
+        getattr(self, compat.GRAD_PARTITIONS).update(
+            (parameter.ds_id, part) for parameter, part in zip(parameters, slices, strict=True)
+        )
         self.grad_position = {}
         self.set_grad_positions()
-        self.averaged_gradients = {}
         self._offload_boundary_param_ids.clear()
         if self.offload_optimizer:
             self.norm_for_param_grads = {}
             self.subgroup_to_device = dict.fromkeys(range(len(self.fp16_groups)), "cpu")
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        """``tensor``, of an offloaded optimizer, in pinned memory if the config asks for it."""
+        pinned: Tensor = get_accelerator().pin_memory(tensor) if self.offload_optimizer_pin_memory else tensor
+        return pinned
 
     def sampled_without_gradient(self) -> tuple[int, ...]:
         """Sampled blocks of which no parameter has a gradient for the step to come."""
