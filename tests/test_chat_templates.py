@@ -302,6 +302,8 @@ def test_tokens_before_an_answer_are_those_that_the_model_is_asked_with(name: st
     made = tokens(by, messages)
     text = by.apply_chat_template(messages, tokenize=False)
     assert by.decode(made.ids) == text
+    # The model cannot stop with another model's token, which is text to it.
+    assert bool(made.notes & Note.NO_END) == (name != "qwen3")
     asked = by.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True).removesuffix("<think>\n")
     first = next(i for i, label in enumerate(made.labels) if label != IGNORED)
     assert made.ids[:first] == by(asked, add_special_tokens=False)["input_ids"]
@@ -656,16 +658,20 @@ def test_a_template_that_is_none(name: str, content: Any, message: str, tmp_path
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_name_lists_the_known(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("tall", ""), ("shor", "; did you mean 'short'?"), ("qwen3-training", "; did you mean 'qwen3_tr")],
+)
+def test_an_unknown_name_says_what_is_known(name: str, meant: str, tmp_path: Path) -> None:
+    if not TEMPLATES:
+        pytest.skip("needs trl with its chat templates")
     with pytest.raises(ConfigError) as error:
-        load(
-            write(tmp_path / "rows.jsonl", ROW), tokenizer({"default": PLAINLY, "short": PLAINLY}), chat_template="tall"
-        )
+        load(write(tmp_path / "rows.jsonl", ROW), tokenizer({"default": PLAINLY, "short": PLAINLY}), chat_template=name)
     expected = (
-        "chat_template: should be the path of a .jinja file, or a name (the tokenizer's own: default, short; TRL's"
+        "chat_template: should be the path of a .jinja file, a name of the tokenizer's own templates (default, short)"
     )
-    assert str(error.value).startswith(expected)
-    assert str(error.value).endswith("), got 'tall'")
+    assert str(error.value).startswith(f"{expected} or of TRL's (such as qwen3_training), got {name!r}{meant}")
+    assert bool(meant) or str(error.value).endswith(repr(name))
 
 
 def test_a_template_for_rows_that_go_through_none(tmp_path: Path) -> None:

@@ -8,5 +8,6 @@ from lisa_ds.data.prepare import label_names as label_names
 from lisa_ds.data.prepare import load_dataset as load_dataset
 from lisa_ds.data.prepare import num_labels as num_labels
 from lisa_ds.data.prepare import preview as preview
+from lisa_ds.data.tokenise import IGNORED as IGNORED
 
-__all__ = ["collator", "describe", "label_names", "load_dataset", "num_labels", "preview"]
+__all__ = ["IGNORED", "collator", "describe", "label_names", "load_dataset", "num_labels", "preview"]

@@ -170,8 +170,8 @@ class _Finder:
         # Nothing but blanks closes the turn: the token that ends a text may stand behind.
         after = self.written.full.text[end:]
         if self._eos and after.lstrip().startswith(self._eos):
-            return (begin, end + len(after) - len(after.lstrip()) + len(self._eos)), note
-        return (begin, end), note | Note.NO_END
+            end += len(after) - len(after.lstrip()) + len(self._eos)
+        return (begin, end), note
 
     def _begin(self, turn: int) -> tuple[int, Note]:
         start, _ = self._places[turn]

@@ -35,8 +35,7 @@ _NOTED = {
     "those answers are learned without it",
     Note.ASKED_OTHERWISE: "hold answers that the chat template does not begin as it asks for them: the model is trained "
     "on another beginning than it is given in use",
-    Note.NO_END: "hold answers after which the chat template writes no token that ends a turn: the model is not taught "
-    "to stop",
+    Note.NO_END: "hold answers that end with no special token of the tokenizer's: the model is not taught to stop",
     Note.NOT_MARKED: "hold answers outside the chat template's {% generation %} marks: those are not learned",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,12 @@ def _find(tokenizer: Any, name: str, key: str) -> str:
     of_trl = {path.stem: path for path in _of_trl()}
     if name in of_trl:
         return of_trl[name].read_text(encoding="utf-8")
-    trl = f"TRL's: {', '.join(of_trl)}" if of_trl else "TRL's, if it is installed (pip install 'lisa-ds[trl]')"
+    near = difflib.get_close_matches(name, [*own, *of_trl], n=3)
+    trl = "such as qwen3_training" if of_trl else "once it is installed: pip install 'lisa-ds[trl]'"
     raise ConfigError(
-        f"{key}: should be the path of a .jinja file, or a name (the tokenizer's own: {', '.join(own) or 'none'}; "
-        f"{trl}), got {name!r}"
+        f"{key}: should be the path of a .jinja file, a name of the tokenizer's own templates "
+        f"({', '.join(own) or 'it has none by name'}) or of TRL's ({trl}), got {name!r}"
+        + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
     )
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 from lisa_ds.data.answers import Note, find_answers
@@ -127,7 +127,18 @@ class Tokeniser:
                 loss_on_all=self.loss_on_all,
             )
             text, spans, notes = answers.text, answers.spans, answers.notes
-        return *self._located(text, spans, row["place"]), notes
+        ids, loss = self._located(text, spans, row["place"])
+        return ids, loss, notes if self.loss_on_all or self._ends(ids, loss) else notes | Note.NO_END
+
+    def _ends(self, ids: list[int], loss: list[bool]) -> bool:
+        """Whether each answer ends with a token that is not text, blanks after it aside: else nothing says stop."""
+        for end, (learned, goes_on) in enumerate(pairwise([*loss, False])):
+            if learned and not goes_on:
+                said = takewhile(lambda i: loss[i], range(end, -1, -1))
+                last = next((ids[i] for i in said if ids[i] in self._not_text or self._text([ids[i]]).strip()), None)
+                if last not in self._not_text:
+                    return False
+        return True
 
     def _located(self, text: str, spans: Sequence[Span], place: str) -> tuple[list[int], list[bool]]:
         """Tokens of ``text``, and which of them lie in ``spans``.
@@ -165,6 +176,10 @@ class Tokeniser:
         for start, end in ranges:
             loss[start:end] = [True] * (end - start)
         return ids, loss
+
+    @cached_property
+    def _not_text(self) -> set[int]:
+        return {*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids}
 
     @cached_property
     def _bos(self) -> str:
