@@ -6,6 +6,7 @@ All that takes long happens in other processes, so that this one can say at any 
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,38 +15,38 @@ import threading
 import time
 from pathlib import Path
 
-from lisa_ds.cluster.environment import free_port
-
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = "runs/demo"
 MODEL = "builtin:smollm2-135m"
 PROMPT = "What does `math.gcd(a, b)` do in Python?"
 LOOK = "from torch import cuda; print(cuda.device_count(), cuda.is_available() and cuda.is_bf16_supported())"
+LISA_DS = [sys.executable, "-m", "lisa_ds.cli"]
 STAMP = "[{:4.0f} s] "
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, lambda *_: None)  # the process at work hears it as well, and ends
     narrator = Narrator()
     num_gpus, bf16 = narrator.run("looking for GPUs", [sys.executable, "-c", LOOK]).split()
-    if num_gpus == "0":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find out by itself, with many warnings
-        num_gpus, bf16 = "2", str(cpu_is_fast_in_bf16())
+    on_gpus = num_gpus != "0"
+    if not on_gpus:
+        bf16 = str(cpu_is_fast_in_bf16())
     before = ask(narrator, MODEL, "before")
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
-    command += ["--num_gpus", num_gpus, "--master_port", str(free_port())]
-    command += ["launch/train.py", "--lisa_config", "configs/demo.yaml", f"training.output_dir={OUTPUT}"]
-    command += [f"training.bf16={bf16.lower()}"]
+    run = ["train", "configs/demo.yaml", *([] if on_gpus else ["--num-gpus", "2"])]
+    run += [f"training.output_dir={OUTPUT}", f"training.bf16={bf16.lower()}"]
     shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
-    narrator.say(f"$ {' '.join(command)}")
-    narrator.run("fine-tuning", command, show=True)
+    narrator.say(f"$ lisa-ds {' '.join(run)}")
+    narrator.run("fine-tuning", [*LISA_DS, *run], show=True)
     after = ask(narrator, f"{OUTPUT}/model", "after")
     print(f"\n{PROMPT}\n\nbefore training:\n{before}\n\nafter training:\n{after}")
     return 0
 
 
 def ask(narrator: "Narrator", model: str, when: str) -> str:
-    command = [sys.executable, "-m", "lisa_ds.cli", "generate", model, "--prompt", PROMPT, "--max_new_tokens", "60"]
-    said = narrator.run(f"asking the model {when} training", command)
+    command = [*LISA_DS, "generate", model, "--prompt", PROMPT, "--max_new_tokens", "60"]
+    # One thread is enough, and is not slowed down by what else the machine does, as threads that wait for each other are.
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    said = narrator.run(f"asking the model {when} training", command, OMP_NUM_THREADS=threads)
     lines = (line for line in said.splitlines() if line.strip())
     return "\n".join(textwrap.fill(line, narrator.width, initial_indent="> ", subsequent_indent="> ") for line in lines)
 
@@ -74,14 +75,15 @@ class Narrator:
         print(f"\r\033[K{text}" if self.on_terminal else f"{text}\n", end="", flush=True)
         self.spoke = time.monotonic()
 
-    def run(self, what: str, command: list[str], show: bool = False) -> str:
+    def run(self, what: str, command: list[str], show: bool = False, **variables: str) -> str:
         """Run a command in the repository's root, and return what it writes to stdout.
 
         What it writes to stderr is shown, with ``show`` all of it; a line that ends in ``...`` says what takes place from
         then on. Exits with the command's exit code if that is not 0.
         """
         self.say(f"{what} ...")
-        environment = {**os.environ, "COLUMNS": str(self.width - 1 - self.indent)}  # there is a stamp before each line
+        columns = str(self.width - 1 - self.indent)  # there is a stamp before each line
+        environment = {**os.environ, **variables, "COLUMNS": columns}
         with tempfile.TemporaryFile("w+") as answer:
             output, error = (subprocess.PIPE, subprocess.STDOUT) if show else (answer, subprocess.PIPE)
             with subprocess.Popen(
@@ -101,8 +103,8 @@ class Narrator:
                     if line:
                         self.say(line)
                         since, stage = time.monotonic(), line.removesuffix(" ...") if line.endswith(" ...") else what
-            if process.returncode:
-                sys.exit(process.returncode)
+            if code := process.returncode:
+                sys.exit(code if code > 0 else 128 - code)
             answer.seek(0)
             return answer.read()
 

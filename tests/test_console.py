@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lisa_ds.integrations.console import Console, line, show_lines
+from lisa_ds.integrations.console import Console, draw, line, show_lines
 from lisa_ds.integrations.trainer import LabelLogitsTrainer
 from tests import tiny
 
@@ -85,6 +85,25 @@ def test_an_entry_is_one_line(
 )
 def test_rates_take_few_columns(value: float, shown: str) -> None:
     assert line({"tokens_per_second": value}, 1, 2) == f"step 1/2  {shown} tok/s"
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        f"layers {list(range(80))}",
+        f"layers {list(range(10, 42, 2))}",
+        "layers [10, 20, 30, 40] and embeddings, lm_head, rest",
+        "layers [1] and nothing else",
+    ],
+)
+@pytest.mark.parametrize(("step", "interval"), [(1, 0), (123456, 24691)])
+def test_a_draw_is_one_line(what: str, step: int, interval: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    text = draw(step, interval, what, 123_456_789_012)
+    assert text.startswith(f"step {step}: interval {interval} trains layers [1" if what[8] == "1" else f"step {step}: ")
+    assert text.endswith("; live state 123456.8 MB on a rank")
+    assert len(text) <= 100
+    assert what in text or " ...; live state" in text
 
 
 class _Keep(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -83,6 +84,21 @@ def test_a_failure_is_shown_and_has_its_exit_code() -> None:
     returncode, lines = timed(["make", "-s", "--eval", "x: ; $(TOLD) sh -c 'exit 3'", "x"])
     assert returncode == 2  # make's own
     assert any("Error 3" in text for _, text in lines)
+
+
+def test_ctrl_c_ends_it_without_a_traceback() -> None:
+    command = [sys.executable, "-u", "launch/demo.py"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        time.sleep(0.5)  # until the process at work is one of Python's
+        os.killpg(process.pid, signal.SIGINT)
+        rest = process.stdout.read()
+    assert "looking for GPUs ..." in first
+    assert process.returncode == 130, rest
+    assert "demo.py" not in rest
 
 
 @pytest.mark.slow

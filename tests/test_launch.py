@@ -92,6 +92,8 @@ def test_both_recipes_make_the_same_image() -> None:
     files = apptainer.partition("%files\n")[2].partition("\n\n")[0].split("\n")
     assert {tuple(line.split()) for line in files} == {(name, f"/usr/src/lisa_ds/{name}") for name in copied}
     assert all((ROOT / name).exists() for name in copied)
+    in_a_wheel = re.findall("^graft (.*)$", (ROOT / "MANIFEST.in").read_text(), re.MULTILINE)
+    assert copied >= {"lisa_ds", *in_a_wheel}
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,6 +75,17 @@ def line(entry: Mapping[str, Any], step: int, steps: int) -> str:
             break
         shown += f"  {part}"
     return shown
+
+
+def draw(step: int, interval: int, what: str, live_bytes: int) -> str:
+    """A new draw in one line; a long list of layers is cut short.
+
+    Example:
+        >>> draw(6, 1, "layers [11, 22]", 247_700_000)
+        'step 6: interval 1 trains layers [11, 22]; live state 247.7 MB on a rank'
+    """
+    head, tail = f"step {step}: interval {interval} trains ", f"; live state {live_bytes / 1e6:.1f} MB on a rank"
+    return head + textwrap.shorten(what, max(20, width() - len(head + tail)), placeholder=" ...") + tail
 
 
 class Console(ProgressCallback):

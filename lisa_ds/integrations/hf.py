@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -200,10 +199,7 @@ class LisaCallback(TrainerCallback):
         self.memory = engine.memory_report()
         self.trained = engine.layer_history[:-1] if self._is_new else engine.layer_history
         if state.is_world_process_zero:
-            head = f"step {state.global_step}: interval {engine.interval} trains "
-            tail = f"; live state {self.state_bytes / 1e6:.1f} MB on a rank"
-            what = textwrap.shorten(engine.what_trains, console.width() - len(head + tail), placeholder=" ...")
-            tqdm.write(head + what + tail)
+            tqdm.write(console.draw(state.global_step, engine.interval, engine.what_trains, self.state_bytes))
             sys.stdout.flush()
 
 
