@@ -200,7 +200,7 @@ def test_overrides_are_yaml_and_know_scientific_notation(file: Path) -> None:
         ("learning_rate=1", "command line: learning_rate: unknown key, got 1; did you mean 'training.learning_rate'?"),
         ("seed.x=1", "command line: seed: unknown key, got {'x': 1}; did you mean 'data.seed' or 'lisa.seed'?"),
         ("method.name=full", "command line: method.name: method is 'lisa', which has no keys to set; override it as a whole"),
-        ("training.betas=[1", "command line: training.betas: line 1: not valid YAML: expected ',' or ']', but got '<stream end>' (column 3), got '[1'"),
+        ("training.betas=[1", "command line: training.betas: line 1: not valid YAML: expected ',' or ']', but got '<stream end>', for a flow sequence that begins here (column 1), got '[1'"),
     ],
 )  # fmt: skip
 def test_a_mistake_of_the_command_line_is_named_so(file: Path, override: str, message: str) -> None:
@@ -214,7 +214,7 @@ def test_a_mistake_of_the_command_line_is_named_so(file: Path, override: str, me
         ("", "run.yaml: model: required, got nothing\nrun.yaml: data: required, got nothing"),
         ("- 1", "run.yaml: should hold keys and values, got list"),
         ("a: 1\nb: [", "run.yaml: line 2: not valid YAML: "),
-        ("a: 1\nb: 2\na: 3", "run.yaml: line 1: not valid YAML: key 'a' is given twice"),
+        ("a: 1\nb: 2\na: 3", "run.yaml: line 3: not valid YAML: key 'a' is given twice (column 1)"),
         ("model: gpt2\ndata: {path: x}", "run.yaml: model: should be a section of keys, got 'gpt2'"),
         (RUN + "training: 3", "run.yaml: training: should be a valid dictionary, got 3"),
         (RUN + "method: lora", "run.yaml: method: not built yet, arrives with the comparison of methods, got 'lora'"),
@@ -245,9 +245,7 @@ def test_a_bad_file_is_told_with_its_name(file: Path, text: str, message: str) -
 def test_json_files_are_held_to_the_same(file: Path) -> None:
     path = file.with_suffix(".json")
     path.write_text('{"seed": 1,\n"seed": 2}')
-    assert mistakes(LisaConfig.load, path) == ["run.json: key 'seed' is given twice"]
-    path.write_text('{"seed": 1,\n}')
-    assert mistakes(LisaConfig.load, path)[0].startswith("run.json: line ")
+    assert mistakes(LisaConfig.load, path) == ["run.json: line 2: key 'seed' is given twice (column 1)"]
     path.write_text('{"seed": 5}')
     assert LisaConfig.load(path).seed == 5
 
@@ -359,3 +357,49 @@ def test_keys_behind_a_name_or_a_path_can_be_set(file: Path) -> None:
     assert config.deepspeed_config() == {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
     assert (config.lisa.optimizer.name, config.lisa.optimizer.moments) == ("masked_adamw", "int8")
     assert (config.lisa.sampler.name, config.lisa.sampler.floor) == ("grad_norm", 0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1\n', "line 1: not valid JSON: Expecting ',' delimiter (column 8)"),
+        ('{"a": 1\r\n\r\n', "line 1: not valid JSON: Expecting ',' delimiter (column 8)"),
+        ('{"a": 1,\n\n}', "line 1: not valid JSON: Expecting property name enclosed in double quotes (column 8)"),
+        ('{"a":\n}', "line 1: not valid JSON: Expecting value (column 6)"),
+        ('{\n  "a": 1\n  "b": 2\n}', "line 2: not valid JSON: Expecting ',' delimiter (column 9)"),
+        ('{"a": [\n1,\n2\n}\n', "line 3: not valid JSON: Expecting ',' delimiter (column 2)"),
+        ('{"a"\n}', "line 1: not valid JSON: Expecting ':' delimiter (column 5)"),
+        # What the parser does see is told where it is.
+        ('{"a":\n  foo}', "line 2: not valid JSON: Expecting value (column 3)"),
+        ('{"a": 1 "b": 2}', "line 1: not valid JSON: Expecting ',' delimiter (column 9)"),
+        ('{"a": "x\n"}', "line 1: not valid JSON: Invalid control character at (column 9)"),
+        ('{"a": 1}\n}', "line 2: not valid JSON: Extra data (column 1)"),
+        ("", "line 1: not valid JSON: Expecting value (column 1)"),
+        ('{"a": 1,\n\t"b": {"c": 1,\n\t"c": 2}}', "line 3: key 'c' is given twice (column 2)"),
+        ('{"a": {"a": 1},\n"a": 1}', "line 2: key 'a' is given twice (column 1)"),
+    ],
+)
+def test_a_mistake_in_json_is_told_where_it_is(file: Path, text: str, message: str) -> None:
+    path = file.with_suffix(".json")
+    path.write_text(text, newline="")
+    assert mistakes(load_config, path) == [f"run.json: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('a: 1\nb: "x\nc: 1\n', "line 2: not valid YAML: found unexpected end of stream, for a quoted scalar that begins here (column 4)"),
+        ("a: [\n1,\n2\n", "line 1: not valid YAML: expected ',' or ']', but got '<stream end>', for a flow sequence that begins here (column 4)"),
+        ("a: {x: 1,\n  y: {z: 1}\n", "line 1: not valid YAML: expected ',' or '}', but got '<stream end>', for a flow mapping that begins here (column 4)"),
+        ("a: {x: 1\nb: 2\n", "line 2: not valid YAML: expected ',' or '}', but got ':', in a flow mapping that begins in line 1 (column 2)"),
+        ("a: 1\nbroken\nc: 2\n", "line 2: not valid YAML: could not find expected ':' (column 1)"),
+        ("a: 1\nb: x\0y\n", "line 2: not valid YAML: a character that no text holds, '\\x00' (column 5)"),
+        ("a: 1\nb: 2\n\na: 3\n", "line 4: not valid YAML: key 'a' is given twice (column 1)"),
+        ("a: {x: 1, y: 2,\n x: 3}\n", "line 2: not valid YAML: key 'x' is given twice (column 2)"),
+        ("a:\n\t- 1\n", "line 2: not valid YAML: found character '\\t' that cannot start any token (column 1)"),
+        ("a: 1\n b: 2\n", "line 2: not valid YAML: mapping values are not allowed here (column 3)"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_yaml_is_told_where_it_is(file: Path, text: str, message: str) -> None:
+    file.write_text(text)
+    assert mistakes(load_config, file) == [f"run.yaml: {message}"]

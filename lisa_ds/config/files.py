@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from lisa_ds.config import places
 from lisa_ds.errors import ConfigError
 
 TOO_DEEP = "is nested too deeply or refers to itself"
@@ -52,9 +53,15 @@ def parse_json(text: str) -> Any:
     try:
         return _unfolded(json.loads(text, object_pairs_hook=_unique))
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
+        line, column = places.line_and_column(text, places.of_json(error))
+        raise ValueError(f"line {line}: not valid JSON: {error.msg} (column {column})") from None
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
+    except _GivenTwice as error:
+        if (position := places.of_key_given_twice(text)) is None:
+            raise
+        line, column = places.line_and_column(text, position)
+        raise ValueError(f"line {line}: {error} (column {column})") from None
 
 
 def parse_yaml(text: str) -> Any:
@@ -66,12 +73,11 @@ def parse_yaml(text: str) -> Any:
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f"line {mark.line + 1}: " if mark else ""
-        column = f" (column {mark.column + 1})" if mark else ""
-        raise ValueError(f"{line}not valid YAML: {error.problem}{column}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {error}") from None
+        raise ValueError(places.of_yaml(error)) from None
+    except yaml.reader.ReaderError as error:
+        line, column = places.line_and_column(text, error.position)
+        what = f"a character that no text holds, {chr(error.character)!r}"
+        raise ValueError(f"line {line}: not valid YAML: {what} (column {column})") from None
     except (
         ValueError,
         TypeError,
@@ -114,10 +120,13 @@ def _printable(path: str | Path) -> str:
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        for key in written:
-            if written.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        written: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in written:
+                    what = f"key {key.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+                written.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -132,5 +141,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"key {key!r} is given twice")
+            raise _GivenTwice(f"key {key!r} is given twice")
     return dict(pairs)
+
+
+class _GivenTwice(ValueError):
+    pass

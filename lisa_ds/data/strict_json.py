@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lisa_ds.config import places
+
 
 class NotJSON(ValueError):
     """What is wrong, without a place; ``position`` is the character where it is, if that is known."""
@@ -23,8 +25,7 @@ def parse(text: str) -> Any:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        # Where something is missing at the end, it belongs behind the last character, not behind the line break.
-        raise NotJSON(error.msg, min(error.pos, len(text.rstrip()))) from None
+        raise NotJSON(error.msg, places.of_json(error)) from None
     except RecursionError:
         raise NotJSON("nested too deeply") from None
     except ValueError as error:
