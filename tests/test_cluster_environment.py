@@ -53,6 +53,34 @@ def test_outside_of_a_step_a_process_is_alone() -> None:
         assert (environ["RANK"], environ["WORLD_SIZE"], environ["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_SIZE",
+        "MV2_COMM_WORLD_RANK MV2_COMM_WORLD_LOCAL_RANK MV2_COMM_WORLD_SIZE MV2_COMM_WORLD_LOCAL_SIZE",
+        "PMI_RANK MPI_LOCALRANKID PMI_SIZE MPI_LOCALNRANKS",
+    ],
+)
+def test_a_process_of_mpirun_is_a_rank(names: str) -> None:
+    environ = dict(zip(names.split(), ["3", "1", "4", "2"], strict=True))
+    with pytest.raises(
+        ClusterError, match=r"mpirun has started 4 ranks, 2 of them on this host: set MASTER_ADDR to the host"
+    ):
+        fill(dict(environ))
+    environ["MASTER_ADDR"] = "gpu1"
+    fill(environ)
+    told = [environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")]
+    assert told == ["3", "1", "4", "2", "29500"]
+    environ = STEP | dict(zip(names.split(), ["3", "1", "4", "2"], strict=True))
+    fill(environ)
+    assert environ["RANK"] == STEP["SLURM_PROCID"]
+
+
+def test_half_of_what_a_launcher_sets_is_refused() -> None:
+    with pytest.raises(ClusterError, match=r"WORLD_SIZE is 4, but RANK is not set; a launcher sets both"):
+        fill({"WORLD_SIZE": "4"})
+
+
 def test_hosts_that_cannot_be_told_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ClusterError, match=r"SLURM_STEP_NODELIST is 'n\[1-2\]', but there is no scontrol"):

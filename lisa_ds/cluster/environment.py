@@ -10,20 +10,28 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from lisa_ds.errors import ClusterError
 
 FIRST_PORT, NUM_PORTS = 20_000, 40_000
 
+_OF_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),
+)
+"""What `mpirun` of Open MPI, of MVAPICH, and of MPICH and Intel tell a process: rank, local rank, ranks, ranks on its host."""
+
 
 def fill(environ: MutableMapping[str, str] = os.environ) -> None:
     """Set ``RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT`` where no launcher has.
 
-    Inside a Slurm step they are those of the task; otherwise the process is a run on one rank.
+    Inside a Slurm step they are those of the task, under ``mpirun`` those of the process; otherwise it is a run on one rank.
 
     Raises:
-        ClusterError: The step has tasks on several hosts and the first host's name cannot be found out.
+        ClusterError: There are ranks on several hosts and the first host's name cannot be found out, or there is ``WORLD_SIZE``
+            without ``RANK``.
     """
     if "RANK" in environ:
         return
@@ -35,8 +43,31 @@ def fill(environ: MutableMapping[str, str] = os.environ) -> None:
         environ.setdefault("MASTER_ADDR", first_host(environ))
         environ.setdefault("MASTER_PORT", str(port_of_job(environ["SLURM_JOB_ID"])))
         return
+    if (names := started_by_mpi(environ)) is not None:
+        _fill_from_mpi(environ, names)
+        return
+    if environ.get("WORLD_SIZE", "1") != "1":
+        raise ClusterError(
+            f"WORLD_SIZE is {environ['WORLD_SIZE']}, but RANK is not set; a launcher sets both, and a run on one rank needs neither"
+        )
     environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+
+
+def started_by_mpi(environ: Mapping[str, str]) -> tuple[str, str, str, str] | None:
+    """The names under which an ``mpirun`` has told this process who it is; None if none has."""
+    return next((names for names in _OF_MPI if all(name in environ for name in names)), None)
+
+
+def _fill_from_mpi(environ: MutableMapping[str, str], names: tuple[str, str, str, str]) -> None:
+    rank, local_rank, size, local_size = (environ[name] for name in names)
+    if "MASTER_ADDR" not in environ and size != local_size:
+        raise ClusterError(
+            f"mpirun has started {size} ranks, {local_size} of them on this host: set MASTER_ADDR to the host of rank 0"
+        )
+    environ.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=local_size)
+    environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    environ.setdefault("MASTER_PORT", "29500")  # torch's own: ranks know it without talking
 
 
 def port_of_job(job_id: str) -> int:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from lisa_ds.config import LisaConfig
 from lisa_ds.engines.zero3 import LisaEngine, armed, compat, parallel
@@ -44,7 +45,7 @@ def attach(trainer: Any, lisa_config: LisaConfig | Mapping[str, Any] | str | Pat
 
     Raises:
         ConfigError: The LISA section is wrong.
-        EngineError: The trainer does not run under ZeRO-3, or it is attached or trained already. Nothing has changed.
+        EngineError: It is no trainer, does not run under ZeRO-3, or it is attached or trained already. Nothing has changed.
 
     Example::
 
@@ -227,6 +228,17 @@ class _StepsPerEpoch:
 
 
 def _check(trainer: Any) -> None:
+    if not isinstance(trainer, Trainer):
+        if isinstance(trainer, torch.nn.Module):
+            remedy = "build one with it, Trainer(model, args=...), or use lisa_ds.initialize(model=model, ...) in a loop of your own"
+        elif isinstance(trainer, type):
+            remedy = "give an instance of it"
+        else:
+            remedy = "as in lisa_ds.attach(trainer, {'num_sampled_layers': 2})"
+        raise EngineError(
+            f"attach: takes a transformers.Trainer, or one of TRL's, got {'the class ' if isinstance(trainer, type) else ''}"
+            f"{getattr(trainer, '__name__', type(trainer).__name__)}; {remedy}"
+        )
     # Asked of the trainer and its arguments: accelerate's state is shared by every trainer of the process.
     if not trainer.is_deepspeed_enabled:
         raise EngineError(

@@ -61,7 +61,8 @@ def options(where: Where, devices: int, environ: Mapping[str, str]) -> list[str]
     Raises:
         ConfigError: There are not as many GPUs, or this process is one of several ranks itself.
     """
-    ranks = int(environ.get("WORLD_SIZE") or environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    names = environment.started_by_mpi(environ)
+    ranks = int(environ.get("WORLD_SIZE") or environ.get("SLURM_STEP_NUM_TASKS") or (names and environ[names[2]]) or 1)
     if ranks > 1:
         raise ConfigError(
             f"train: starts all ranks by itself, and is started {ranks} times here; have the launcher at hand start the "

@@ -13,7 +13,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from lisa_ds.config import LisaConfig
-from lisa_ds.engines.zero3 import compat
+from lisa_ds.engines.zero3 import compat, given
 from lisa_ds.engines.zero3.engine import LisaEngine
 from lisa_ds.engines.zero3.scores import Calibration
 from lisa_ds.errors import EngineError
@@ -87,25 +87,33 @@ def initialize(
         calibration: For samplers that measure scores on data (``grad_norm``, ``fisher``): given the model, runs this rank's share
             of the calibration batches through it and yields one loss for each. It is called once for each pass over them;
             every rank must yield as many losses.
-        **kwargs: ``config``, ``mpu``, ``dist_init_required``, ``collate_fn``, ….
+        **kwargs: ``config`` (a dict or a path), ``mpu``, ``dist_init_required``, ``collate_fn``, ….
+
+    A plain ``python script.py``, without a launcher, is a run on one rank.
 
     Returns:
         ``engine, optimizer, training_dataloader, lr_scheduler``; the engine is a :class:`LisaEngine`.
 
     Raises:
-        ConfigError: The LISA section is wrong, or does not fit the model.
-        EngineError: DeepSpeed, or an option of its config, cannot be combined with LISA.
+        ConfigError: The LISA section is wrong, or does not fit the model; or the DeepSpeed config cannot be read.
+        ClusterError: A launcher has set some of torch's variables and left out others.
+        EngineError: An argument is missing or of a wrong type; DeepSpeed, or an option of its config, cannot be combined with LISA.
 
     Example::
 
         engine, *_ = lisa_ds.initialize(model=model, config="ds_zero3.json", lisa_config={"num_sampled_layers": 2})
     """
     config = LisaConfig.load(lisa_config)
+    given.check(args, model, optimizer, model_parameters, lr_scheduler, calibration)
     if isinstance(model, PipelineModule):
         raise EngineError(
             "model: a PipelineModule does not go with ZeRO-3; use the Megatron engine for pipeline stages"
         )
-    if optimizer is None and model_parameters is None and model is not None:
+    first_name = kwargs.pop("config_params", None)  # DeepSpeed's former name of it
+    chosen = kwargs.pop("config", None)
+    kwargs["config"] = given.deepspeed_config(args, first_name if chosen is None else chosen)
+    given.find_ranks(required=kwargs.get("dist_init_required"))
+    if optimizer is None and model_parameters is None:
         model_parameters = list(model.parameters())
 
     def steps_per_epoch(engine: Any) -> int | None:
