@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
+from lisa_ds import terminal
 from lisa_ds.cluster import environment
 from lisa_ds.cluster.preemption import Preempted, Preemption, ignore
 from lisa_ds.config import load_config
 from lisa_ds.errors import LisaError
-from lisa_ds.terminal import Parser
 from lisa_ds.train import stages
 
 RANK_0_SPEAKS_S = 10.0
@@ -27,15 +27,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, also for a run that a signal has ended in good order, or 2 after an error that is the user's to
-        put right. Anything else is raised.
+        put right; those of :func:`lisa_ds.terminal.run` after Ctrl-C or a closed pipe. Anything else is raised.
     """
-    try:
-        with Preemption().listening() as preemption:  # first of all: loading takes long
-            _train(argv, preemption)
-    except LisaError as error:
-        return tell(error)
-    ignore()  # until the process has ended
-    return 0
+
+    def rank() -> int:
+        try:
+            with Preemption().listening() as preemption:  # first of all: loading takes long
+                _train(argv, preemption)
+        except LisaError as error:
+            return tell(error)
+        except KeyboardInterrupt:
+            if os.environ.get("RANK", "0") != "0":  # a terminal interrupts all of them: one speaks
+                return terminal.INTERRUPTED
+            raise
+        ignore()  # until the process has ended
+        return 0
+
+    return terminal.run(rank, prefix="")
 
 
 def _train(argv: Sequence[str] | None, preemption: Preemption) -> None:
@@ -69,9 +77,9 @@ def tell(error: LisaError) -> int:
     return error.exit_code
 
 
-def build_parser() -> Parser:
+def build_parser() -> terminal.Parser:
     """That of a rank."""
-    parser = Parser(
+    parser = terminal.Parser(
         prog="deepspeed launch/train.py",
         description="Fine-tune a language model by LISA under DeepSpeed ZeRO-3, as one file describes it.",
     )
