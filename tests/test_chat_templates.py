@@ -374,6 +374,18 @@ LAYOUTS: dict[str, tuple[str, list[str]]] = {
         "{% for m in messages %}" + SAYS.replace("{{ eos", "{{ '!' if loop.last }}{{ eos") + "{% endfor %}" + ASKS,
         ["b" + EOS, "d!" + EOS],
     ),
+    "written over lines, whose blanks it keeps": (
+        "{% for m in messages %}\n    {% if m.role == 'user' %}\n        USER: {{ m.content }}\n    {% else %}\n"
+        "        {{ 'ASSISTANT: ' + m.content + eos_token }}\n    {% endif %}\n{% endfor %}\n"
+        "{% if add_generation_prompt %}\n    {{ 'ASSISTANT:' }}\n{% endif %}",
+        [" b" + EOS, " d" + EOS],
+    ),
+    "asks with nothing, and writes what goes for all turns into the last question (Mistral)": (
+        "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ 'Be brief. ' if m == asked[-1] }}[INST]{{ m.content }}[/INST]"
+        "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+        ["b" + EOS, "d" + EOS],
+    ),
     "goes on and breaks": (
         "{% for m in messages %}{% if m.role == 'tool' %}{% break %}{% endif %}{% if m.role == 'system' %}{% continue %}"
         "{% endif %}" + SAYS + "{% endfor %}" + ASKS,
@@ -394,7 +406,13 @@ SHUFFLED = "{{ messages[1].content if messages | length > 1 }}{{ messages[0].con
 MARK = "set data.chat_template to a file with its text, in which {% generation %} and {% endgeneration %} stand around each answer"
 
 
-@pytest.mark.parametrize("template", [BACKWARDS, OUTSIDE, SHUFFLED])
+LATE = (
+    "{% for m in messages %}{{ 'Be brief. ' if loop.last }}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}"
+    "{% if loop.last and add_generation_prompt %}<|assistant|>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [BACKWARDS, OUTSIDE, SHUFFLED, LATE])
 def test_a_template_whose_answers_cannot_be_told_apart_is_refused(template: str) -> None:
     with pytest.raises(DataError) as error:
         tokens(template, [user("a"), says("b")])

@@ -175,12 +175,14 @@ class _Finder:
 
     def _begin(self, turn: int) -> tuple[int, Note]:
         start, _ = self._places[turn]
-        prompt = self._prompt(turn)
-        if self.written.full[turn].startswith(prompt):
+        prompt, piece = self._prompt(turn), self.written.full[turn]
+        if piece.startswith(prompt):
             return start + len(prompt), Note(0)
-        same = _common_start(prompt, self.written.full[turn], self.written.bare[turn])
-        whole = max(same.rfind(end) + 1 for end in _ENDS)
-        return start + whole, Note.ASKED_OTHERWISE
+        own = _common_start(piece, self.written.bare[turn])  # of the template
+        same, is_whole = _follow(prompt, own)
+        if not is_whole:
+            same = max(own.rfind(end, 0, same) + 1 for end in _ENDS)
+        return start + same, Note.ASKED_OTHERWISE
 
     def _prompt(self, turn: int) -> str:
         """What the template asks the assistant with, once the turns before are written."""
@@ -200,15 +202,17 @@ class _Finder:
             return prompt
         # The turn before is written otherwise while it is the last; then the prompt is what follows all turns.
         prompt = "" if last is None else asked.text[asked.written[last][1] :]
-        if not _common_start(prompt, self.written.full[turn]):
+        if not _follow(prompt, self.written.full[turn])[0] and (prompt or self._usual_prompt):
             raise self._untold(turn)
         return prompt
 
     @cached_property
     def _usual_prompt(self) -> str:
         """What the assistant is asked with after a single question."""
-        question = {"role": "user", "content": "."}
-        asked = self.written.render(Conversation((question,)), ask=True)
+        question = Conversation(({"role": "user", "content": "."},))
+        silent, asked = (self.written.render(question, ask=ask) for ask in (False, True))
+        if asked.text.startswith(silent.text):
+            return asked.text[len(silent.text) :]
         return asked.text[asked.written[0][1] :] if 0 in asked.written else ""
 
     def _answer_by_prefix(self, turn: int) -> tuple[Span, Note]:
@@ -241,6 +245,21 @@ def _without(spans: Iterable[Span], excepted: Iterable[Span]) -> list[Span]:
 
 def _overlap(one: Span, other: Span) -> bool:
     return max(one[0], other[0]) < min(one[1], other[1])
+
+
+def _follow(prompt: str, text: str) -> tuple[int, bool]:
+    """How far ``text`` goes along with ``prompt``, other blanks aside, and whether to its end."""
+    asked, at, same = 0, 0, 0
+    while asked < len(prompt):
+        if at < len(text) and text[at] == prompt[asked]:
+            asked, at, same = asked + 1, at + 1, at + 1
+        elif at < len(text) and text[at].isspace():
+            at += 1
+        elif prompt[asked].isspace():
+            asked += 1
+        else:
+            return same, False
+    return same, True
 
 
 def _common_start(*texts: str) -> str:
