@@ -45,7 +45,7 @@ class Stage:
 
 STAGES = [
     Stage("a", "gpu_smoke", 150, gpu_smoke.CLAIMS),
-    Stage("b", "gpu_engine", 90, gpu_engine.CLAIMS),
+    Stage("b", "gpu_engine", 120, gpu_engine.CLAIMS),
     Stage("c", "gpu_kernels", 60, gpu_kernels.CLAIMS),
     Stage("d", "gpu_models", 200, gpu_models.CLAIMS),
 ]

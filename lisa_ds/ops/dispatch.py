@@ -55,7 +55,9 @@ def masked_adamw_(
     if found_inf is None:
         torch._foreach_add_(table.steps, 1)
     else:
-        torch._foreach_add_(table.steps, (found_inf == 0).to(torch.float32).reshape(()))
+        # One for each: a single tensor would be read on the host, which a capture forbids and a step should not wait for.
+        taken = (found_inf == 0).to(torch.float32)
+        torch._foreach_add_(table.steps, [taken.reshape(step.shape) for step in table.steps])
     room.masked_adamw_(table, table.one if factor is None else factor, table.zero if found_inf is None else found_inf)
 
 
