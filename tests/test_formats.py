@@ -236,6 +236,10 @@ def test_a_second_text_of_a_pair_is_refused(tmp_path: Path) -> None:
         ({"prompt": "q", "completion": "a", "context": "c"}, {"columns": {"prompt": "instruction", "completion": "output", "context": "input"}}),
         ({**TALK, "system_prompt": "s"}, {"columns": {"system_prompt": "system"}}),
         ({"prompt": "q", "completion": "a", "system": "s"}, {"columns": {"prompt": "instruction", "completion": "output"}}),
+        ({**TALK, "label": False}, {"ignore": ["label"]}),
+        (answered(refusal="no"), {"ignore": ["refusal"]}),
+        (answered(images=["cat.jpg"]), {"ignore": ["images"]}),
+        ({**TALK, "images": ["cat.jpg"], "reward": 1}, {"ignore": ["images", "reward"]}),
     ],
 )  # fmt: skip
 def test_the_remedies_work(row: Any, options: dict[str, Any], tmp_path: Path) -> None:
