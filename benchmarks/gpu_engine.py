@@ -198,6 +198,7 @@ def _follow_switches(report: Report, dry_run: bool) -> None:
         peaks.append(0 if dry_run else torch.cuda.max_memory_allocated())
 
     engine.optimizer.switch = followed
+    gc.freeze()  # what was made until now is not looked through again at each collection
     allocated, reserved = [], []
     for _ in range(10 if dry_run else SWITCHES):
         step(engine, ids)

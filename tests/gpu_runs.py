@@ -171,6 +171,7 @@ def run_switches(case: Case, switches: int) -> list[dict[str, Any]]:
     rows = rows.to(engine.device)
     element = {"fp32": 4, "bf16": 2}[case.dtype]
     seen = []
+    gc.freeze()  # what was made until now is not looked through again at each collection
     for step in range(2 * switches + 1):
         engine.backward(engine(input_ids=rows, labels=rows).loss)
         engine.step()
