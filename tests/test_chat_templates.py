@@ -584,6 +584,13 @@ def test_marks_that_cannot_be_right_are_refused(template: str, what: str) -> Non
     assert str(error.value) == f"rows.jsonl:1: the tokenizer's chat template {what}; {MARK}"
 
 
+@pytest.mark.parametrize("sign", ["-", "+", ""])
+def test_marks_are_known_however_they_treat_blanks(sign: str) -> None:
+    template = BY_MARKS.replace("{% generation", f"{{%{sign} generation")
+    template = template.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}")
+    assert learned(tokens(template, [user("a"), says("b")]), tokenizer(template)) == ["b"]
+
+
 def test_marks_on_some_answers_are_followed_and_told() -> None:
     made = tokens(MARKS_THE_FIRST, [user("a"), says("b"), user("c"), says("d")])
     assert learned(made, tokenizer(MARKS_THE_FIRST)) == ["b" + EOS]
@@ -637,6 +644,15 @@ def test_a_template_of_the_tokenizer_s_own_by_name(tmp_path: Path) -> None:
     by = tokenizer({"default": PLAINLY, "short": "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"})
     (row,) = load(write(tmp_path / "rows.jsonl", ROW), by, chat_template="short")
     assert preview(row, by) == f"a{EOS}⟦b{EOS}⟧"
+
+
+def test_several_templates_of_which_none_is_for_all(tmp_path: Path) -> None:
+    by = tokenizer({"long": PLAINLY, "short": PLAINLY})
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:1: .*multiple chat templates with no default.*set data.chat_template"
+    ):
+        load(write(tmp_path / "rows.jsonl", ROW), by)
+    load(write(tmp_path / "rows.jsonl", ROW), by, chat_template="short")
 
 
 def test_a_template_of_trl_by_name(tmp_path: Path) -> None:

@@ -79,7 +79,10 @@ def find_answers(
 
 def _better(tokenizer: Any, conversation: Conversation, learn: Sequence[bool | None]) -> str | None:
     """A template that is made for training the same model, if this conversation goes through it."""
-    training = training_template(tokenizer.get_chat_template(tools=conversation.tools_or_none()))
+    try:
+        training = training_template(tokenizer.get_chat_template(tools=conversation.tools_or_none()))
+    except (AttributeError, ValueError):  # one of several, none of which is for all; or none written in Jinja
+        return None
     if training is None:
         return None
     name, text = training

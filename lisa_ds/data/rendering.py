@@ -109,7 +109,7 @@ def render(tokenizer: Any, conversation: Conversation, *, ask: bool = False) -> 
 
 def is_marked(template: str) -> bool:
     """Whether a template says itself what the assistant generates."""
-    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
 
 
 def _places(pieces: Sequence[str]) -> tuple[dict[int, Span], tuple[Span, ...]]:
