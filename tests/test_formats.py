@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lisa_ds.config import DataConfig
-from lisa_ds.data import load_dataset
+from lisa_ds.data import load_dataset, refusals
 from lisa_ds.errors import DataError
 from tests.rows import fresh_cache, load, text, tokenizer, write
 
@@ -270,6 +270,12 @@ def test_cases_of_users(case: str, outcome: Any) -> None:
         assert f"{path}:1: {outcome}" in str(caught.value)
     else:
         assert outcome in text(path)[0]
+
+
+def test_documentation_lists_what_is_refused() -> None:
+    told = (Path(__file__).parents[1] / "docs/data.md").read_text()
+    names = {name for refusal in (*refusals._OF_ROWS, *refusals._OF_TURNS) for name in refusal.names}
+    assert sorted(name for name in names if f"`{name}`" not in told) == []
 
 
 # --- told -----------------------------------------------------------------------------------------------------------
