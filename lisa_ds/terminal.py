@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import select
 import signal
@@ -70,6 +71,9 @@ def run(command: Callable[[], int | None], prefix: str = "lisa-ds: ") -> int:
         What ``command`` returns; 2 after an error that is the user's to put right; :data:`INTERRUPTED` after Ctrl-C,
         :data:`READER_GONE` where nobody reads the output any more. Anything else is raised.
     """
+    for stream in _streams():
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has no such letter is no reason to fail
     try:
         code = _spoken(command, prefix)
         for stream in _streams():

@@ -187,6 +187,12 @@ def test_what_the_launcher_is_told(where: dict[str, Any], devices: int, environ:
 @pytest.mark.parametrize(
     ("where", "devices", "environ", "message"),
     [
+        (
+            {},
+            1,
+            {"CUDA_VISIBLE_DEVICES": "GPU-3"},
+            "CUDA_VISIBLE_DEVICES: DeepSpeed's launcher takes numbers, got 'GPU-3'; ",
+        ),
         ({"num_gpus": 4}, 2, {}, "--num-gpus: there are 2 here, got 4"),
         (
             {},

@@ -149,6 +149,16 @@ def test_output_that_cannot_be_written_is_said() -> None:
     assert done.stderr == "lisa-ds: error: cannot write all output: No space left on device\n"
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_a_letter_is_no_reason_to_fail(tmp_path: Path, encoding: str) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    words = ["init", "日本.yaml", "--model", "x/y", "--data", "ü"]
+    done = subprocess.run([*LISA_DS, *words], cwd=tmp_path, env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "日本.yaml").exists()
+    assert ("wrote 日本.yaml" if encoding == "utf-8" else r"wrote \u65e5\u672c.yaml") in done.stdout.decode(encoding)
+
+
 def test_a_closed_output_is_left_alone() -> None:
     done = subprocess.run(["bash", "-c", '"$@" >&-', "-", *LISA_DS, *SPEAKERS[0]], stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")

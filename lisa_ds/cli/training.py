@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 from pathlib import Path
@@ -33,7 +34,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ConfigError("train: name the FILE of a run; `lisa-ds init` writes one, `lisa-ds recipes` has some")
     if arguments.deepspeed_config:
         overrides.append(f"deepspeed={arguments.deepspeed_config}")
-    load_config(file, overrides)  # mistakes are told before a rank is started
+    _check_file(file, overrides)
 
     from lisa_ds.train import launcher
 
@@ -53,3 +54,14 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"no GPU here: {ranks} {'rank' if ranks == 1 else 'ranks'} on the CPU{more}")
     print("$", shlex.join(["deepspeed", *options, "--module", launcher.MODULE, *words]), flush=True)
     return launcher.launch(options, words, environ, remote=remote)
+
+
+def _check_file(file: str, overrides: list[str]) -> None:
+    """Tell mistakes before a rank is started; rank 0 will read the file again, and tell of what it notices besides."""
+    log = logging.getLogger("lisa_ds")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        load_config(file, overrides)
+    finally:
+        log.setLevel(level)

@@ -78,13 +78,19 @@ def options(where: Where, devices: int, environ: Mapping[str, str]) -> list[str]
             chosen += [] if value is None else [f"--{name}", str(value)]
         return chosen
     chosen += ["--master_port", str(where.master_port or environment.free_port())]
+    visible = [word.strip() for word in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
+    if devices and not all(word.isdecimal() for word in visible):
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES: DeepSpeed's launcher takes numbers, got {','.join(visible)!r}; `nvidia-smi -L` tells those of "
+            "the names"
+        )
     if devices and where.num_gpus is None:
         return chosen
     if devices and (where.num_gpus or 0) > devices:
         raise ConfigError(f"--num-gpus: there are {devices} here, got {where.num_gpus}")
-    if devices and (visible := environ.get("CUDA_VISIBLE_DEVICES")):
+    if devices and visible:
         # The launcher forgets the variable where a number is given, and would take the first GPUs of the host.
-        return [*chosen, "--include", f"localhost:{','.join(visible.split(',')[: where.num_gpus])}"]
+        return [*chosen, "--include", f"localhost:{','.join(visible[: where.num_gpus])}"]
     return [*chosen, "--num_gpus", str(where.num_gpus or 1)]
 
 
