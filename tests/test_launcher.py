@@ -15,7 +15,8 @@ import pytest
 from lisa_ds.cli import main
 from lisa_ds.cluster.preemption import MARKER
 from lisa_ds.errors import ConfigError, LisaError
-from lisa_ds.train.launcher import Where, check_hosts, options
+from lisa_ds.train.launcher import Where, options
+from lisa_ds.train.remote import check_hosts, exports
 from tests.test_train import write_run
 
 LISA_DS = [sys.executable, "-m", "lisa_ds.cli"]
@@ -166,6 +167,24 @@ def test_a_host_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "ssh").unlink()
     with pytest.raises(LisaError, match="the launcher needs ssh, which is not installed on this host"):
         check_hosts(tmp_path / "hosts")
+
+
+def test_other_hosts_are_told_of_caches_and_keys_and_of_nothing_that_breaks_a_shell() -> None:
+    environ = {
+        "HF_HOME": "/data/hf",
+        "HOME": "/root",
+        "MY_PROXY": "a b",
+        "WANDB_MODE": "offline",
+        "DS_ENV_FILE": "x",
+        "NOT_HF_X": "1",
+    }
+    assert list(exports(environ)) == ["HF_HOME=/data/hf", "WANDB_MODE=offline"]
+    assert "MY_PROXY=a b" in list(exports(environ | {"LISA_ENV": "MY_PROXY OTHER"}))
+    with pytest.raises(
+        LisaError, match="HF_TOKEN: cannot be passed on to other hosts: it has quotes, dollars or line ends"
+    ):
+        list(exports({"HF_TOKEN": "a$b"}))
+    assert list(exports({"HOSTNAME": "a$b"})) == []
 
 
 @pytest.mark.parametrize(

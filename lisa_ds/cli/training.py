@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import shlex
+import tempfile
 from pathlib import Path
 
 from lisa_ds.cli import values
@@ -37,13 +38,14 @@ def _train(arguments: argparse.Namespace) -> int:
     _check_file(file, overrides)
 
     from lisa_ds.train import launcher
+    from lisa_ds.train.remote import check_hosts, exports
 
     where = launcher.Where(
         arguments.num_gpus, arguments.hostfile, arguments.num_nodes, arguments.master_addr, arguments.master_port
     )
     devices = launcher.num_devices() if where.hostfile is None else 0
     options = launcher.options(where, devices, os.environ)
-    remote = where.hostfile is not None and launcher.check_hosts(where.hostfile) > 1
+    remote = where.hostfile is not None and check_hosts(where.hostfile) > 1
     words = ["--lisa_config", file, *(["--resume", arguments.resume] if arguments.resume else [])]
     words += [*(["--force"] if arguments.force else []), *overrides]
     environ = dict(os.environ)
@@ -53,7 +55,12 @@ def _train(arguments: argparse.Namespace) -> int:
         more = "" if where.num_gpus else "; --num-gpus 2 starts two"
         print(f"no GPU here: {ranks} {'rank' if ranks == 1 else 'ranks'} on the CPU{more}")
     print("$", shlex.join(["deepspeed", *options, "--module", launcher.MODULE, *words]), flush=True)
-    return launcher.launch(options, words, environ, remote=remote)
+    with tempfile.NamedTemporaryFile("w", prefix="lisa-ds-env-") as file_of_exports:
+        if remote and "DS_ENV_FILE" not in environ:
+            file_of_exports.writelines(f"{line}\n" for line in exports(environ))
+            file_of_exports.flush()
+            environ["DS_ENV_FILE"] = file_of_exports.name
+        return launcher.launch(options, words, environ, remote=remote)
 
 
 def _check_file(file: str, overrides: list[str]) -> None:

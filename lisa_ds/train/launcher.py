@@ -7,7 +7,6 @@ what this process hears goes to the ranks alone, which save and leave: :mod:`lis
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import stat
 import subprocess
@@ -18,16 +17,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lisa_ds.cluster import environment, hosts
-from lisa_ds.errors import ClusterError, ConfigError
+from lisa_ds.cluster import environment
+from lisa_ds.errors import ConfigError
 from lisa_ds.terminal import READER_GONE
 
 MODULE = "lisa_ds.train"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 TO_RANKS = signal.SIGUSR1
 """What ranks are sent, whatever has come: SIGTERM would have the launcher kill them."""
-
-SSH_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
@@ -92,30 +89,6 @@ def options(where: Where, devices: int, environ: Mapping[str, str]) -> list[str]
         # The launcher forgets the variable where a number is given, and would take the first GPUs of the host.
         return [*chosen, "--include", f"localhost:{','.join(visible[: where.num_gpus])}"]
     return [*chosen, "--num_gpus", str(where.num_gpus or 1)]
-
-
-def check_hosts(hostfile: Path) -> int:
-    """Try what the launcher needs to reach the hosts of a file; it would end with a traceback.
-
-    Returns:
-        How many there are.
-
-    Raises:
-        ClusterError: The file cannot be read or names no host, or a host cannot be reached.
-    """
-    names = [name for name, _ in hosts.read_hostfile(hostfile)]
-    if not names:
-        raise ClusterError(f"--hostfile: {hostfile} names no host")
-    for program in ("ssh", *(["pdsh"] if len(names) > 1 else [])):
-        if shutil.which(program) is None:
-            raise ClusterError(f"--hostfile: the launcher needs {program}, which is not installed on this host")
-    for name in names:
-        command = ["ssh", "-n", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_TIMEOUT_S}", name, "true"]
-        if subprocess.run(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode:
-            raise ClusterError(
-                f"--hostfile: {hostfile}: {name} is not reachable by ssh without a password; try: {' '.join(command)}"
-            )
-    return len(names)
 
 
 def launch(options: Sequence[str], arguments: Sequence[str], environ: Mapping[str, str], *, remote: bool) -> int:
