@@ -244,7 +244,7 @@ def test_a_wheel_trains_outside_of_a_checkout(tmp_path: Path) -> None:
     assert "llama-3.1-8b-24gb" in lisa_ds("recipes")
     lisa_ds("recipes demo --out demo.yaml")
     lisa_ds("init --model ./model --data rows.jsonl")
-    assert "model: " not in lisa_ds("plan run.yaml --world-size 2")
+    assert "2 ranks, 1 x 256 tokens" in lisa_ds("plan run.yaml --world-size 2")
     said = lisa_ds(
         "train run.yaml --num-gpus 2 training.max_steps=2 data.max_length=64 training.gradient_accumulation_steps=2"
     )

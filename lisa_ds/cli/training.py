@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
 import tempfile
 from pathlib import Path
 
@@ -54,7 +53,6 @@ def _train(arguments: argparse.Namespace) -> int:
         ranks = where.num_gpus or 1
         more = "" if where.num_gpus else "; --num-gpus 2 starts two"
         print(f"no GPU here: {ranks} {'rank' if ranks == 1 else 'ranks'} on the CPU{more}")
-    print("$", shlex.join(["deepspeed", *options, "--module", launcher.MODULE, *words]), flush=True)
     with tempfile.NamedTemporaryFile("w", prefix="lisa-ds-env-") as file_of_exports:
         if remote and "DS_ENV_FILE" not in environ:
             file_of_exports.writelines(f"{line}\n" for line in exports(environ))

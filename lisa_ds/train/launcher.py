@@ -7,6 +7,7 @@ what this process hears goes to the ranks alone, which save and leave: :mod:`lis
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -92,7 +93,7 @@ def options(where: Where, devices: int, environ: Mapping[str, str]) -> list[str]
 
 
 def launch(options: Sequence[str], arguments: Sequence[str], environ: Mapping[str, str], *, remote: bool) -> int:
-    """Start the launcher and stay until it has ended.
+    """Say what is started, start the launcher, and stay until it has ended.
 
     The first of :data:`SIGNALS`, or the end of whoever reads the output, has the run save after its step and leave; a second
     signal ends it at once.
@@ -107,15 +108,16 @@ def launch(options: Sequence[str], arguments: Sequence[str], environ: Mapping[st
         The launcher's exit code, which is that of the first rank that failed; 130 if the signal was that of Ctrl-C,
         :data:`READER_GONE` if the reader has gone.
     """
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *options, "--module", MODULE, *arguments]
+    words = [*options, "--module", MODULE, *arguments]
     watch = _Watch()
     before = {
         number: signal.signal(number, watch.hear) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
         piped = _is_pipe(1)
+        print("$", shlex.join(["deepspeed", *words]), flush=True)
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "deepspeed.launcher.runner", *words],
             env=dict(environ),
             start_new_session=True,  # a terminal's Ctrl-C would reach the ranks as such
             preexec_fn=_be_deaf,
