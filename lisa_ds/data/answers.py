@@ -22,8 +22,6 @@ from lisa_ds.data.written import Unfit, Written
 from lisa_ds.errors import DataError
 
 _MARKED_FILE = " to a file with its text, in which {% generation %} and {% endgeneration %} stand around each answer"
-
-
 _ENDS = "\n >])}:"  # of a word or a mark: an answer does not begin in the midst of one
 
 

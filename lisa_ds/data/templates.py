@@ -61,7 +61,7 @@ def _find(tokenizer: Any, name: str, key: str) -> str:
     if name in of_trl:
         return of_trl[name].read_text(encoding="utf-8")
     near = difflib.get_close_matches(name, [*own, *of_trl], n=3)
-    trl = "such as qwen3_training" if of_trl else "once it is installed: pip install 'lisa-ds[trl]'"
+    trl = "such as qwen3_training" if of_trl else "of a release that has them: pip install -U 'lisa-ds[trl]'"
     raise ConfigError(
         f"{key}: should be the path of a .jinja file, a name of the tokenizer's own templates "
         f"({', '.join(own) or 'it has none by name'}) or of TRL's ({trl}), got {name!r}"
