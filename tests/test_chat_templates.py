@@ -742,3 +742,30 @@ def test_what_is_noted_is_told_once_with_counts(tmp_path: Path, caplog: pytest.L
         f"{rows}: 1 of 3 rows hold reasoning in earlier answers, which the chat template writes in the last alone: those "
         "answers are learned without it"
     ]
+
+
+CALLED = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
+SHARED = Path(__file__).parents[2] / "shared" / "cases"
+
+
+@pytest.mark.parametrize(
+    ("case", "template", "expected"),
+    [
+        ("3-tool-calls/toolcall_empty", "qwen2_5", [CALLED, "It is 4 C.<|im_end|>"]),
+        ("3-tool-calls/toolcall_null", "qwen2_5", [CALLED, "It is 4 C.<|im_end|>"]),
+        ("3-tool-calls/toolcall_text", "qwen2_5", [f"Let me look.\n{CALLED}", "It is 4 C.<|im_end|>"]),
+        ("7-reasoning-content/rows", "qwen3", ["<think>\ntwo and two make four\n</think>\n\n4<|im_end|>"]),
+    ],
+)
+def test_rows_of_bug_reports(case: str, template: str, expected: list[str]) -> None:
+    path = SHARED / f"{case}.jsonl"
+    if not path.exists() or template not in TEMPLATES:
+        pytest.skip("needs the cases beside the checkout, and trl with its chat templates")
+    by = tokenizer(PLAINLY)
+    with pytest.raises(
+        DataError, match=r"jsonl:1: the tokenizer's chat template does not write .* so it would be lost"
+    ):
+        load(str(path), by)
+    row, *_ = load(str(path), by, chat_template=template)
+    shown = preview(row, by)
+    assert [part.partition("⟧")[0] for part in shown.split("⟦")[1:]] == expected
