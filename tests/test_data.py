@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -623,7 +624,10 @@ def test_the_standard_library_is_a_corpus(docs: Path) -> None:
     train, test = ([json.loads(line) for line in (docs / f"{split}.jsonl").open()] for split in stdlib_docs.SPLITS)
     assert len(train) > 3000
     assert 0.02 < len(test) / len(train) < 0.2
-    assert not {r["module"].partition(".")[0] for r in train} & {r["module"].partition(".")[0] for r in test}
+    packages = {
+        entry.question: entry.module.partition(".")[0] for entry in stdlib_docs._entries(Path(os.__file__).parent)
+    }
+    assert not {packages[row["instruction"]] for row in train} & {packages[row["instruction"]] for row in test}
     answers = [row["output"] for row in train + test]
     assert len(set(answers)) == len(answers)  # nothing held out can be learned by heart
     assert max(map(len, answers)) <= 600

@@ -13,6 +13,8 @@ from lisa_ds.config import DataConfig
 from lisa_ds.data import load_dataset, refusals
 from lisa_ds.errors import DataError
 from tests.rows import fresh_cache, load, text, tokenizer, write
+from tests.test_chat_templates import TEMPLATES
+from tests.test_chat_templates import tokenizer as with_template
 
 __all__ = ["fresh_cache"]
 
@@ -92,6 +94,38 @@ CALLED = 'assistant: [f {"x": 1}]<|end|>\n'
 )  # fmt: skip
 def test_what_a_row_holds_reaches_the_template(row: dict[str, Any], expected: str, tmp_path: Path) -> None:
     assert text(write(tmp_path / "rows.jsonl", row), loss_on="all") == [expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("qwen3", '{"name": "f", "arguments": {"x": 1}}'),
+        ("llama3_1", '{"name": "f", "parameters": {"x": 1}}'),
+        ("glm4moe", "<arg_key>x</arg_key>\n<arg_value>1</arg_value>"),
+        ("gptoss", '<|message|>{"x": 1}<|call|>'),
+        ("gemma4", "call:f{x:1}"),
+        ("deepseekv3", '{"x": 1}'),  # takes text alone
+    ],
+)
+def test_arguments_are_the_same_as_text_and_as_an_object(name: str, written: str, tmp_path: Path) -> None:
+    if name not in TEMPLATES:
+        pytest.skip("needs trl with its chat templates")
+    calls = ({"id": "abcdefghi", "type": "function", "function": call} for call in (BARE, AS_TEXT))
+    rows = [
+        {
+            "messages": [
+                ASK,
+                turn("assistant", "", tool_calls=[call]),
+                turn("tool", "1", tool_call_id="abcdefghi"),
+                ANSWER,
+            ]
+        }
+        for call in calls
+    ]
+    made = with_template(TEMPLATES[name])
+    found, _ = load_dataset(DataConfig(path=write(tmp_path / "rows.jsonl", *rows)), made)
+    assert found[0] == found[1]
+    assert written in made.decode(found[0]["input_ids"])
 
 
 # --- refused --------------------------------------------------------------------------------------------------------

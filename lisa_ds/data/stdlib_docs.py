@@ -66,7 +66,7 @@ def write(directory: Path) -> None:
     """Write the corpus of the running Python."""
     lines: dict[str, list[str]] = {split: [] for split in SPLITS}
     for entry in _entries(Path(sysconfig.get_path("stdlib"))):
-        row = {"instruction": entry.question, "input": "", "output": entry.answer, "module": entry.module}
+        row = {"instruction": entry.question, "input": "", "output": entry.answer}
         lines[entry.split].append(json.dumps(row, ensure_ascii=False) + "\n")
     for split, rows in lines.items():
         (directory / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")

@@ -56,8 +56,10 @@ def read_turns(row: Fields, column: str, unused: Unused, keys: tuple[str, str] =
     for number, value in enumerate(values):
         fields = row.part(f"{column}[{number}]", value, f"a turn with {keys[0]!r} and {keys[1]!r}")
         found = _read_turn(fields, keys, unused)
-        refuse_turn_fields(fields)
-        unused.turns.update(name for name, _ in fields.rest())
+        if len(fields.values) > 2:  # most turns hold a role and a content alone
+            _add_fields(fields, found)
+            refuse_turn_fields(fields)
+            unused.turns.update(name for name, _ in fields.rest())
         if turns and _goes_on(turns[-1], found):
             turns[-1]["tool_calls"] = [*turns[-1].get("tool_calls", ()), *found["tool_calls"]]
         else:
@@ -67,11 +69,8 @@ def read_turns(row: Fields, column: str, unused: Unused, keys: tuple[str, str] =
 
 def _read_turn(fields: Fields, keys: tuple[str, str], unused: Unused) -> Turn:
     role_key, content_key = next((pair for pair in (keys, *_KEYS) if pair[0] in fields), keys)
-    malformed = DataError(
-        f"{fields.place}: {fields.path} should be a turn with {keys[0]!r} and {keys[1]!r}, got {shown(fields.values)}"
-    )
     if role_key not in fields:
-        raise malformed
+        raise _malformed(fields, keys)
     role = fields.take(role_key)
     if not isinstance(role, str) or role not in _ROLES:
         raise fields.wrong(role_key, f"one of {', '.join(_ROLES)}", role)
@@ -80,16 +79,25 @@ def _read_turn(fields: Fields, keys: tuple[str, str], unused: Unused) -> Turn:
     else:
         calls = _tool_calls(fields, _ROLES[role], unused)
         if content_key not in fields and not calls:
-            raise malformed
+            raise _malformed(fields, keys)
         found = turn(_ROLES[role], _content(fields, content_key, unused, optional=bool(calls)))
         if calls:
             found["tool_calls"] = calls
+    return found
+
+
+def _malformed(fields: Fields, keys: tuple[str, str]) -> DataError:
+    expected = f"a turn with {keys[0]!r} and {keys[1]!r}"
+    return DataError(f"{fields.place}: {fields.path} should be {expected}, got {shown(fields.values)}")
+
+
+def _add_fields(fields: Fields, found: Turn) -> None:
+    """What a turn says besides."""
     _add_reasoning(fields, found)
     for name in ("tool_call_id", "name"):
         if text := fields.text(name, optional=True):
             found[name] = text
     _add_learn(fields, found)
-    return found
 
 
 def _goes_on(before: Turn, found: Turn) -> bool:
