@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import subprocess
 import sys
 import time
 import warnings
@@ -57,22 +58,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU")
     parser.add_argument("--limit-s", type=float, default=120)
-    parser.add_argument("--only", help="these parts, such as 'bf16;switches'")
+    parser.add_argument("--only", help="this part, such as 'bf16' or 'switches'")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.limit_s
     device = join_alone(arguments.dry_run)
-    wanted = arguments.only.split(";") if arguments.only else None
     report = Report(arguments.out, "b", dry_run=arguments.dry_run)
-    for case in [case for case in EXACT + SIXTEEN_BIT if wanted is None or case.name in wanted]:
-        if arguments.dry_run and case.dtype == "fp16":
-            continue  # DeepSpeed refuses fp16 on CPUs
+    for case in [case for case in EXACT + SIXTEEN_BIT if arguments.only in (None, case.name)]:
+        if arguments.dry_run and case not in EXACT[:2]:
+            continue  # the trajectory tests have them on CPUs
         with report.part(case.name):
             _follow_torch(report, case, device)
-    parts = {"synchronisations": _count_synchronisations, "switches": _follow_switches}
-    for name, part in parts.items():
-        if time.monotonic() < deadline and (wanted is None or name in wanted):
-            with report.part(name):
-                part(report, arguments.dry_run)
+    # Destroyed engines leave a part of their memory behind, DeepSpeed's own too: what counts bytes comes first of its process.
+    alone = {"synchronisations": _count_synchronisations, "switches": _follow_switches}
+    if arguments.only in alone:
+        with report.part(arguments.only):
+            alone[arguments.only](report, arguments.dry_run)
+    for name in alone if arguments.only is None else ():
+        command = [sys.executable, __file__, "--out", str(arguments.out), "--only", name]
+        limit = max(deadline - time.monotonic(), 1)
+        with report.part(f"a process for {name}"):
+            subprocess.run(command + ["--dry-run"] * arguments.dry_run, timeout=limit, check=True)
     os._exit(0)  # threads of libraries may abort an orderly exit, with all work done
 
 
@@ -180,7 +185,7 @@ def _follow_switches(report: Report, dry_run: bool) -> None:
     from lisa_ds.config import LisaConfig
     from lisa_ds.memory import Architecture, RunSettings, forecast
 
-    lisa = {"num_sampled_layers": 2, "interval_steps": 1}
+    lisa = {"num_sampled_layers": 2, "interval_steps": 2}
     model, config = a_model(dry_run, blocks=8 if dry_run else 16)
     engine = an_engine(model, lisa)
     sequence = 16 if dry_run else 512
@@ -200,8 +205,10 @@ def _follow_switches(report: Report, dry_run: bool) -> None:
     engine.optimizer.switch = followed
     gc.freeze()  # what was made until now is not looked through again at each collection
     allocated, reserved = [], []
-    for _ in range(10 if dry_run else SWITCHES):
+    for turn in range(2 * (5 if dry_run else SWITCHES) + 1):
         step(engine, ids)
+        if turn % 2:  # this step has switched, and what came in has no moments yet
+            continue
         gc.collect()
         if not dry_run:
             torch.cuda.synchronize()
@@ -209,8 +216,8 @@ def _follow_switches(report: Report, dry_run: bool) -> None:
         reserved.append(held())
     architecture = Architecture.from_config(config)
     planned = forecast(architecture, RunSettings(1, 1, sequence, lisa=LisaConfig.load(lisa))).phases["switch"]
-    report.write("bytes", "allocated after a switch", 0, "B", allocated)
-    report.write("bytes", "reserved after a switch", 0, "B", reserved)
+    report.write("bytes", "allocated after an interval's first step", 0, "B", allocated)
+    report.write("bytes", "reserved after an interval's first step", 0, "B", reserved)
     report.write("bytes", "peak of a switch", 0, "B", peaks, planned=sum(planned.values()), parts=planned)
     settled = allocated[3:]
     report.judge(FLAT, max(settled) - min(settled), "B")

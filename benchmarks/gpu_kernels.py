@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, installed or not
@@ -17,6 +18,7 @@ import torch
 
 from benchmarks.gpu_claims import Claim, Report, at_least
 from benchmarks.masked_adamw import BYTES, SEGMENTS, Step, measure, variants
+from lisa_ds import records
 from lisa_ds.ops import unavailable
 
 OURS = ("fp32", "mixed", "sr_fp32_moments", "sr_16bit", "int8_master", "int8_sr")
@@ -98,6 +100,20 @@ def _deepspeed_fused_adam(numel: int) -> Step:
     leaf.grad = torch.randn(numel, device="cuda").mul_(1e-3)
     step: Step = FusedAdam([leaf], lr=1e-8, weight_decay=0.1).step
     return step
+
+
+def table(found: Sequence[records.Record]) -> list[str]:
+    """A line of Markdown for every variant."""
+    of = {(record.name, record.variant): record for record in found}
+    lines = ["| | GB/s | of a copy | ns for an element | bytes |", "|---|---|---|---|---|"]
+    for (name, variant), record in of.items():
+        if name == "traffic":
+            copy, time_of = of["traffic", "copy"].value, of["step_time", variant]
+            lines.append(
+                f"| {variant} | {record.value:.0f} | {record.value / copy:.2f} "
+                f"| {time_of.value:.5f} ({time_of.low:.5f} to {time_of.high:.5f}) | {record.settings['bytes_per_element']:g} |"
+            )
+    return lines
 
 
 if __name__ == "__main__":

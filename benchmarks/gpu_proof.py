@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--report", nargs="+", type=Path, help="only print the table of these records")
     arguments = parser.parse_args()
     if arguments.report:
-        print("\n".join(_table([record for path in arguments.report for record in records.read(path)])))
+        print("\n".join(tables([record for path in arguments.report for record in records.read(path)])))
         return 0
     if arguments.out is None:
         parser.error("--out or --report is needed")
@@ -89,14 +89,16 @@ def main() -> int:
             continue
         file = arguments.out / f"{stage.script}.jsonl"
         file.unlink(missing_ok=True)
-        if not _run(stage, file, min(stage.limit_s, left), arguments.dry_run, environment):
+        if not run_stage(
+            stage, file, min(stage.limit_s * (5 if arguments.dry_run else 1), left), arguments.dry_run, environment
+        ):
             failed.append(stage.letter)
         files += [file] if file.is_file() else []
     for build in builds:
         build.kill()
     found = [record for file in files for record in records.read(file)]
     failed += [record.settings["stage"] for record in found if record.name == "failed"]
-    print("\n".join(_table(found)))
+    print("\n".join(tables(found)))
     print(f"{time.monotonic() - started:.0f} s; stages with failures: {', '.join(sorted(set(failed))) or 'none'}")
     return 1 if failed and arguments.dry_run else 0
 
@@ -123,7 +125,7 @@ def _build(code: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
 
 
-def _run(stage: Stage, file: Path, limit: float, dry_run: bool, environment: dict[str, str]) -> bool:
+def run_stage(stage: Stage, file: Path, limit: float, dry_run: bool, environment: dict[str, str]) -> bool:
     """Whether the stage ended by itself, and well. It gets to know its limit, and a little more than that to end."""
     print(f"---- {stage.letter}: {stage.script}, {limit:.0f} s at most", flush=True)
     script = ROOT / "benchmarks" / f"{stage.script}.py"
@@ -142,13 +144,16 @@ def _run(stage: Stage, file: Path, limit: float, dry_run: bool, environment: dic
     return code == 0
 
 
-def _table(found: list[records.Record]) -> list[str]:
+def tables(found: list[records.Record]) -> list[str]:
     devices = sorted({record.device for record in found})
     claims = [claim for stage in STAGES for claim in stage.claims]
     failures = [
         f"failed: {r.settings['stage']}, {r.variant}: {r.settings['error']}" for r in found if r.name == "failed"
     ]
-    return [f"Measured on: {', '.join(devices) or 'nothing'}", "", *table(claims, found), "", *failures]
+    lines = [f"Measured on: {', '.join(devices) or 'nothing'}", "", *table(claims, found), "", *failures]
+    for stage in (gpu_models, gpu_kernels):
+        lines += ["", *stage.table(found)]
+    return lines
 
 
 if __name__ == "__main__":

@@ -78,9 +78,15 @@ def _run_tests(report: Report, deadline: float, dry_run: bool) -> None:
             subprocess.run(command, cwd=ROOT, stdout=file, timeout=max(deadline - start, 10))
         except subprocess.TimeoutExpired:
             print("  ended at its limit: what ran until then counts")
+    unfit = judge_tests(report, log.read_text())
+    report.write("seconds", "tests/test_gpu.py", time.monotonic() - start, "s", unfit=unfit)
+
+
+def judge_tests(report: Report, text: str) -> list[str]:
+    """The verdicts on what pytest's verbose output tells of; returns the cases that did not pass."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in FUNCTIONS}
     unfit = []
-    for name, case, outcome in _OUTCOME.findall(log.read_text()):
+    for name, case, outcome in _OUTCOME.findall(text):
         counts[name][outcome.lower()] += 1
         if outcome != "PASSED":
             unfit.append(f"{name}{case}: {outcome.lower()}")
@@ -88,7 +94,7 @@ def _run_tests(report: Report, deadline: float, dry_run: bool) -> None:
         failures = count["failed"] + count["error"]
         if count["passed"] or failures:
             report.judge(OF_TESTS[name], failures, "failures", **count)
-    report.write("seconds", "tests/test_gpu.py", time.monotonic() - start, "s", unfit=unfit)
+    return unfit
 
 
 def _sanitize(report: Report, backend: str, deadline: float) -> None:
