@@ -40,6 +40,16 @@ LARGE = {
             "step 10/40  epoch 0.21  loss 3.2820  grad 2.92  lr 4.77e-04  skipped steps 3  82 tok/s  2.34 GB",
         ),
         (
+            {**TRAINING, **SPEED, **MEMORY, **LISA, "waiting_for_data": 0.451},
+            (10, 40),
+            "step 10/40  epoch 0.21  loss 3.2820  grad 2.92  lr 4.77e-04  82 tok/s  waiting 45%  2.34 GB",
+        ),
+        (
+            {**TRAINING, **SPEED, **MEMORY, "waiting_for_data": 0.049},
+            (10, 40),
+            "step 10/40  epoch 0.21  loss 3.2820  grad 2.92  lr 4.77e-04  82 tok/s  2.34 GB  MFU 31%",
+        ),
+        (
             {**LARGE, **LISA, "skipped_steps": 12},
             (100000, 100000),
             "step 100000/100000  epoch 123.46  loss 1234.5679  grad 1.23e+05  lr 1.23e-12  skipped steps 12",
@@ -62,7 +72,7 @@ LARGE = {
         (
             {"train_runtime": 147.31, "train_samples_per_second": 1.1, "train_steps_per_second": 0.27, "train_loss": 2.9, "total_flos": 1e12},
             (40, 40),
-            "step 40/40  mean loss 2.9000  147.3 s",
+            "step 40/40  trained for 147.3 s",
         ),
         ({"a_metric_of_somebody": "x" * 200, "loss": 1.0}, (1, 2), "step 1/2  loss 1.0000"),
     ],

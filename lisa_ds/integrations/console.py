@@ -18,24 +18,23 @@ _FIRST: dict[str, Callable[[Any], str]] = {
     "epoch": lambda value: f"epoch {value:.2f}",
     "loss": lambda value: f"loss {value:.4f}",
     "eval_loss": lambda value: f"held-out loss {value:.4f}",
-    "train_loss": lambda value: f"mean loss {value:.4f}",
     "grad_norm": lambda value: f"grad {value:.3g}",
     "learning_rate": lambda value: f"lr {value:.2e}",
 }
 # Between the two comes what has no form of its own: counts of what went wrong, metrics.
 _LAST: dict[str, Callable[[Any], str]] = {
     "tokens_per_second": lambda value: f"{_short(value)} tok/s",
+    "waiting_for_data": lambda value: f"waiting {value:.0%}" if value >= 0.05 else "",
     "max_rank_memory_gb": lambda value: f"{value:.2f} GB",
     "lisa/interval": lambda value: f"interval {value}",
-    "waiting_for_data": lambda value: f"waiting {value:.0%}",
     "mfu": lambda value: f"MFU {value:.0%}",
     "eval_runtime": lambda value: f"{value:.1f} s",
-    "train_runtime": lambda value: f"{value:.1f} s",
+    "train_runtime": lambda value: f"trained for {value:.1f} s",
     "eval_samples_per_second": lambda value: f"{_short(value)} rows/s",
 }
-# What the line says already, or another one.
+# What the line says already, or another one; and transformers' mean loss, which a resumed run divides by the steps before it, too.
 _UNTOLD = {
-    *("step", "total_flos", "lisa/state_mb", "tokens_per_second_per_gpu", "hfu", "max_rank_reserved_gb"),
+    *("train_loss", "step", "total_flos", "lisa/state_mb", "tokens_per_second_per_gpu", "hfu", "max_rank_reserved_gb"),
     *("eval_steps_per_second", "train_steps_per_second", "train_samples_per_second", "evaluating_and_saving_s"),
 }
 
@@ -70,7 +69,7 @@ def line(entry: Mapping[str, Any], step: int, steps: int) -> str:
     ]
     shown = f"step {step:>{len(str(steps))}}/{steps}"
     columns = width()
-    for part in parts:
+    for part in filter(None, parts):
         if len(shown) + len("  ") + len(part) > columns:
             break
         shown += f"  {part}"
