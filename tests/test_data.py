@@ -165,7 +165,7 @@ def test_columns_are_renamed(tmp_path: Path, tokenizer: Any) -> None:
         ({"messages": []}, {}, "messages should be a list of turns with 'role' and 'content', got []"),
         ({"messages": [{"role": "user"}]}, {}, "messages[0] should be a turn with 'role' and 'content', got {'role': 'user'}"),
         ({"messages": [{"role": "bot", "content": "x"}]}, {}, "messages[0].role should be one of system, developer, user, human, assistant, gpt, function_call, tool_call, tool, function, observation, tool_response, got 'bot'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {}, "messages[0].content[0].type is 'image', and rows are trained on as text alone; leave out the row"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {}, "messages[0].content[0].type is 'image', and only text is read; give thoughts as reasoning_content and calls as tool_calls, and leave out rows about pictures and sounds"),
         ({"prompt": "q", "completion": None}, {}, "completion should be text, got None"),
         ({"text": None}, {}, "text should be text, got None"),
         ({"text": "t", "label": "x"}, {}, "rows are classification, but model.task is 'causal_lm'; set model.task: sequence_classification, or data.format: text"),

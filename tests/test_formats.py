@@ -178,14 +178,14 @@ TALK = {"messages": [ASK, ANSWER]}
         ({"prompt": [ASK], "completion": [ANSWER], "completion_mask": [0, 1]}, "completion_mask", "says which tokens are learned; give each turn of messages a weight of 0 or 1 instead"),
         ({**TALK, "chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs", "changes the chat template for one row; write all rows for one template, and set data.chat_template"),
         # what others read under other names
-        ({"prompt": "q", "completion": "a", "system": "s"}, "system", "goes with an instruction, not with a prompt that is a text; set data.columns: {prompt: instruction, completion: output}"),
+        ({"prompt": "q", "completion": "a", "system": "s"}, "system", "goes with an instruction, not with a prompt that is a text; with data.columns, name the prompt instruction and the completion output"),
         ({"prompt": "q", "completion": "a", "history": [["b", "c"]]}, "history", "goes with an instruction"),
         ({"prompt": "q", "completion": "a", "tools": [TOOL]}, "tools", "goes with an instruction"),
-        ({"prompt": "q", "completion": "a", "context": "c"}, "context", "goes before a prompt in other data sets, and is not read here; set data.columns: {prompt: instruction, completion: output, context: input}"),
+        ({"prompt": "q", "completion": "a", "context": "c"}, "context", "goes before a prompt in other data sets, and is not read here; with data.columns, name the prompt instruction and the completion output, and context input"),
         ({"instruction": "q", "output": "a", "context": "c"}, "context", "belongs to the instruction in other data sets, and is not read here; set data.columns: {context: input}"),
         ({"instruction": "q", "output": "a", "system_prompt": "s"}, "system_prompt", "is read under the name of system; set data.columns: {system_prompt: system}"),
         ({"conversations": [said("human", "q"), said("gpt", "a")], "system_message": "s"}, "system_message", "is read under the name of system; set data.columns: {system_message: system}"),
-        ({"prompt": "q", "completion": "a", "system_prompt": "s"}, "system_prompt", "is read under the name of system, with an instruction; set data.columns: {prompt: instruction, completion: output, system_prompt: system}"),
+        ({"prompt": "q", "completion": "a", "system_prompt": "s"}, "system_prompt", "is read under the name of system, with an instruction; with data.columns, name the prompt instruction and the completion output, and system_prompt system"),
         ({**TALK, "history": [["b", "c"]]}, "history", "holds earlier turns; put them into the list of turns"),
         ({"instruction": "q", "output": "a", "reasoning": "hm"}, "reasoning", "holds the thoughts before an answer; give messages, with reasoning_content in the answer's turn"),
         # fields of turns
@@ -239,7 +239,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(row: Any, name: str, message
         (answered(train="no"), "messages[1].train should be 0 or 1, false or true, got 'no'"),
         (answered(weight=1, loss=False), "messages[1].weight and loss contradict each other; keep one"),
         ({"messages": [{**ASK, "train": True}, ANSWER]}, "messages[0].train asks to learn a turn of role 'user'; only the assistant's are: remove it"),
-        ({"messages": [turn("user", [{"type": "image_url", "image_url": {"url": "x"}}]), ANSWER]}, "messages[0].content[0].type is 'image_url', and rows are trained on as text alone; leave out the row"),
+        ({"messages": [turn("user", [{"type": "image_url", "image_url": {"url": "x"}}]), ANSWER]}, "messages[0].content[0].type is 'image_url', and only text is read; give thoughts as reasoning_content and calls as tool_calls, and leave out rows about pictures and sounds"),
         ({"messages": [turn("user", [{"type": "text"}]), ANSWER]}, "messages[0].content[0].text should be text, got None"),
         ({"messages": [turn("user", ["q"]), ANSWER]}, "messages[0].content[0] should be an object, got 'q'"),
         ({"messages": [turn("user", "<image>q"), ANSWER], "images": []}, "<image> stands for what a text model does not see; leave out the row, or remove it from the text"),
@@ -354,6 +354,18 @@ def test_what_means_nothing_here_is_told(row: Any, told: str, tmp_path: Path, ca
     path = write(tmp_path / "rows.jsonl", row)
     load(path)
     assert [record.getMessage() for record in caplog.records] == [f"{path}: {told}"]
+
+
+def test_a_column_that_a_renaming_hides_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{**TALK, "persona": "s", "system": "t"}, {**TALK, "system": "t"}]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    assert text(path, columns={"persona": "system"}) == [f"system: {system}<|end|>\n" + Q + A for system in "st"]
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: columns not used: 'system' (1 row)"]
+
+
+def test_a_blank_answer_in_the_first_row_makes_no_other_form(tmp_path: Path) -> None:
+    rows = [{"instruction": "q", "output": answer, "text": "qa"} for answer in ("", "a")]
+    assert text(write(tmp_path / "rows.jsonl", *rows)) == [Q + A]
 
 
 def test_a_data_set_of_its_own_is_told_of_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -149,6 +149,7 @@ def _write_rows(
             renamed.update(columns.keys() & row.fields.keys())
             try:
                 row = leave_out(row, names, ignored)
+                unused.columns.update(formats.hidden(row, columns))
                 content = leave_out_read(form(formats.rename(row, columns), unused), names, ignored)
                 said = {key: value for key, value in content.items() if value is not None}
                 text = f"{seed}\0{json.dumps(said, sort_keys=True)}"

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lisa_ds.data.fields import Fields, Unused, listed
+from lisa_ds.data.fields import Fields, Unused, listed, says_something
 from lisa_ds.data.files import Row
 from lisa_ds.data.refusals import refuse_columns, refuse_placeholders
 from lisa_ds.data.turns import Turn, read_tools, read_turns, turn
@@ -81,8 +81,9 @@ def tell(row: Row, option: str) -> Form:
     """
     forms = [form for form in FORMS if option in ("auto", form.option)]
     fields = Fields(row.fields, row.place)
-    filled = [form for form in forms if all(map(fields.says, form.columns))]
-    for form in filled or forms:  # a column that says nothing is of the form of other rows
+    for form in forms:
+        if form.kind == "classification" and option == "auto" and row.fields.get("label") is None:
+            continue  # a text in a data set whose other rows may have labels
         if all(column in row.fields for column in form.columns):
             if form.kind == "pair" and not isinstance(row.fields["prompt"], str):
                 return _PAIR_OF_TURNS
@@ -107,14 +108,21 @@ def rename(row: Row, columns: Mapping[str, str]) -> Row:
     needed = {column for form in FORMS for column in form.columns}
     if missing := [old for old, new in columns.items() if new in needed and old not in row.fields]:
         raise DataError(f"{row.place}: data.columns renames {listed(missing)}; found {listed(row.fields)}")
+    found = {old: new for old, new in columns.items() if old in row.fields}
     # What the new name stood for before is hidden.
-    kept = {key: value for key, value in row.fields.items() if key not in columns and key not in columns.values()}
+    kept = {key: value for key, value in row.fields.items() if key not in found and key not in found.values()}
     return Row(
         row.place,
-        kept | {new: row.fields[old] for old, new in columns.items() if old in row.fields},
+        kept | {new: row.fields[old] for old, new in found.items()},
         row.starts,
         row.ends,
     )
+
+
+def hidden(row: Row, columns: Mapping[str, str]) -> list[str]:
+    """The columns that say something and whose name :func:`rename` gives to others."""
+    names = {new for old, new in columns.items() if old in row.fields} - columns.keys()
+    return [name for name in names if says_something(row.fields.get(name))]
 
 
 def _alpaca(row: Fields, unused: Unused) -> dict[str, Any]:

@@ -16,7 +16,7 @@ _CONVERSATIONS = ("alpaca", "messages", "prompt_completion")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 _FORMS_OF_OTHERS = ("chosen", "rejected", "preferred_output", "input_ids", "segments")
-_TO_ALPACA = "set data.columns: {{prompt: instruction, completion: output"
+_TO_ALPACA = "with data.columns, name the prompt instruction and the completion output"
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ _OF_ROWS = (
     ),
     _Refusal(
         ("system", "history", "input", "tools", "functions"),
-        f"goes with an instruction, not with a prompt that is a text; {_TO_ALPACA}}}}}",
+        f"goes with an instruction, not with a prompt that is a text; {_TO_ALPACA}",
         ("prompt_completion",),
     ),
     _Refusal(
         ("context",),
-        f"goes before a prompt in other data sets, and is not read here; {_TO_ALPACA}, context: input}}}}",
+        f"goes before a prompt in other data sets, and is not read here; {_TO_ALPACA}, and {{name}} input",
         ("prompt_completion",),
     ),
     _Refusal(
@@ -106,7 +106,7 @@ _OF_ROWS = (
     ),
     _Refusal(
         ("system_prompt", "system_message"),
-        f"is read under the name of system, with an instruction; {_TO_ALPACA}, {{name}}: system}}}}",
+        f"is read under the name of system, with an instruction; {_TO_ALPACA}, and {{name}} system",
         ("prompt_completion",),
     ),
     _Refusal(

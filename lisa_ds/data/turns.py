@@ -141,7 +141,11 @@ def _content(fields: Fields, key: str, unused: Unused, *, optional: bool) -> str
         for number, part in enumerate(content):
             inside = fields.part(f"{key}[{number}]", part)
             if (kind := inside.take("type")) != "text":
-                raise inside.refused("type", f"is {kind!r}, and rows are trained on as text alone; leave out the row")
+                raise inside.refused(
+                    "type",
+                    f"is {kind!r}, and only text is read; give thoughts as reasoning_content and calls as tool_calls, "
+                    f"and leave out rows about pictures and sounds",
+                )
             texts.append(inside.text("text"))
             unused.turns.update(f"{key}[].{name}" for name, _ in inside.rest())
         return "".join(texts)
