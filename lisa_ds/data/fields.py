@@ -10,6 +10,8 @@ from typing import Any
 
 from lisa_ds.errors import DataError
 
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # what a field holds that is not there
+
 
 @dataclass
 class Unused:
@@ -73,7 +75,7 @@ class Fields:
     def text(self, name: str, *, optional: bool = False) -> str:
         """The value, which is text; of an optional one that is not there, nothing."""
         value = self.take(name)
-        if optional and value is None:
+        if optional and not isinstance(value, str) and not says_something(value):
             return ""
         if not isinstance(value, str):
             raise self.wrong(name, "text", value)
