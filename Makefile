@@ -1,7 +1,7 @@
 # Everything runs in a virtual environment of its own, .venv, which is built on first use and when its inputs change.
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-slow test-cluster test-gpu proof-gpu test-versions bench ablate ablate-report clean
+.PHONY: help install demo test check format test-slow test-fuzz test-cluster test-gpu proof-gpu test-versions bench ablate ablate-report clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -58,6 +58,9 @@ test: $(VENV)/installed  ## all tests but the slow ones
 
 test-slow: $(VENV)/installed  ## the slow tests
 	$(PYTEST) -m "slow and not gpu and not cluster" || [ $$? -eq 5 ]  # 5: there are none
+
+test-fuzz: $(VENV)/installed  ## thousands of spoiled run files and data files: an hour on two cores
+	$(PYTEST) tests/test_config_fuzz.py tests/test_data_fuzz.py
 
 # What they need is installed where it can be; where it cannot, they say what is missing and are skipped.
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge pdsh openssh-server openssh-client iproute2 iptables

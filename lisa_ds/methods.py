@@ -7,18 +7,21 @@ from typing import Any
 from lisa_ds.config import RunConfig
 from lisa_ds.engines.zero3 import policies
 from lisa_ds.integrations.hf import attach
-from lisa_ds.models import skeleton
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, model: Any) -> None:
     """Refuse a method that does not fit the model, before its weights or any data are read.
+
+    Args:
+        config: The run.
+        model: Its model, without weights.
 
     Raises:
         ConfigError: More layers are to be sampled than there are, or policies contradict each other.
-        ModelError: The model has no block stack, or cannot be had.
+        ModelError: The model has no block stack.
     """
     if config.method == "lisa":
-        policies.check(skeleton(config.model), config.lisa)
+        policies.check(model, config.lisa)
 
 
 def prepare(trainer: Any, config: RunConfig) -> None:

@@ -87,8 +87,6 @@ CALLED = 'assistant: [f {"x": 1}]<|end|>\n'
         ({"messages": [turn("system", "s"), ASK, ANSWER], "system": "s"}, "system: s<|end|>\n" + Q + A),
         ({"instruction": "q", "output": "a", "history": [["b", "c"]], "system": "s"}, "system: s<|end|>\nuser: b<|end|>\nassistant: c<|end|>\n" + Q + A),
         ({"instruction": "q", "output": "a", "history": [], "input": None}, Q + A),
-        ({"instruction": "q", "output": "a", "history": None, "input": float("nan"), "system": float("nan")}, Q + A),
-        (answered(tool_calls=[], function_call=None, name="", weight=None, reasoning=" ", refusal=None), Q + A),
         # weights that change nothing
         (answered(weight=1), Q + A),
         ({"messages": [ASK, ANSWER], "weight": 1.0}, Q + A),
@@ -248,9 +246,6 @@ def test_what_cannot_be_honoured_is_refused_by_name(row: Any, name: str, message
         ({"text": "a <video>", "videos": None}, "<video> stands for what a text model does not see"),
         ({"messages": [turn("system", "s"), ASK, ANSWER], "system": "t"}, "system and the conversation's own system turn differ; keep one"),
         ({"instruction": "q", "output": "a", "history": ["b"]}, "history[0] should be a question and an answer, got 'b'"),
-        ({"instruction": "q", "output": "a", "history": False}, "history should be a list of [question, answer], got False"),
-        ({"messages": [ASK, turn("assistant", "a", tool_calls=0)]}, "messages[1].tool_calls should be a list of calls, got 0"),
-        ({"messages": [ASK, turn("assistant", "a", function_call=False)]}, "messages[1].function_call should be an object, got False"),
         ({"instruction": "q", "output": "a", "history": "b"}, "history should be a list of [question, answer], got 'b'"),
         ({"messages": [turn("bot", "q")]}, "messages[0].role should be one of system, developer, user, human, assistant, gpt, function_call, tool_call, tool, function, observation, tool_response, got 'bot'"),
     ],

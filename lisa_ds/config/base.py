@@ -86,7 +86,7 @@ def validate(kind: type[SectionT], fields: Mapping[str, Any], origin: Origin, pr
     Raises:
         ConfigError: Every mistake, one a line.
     """
-    problems = [*problems, *_unfit(fields, origin)]
+    problems = [*problems, *unfit(fields, origin)]
     try:
         section = kind.model_validate(dict(fields))
     except ValidationError as error:
@@ -180,8 +180,17 @@ PathName = Annotated[str, Field(min_length=1), AfterValidator(fits_a_path)]
 """The path of a file or directory, which need not exist."""
 
 
-def _unfit(fields: Mapping[str, Any], origin: Origin) -> list[str]:
-    """Values that no key means: they would fail far from here, in arithmetic, in a system call or when they are printed."""
+def unfit(fields: Mapping[str, Any], origin: Origin, *, text_keys: bool = False) -> list[str]:
+    """Values that no key means: they would fail far from here, in arithmetic, in a system call or when they are printed.
+
+    Args:
+        fields: Keys and values, nested.
+        origin: Where they were read.
+        text_keys: Whether a number is no key either.
+
+    Returns:
+        What is wrong with each, in the order in which they are written.
+    """
     problems: list[str] = []
     left: list[tuple[tuple[str, ...], Any]] = [((), fields)]
     while left:
@@ -189,7 +198,7 @@ def _unfit(fields: Mapping[str, Any], origin: Origin) -> list[str]:
         what = ""
         if isinstance(value, Mapping):
             left += [((*path, str(key)), inner) for key, inner in value.items()]
-            odd = [key for key in value if not isinstance(key, (str, int))]
+            odd = [key for key in value if not isinstance(key, str if text_keys else (str, int))]
             what = f"should have text for keys, has {odd[0]!r}" if odd else ""
         elif isinstance(value, (list, tuple)):
             left += [(path, inner) for inner in value]

@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lisa_ds.config.base import Origin, PathName, Section, fits_a_path, mistake, not_built, show, validate
+from lisa_ds.config.base import Origin, PathName, Section, fits_a_path, mistake, not_built, show, unfit, validate
 from lisa_ds.config.files import parse_yaml, read_mapping
 from lisa_ds.config.lisa import LisaConfig, rename_aliases
 from lisa_ds.config.sampler import named
 from lisa_ds.config.training import TrainingValues, known, section
+from lisa_ds.errors import ConfigError
 
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -196,8 +197,12 @@ class RunConfig(Section):
             ConfigError: The file is missing or malformed.
         """
         if isinstance(self.deepspeed, str):
-            return read_mapping(self.deepspeed)
-        return dict(self.deepspeed or {})
+            fields, origin = read_mapping(self.deepspeed), Origin(self.deepspeed)
+        else:
+            fields, origin = dict(self.deepspeed or {}), replace(self._origin, prefix="deepspeed")
+        if problems := unfit(fields, origin, text_keys=True):
+            raise ConfigError("\n".join(problems))
+        return fields
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

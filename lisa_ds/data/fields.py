@@ -10,8 +10,6 @@ from typing import Any
 
 from lisa_ds.errors import DataError
 
-EMPTY: tuple[Any, ...] = (None, "", [], {})  # what a field holds that is not there
-
 
 @dataclass
 class Unused:
@@ -75,7 +73,7 @@ class Fields:
     def text(self, name: str, *, optional: bool = False) -> str:
         """The value, which is text; of an optional one that is not there, nothing."""
         value = self.take(name)
-        if optional and not isinstance(value, str) and not says_something(value):
+        if optional and value is None:
             return ""
         if not isinstance(value, str):
             raise self.wrong(name, "text", value)

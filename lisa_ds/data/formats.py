@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lisa_ds.data.fields import EMPTY, Fields, Unused, listed, says_something
+from lisa_ds.data.fields import Fields, Unused, listed, says_something
 from lisa_ds.data.files import Row
 from lisa_ds.data.refusals import refuse_columns, refuse_placeholders
 from lisa_ds.data.turns import Turn, read_tools, read_turns, turn
@@ -137,9 +137,7 @@ def _alpaca(row: Fields, unused: Unused) -> dict[str, Any]:
 
 def _history(row: Fields) -> list[Turn]:
     """Earlier questions and answers, as LLaMA-Factory has them: a list of pairs of texts."""
-    history = row.take("history")
-    if history in EMPTY:
-        return []
+    history = row.take("history") or []
     if not isinstance(history, list):
         raise row.wrong("history", "a list of [question, answer]", history)
     turns = []

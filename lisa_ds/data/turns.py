@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from lisa_ds.data import strict_json
-from lisa_ds.data.fields import EMPTY, Fields, Unused, says_something, shown
+from lisa_ds.data.fields import Fields, Unused, says_something, shown
 from lisa_ds.data.refusals import refuse_turn_fields
 from lisa_ds.data.strict_json import NotJSON
 from lisa_ds.errors import DataError
@@ -157,11 +157,11 @@ def _content(fields: Fields, key: str, unused: Unused, *, optional: bool) -> str
 def _tool_calls(fields: Fields, role: str, unused: Unused) -> list[dict[str, Any]]:
     """Calls in OpenAI's form, with the arguments as an object."""
     calls = []
-    if (found := fields.take("tool_calls")) not in EMPTY:
+    if found := fields.take("tool_calls"):
         if not isinstance(found, list):
             raise fields.wrong("tool_calls", "a list of calls", found)
         calls += [_call(fields, f"tool_calls[{number}]", call, unused) for number, call in enumerate(found)]
-    if (found := fields.take("function_call")) not in EMPTY:
+    if found := fields.take("function_call"):
         calls.append(_call(fields, "function_call", found, unused))
     if calls and role != "assistant":
         name = "tool_calls" if fields.says("tool_calls") else "function_call"
@@ -175,7 +175,7 @@ def _call_turn(fields: Fields, key: str, unused: Unused) -> Turn:
     found = turn("assistant", "")
     if thought := _THOUGHT.search(content):
         found["reasoning_content"] = thought[1].strip()
-        content = content.replace(thought[0], "", 1)
+        content = content.replace(thought[0], "")
     calls = _parsed(fields, key, content)
     calls = calls if isinstance(calls, list) else [calls]
     if not calls:

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from tqdm.auto import tqdm
@@ -103,14 +104,37 @@ def check_deepspeed(fields: Mapping[str, Any], source: str, *, lisa: bool) -> No
                 for problem in error.errors()
             )
         ) from None
+    _try(fields, source)
     if not lisa:
         return
     compat.check_deepspeed()
     problems = compat.zero_problems(zero) + parallel.problems(fields)
-    if (fields.get("compile") or {}).get("deepcompile"):
+    compiling = fields.get("compile")
+    if isinstance(compiling, Mapping) and compiling.get("deepcompile"):
         problems.append(compat.DEEPCOMPILE)
     if problems:
         raise EngineError("\n".join(f"{source}: {problem}" for problem in problems))
+
+
+def _try(fields: Mapping[str, Any], source: str) -> None:
+    """Have DeepSpeed read the config as it does when it builds an engine, but for what is only known then."""
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    sure = {key: value for key, value in _without_auto(fields).items() if key not in batch}
+    try:
+        DeepSpeedConfig({**sure, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1})
+    except Exception as error:  # whatever it is, it is this config's
+        problems = error.errors() if isinstance(error, ValidationError) else [{"msg": str(error) or repr(error)}]
+        said = "; ".join(
+            " ".join(str(part) for part in (*problem.get("loc", ()), problem["msg"])) for problem in problems
+        )
+        raise ConfigError(f"{source}: DeepSpeed cannot read it: {' '.join(said.split())}") from None
+
+
+def _without_auto(value: Any) -> Any:
+    """``value`` without the keys that transformers is to fill in."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
 
 
 def check_fp16(source: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lisa_ds.cache import build_once
 from lisa_ds.config import ModelConfig
 from lisa_ds.errors import ModelError
-from lisa_ds.models import smollm2
+from lisa_ds.models import fitness, smollm2
+
+# What transformers and the libraries below it raise for a file that is missing, or holds what they do not expect.
+_REFUSALS = (
+    OSError,
+    ValueError,
+    ImportError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 # Name after "builtin:" -> the cache entry and what fills it. The number is raised when the conversion changes.
 BUILTIN = {"smollm2-135m": ("models/smollm2-135m-1", smollm2.convert)}
@@ -43,11 +57,11 @@ def resolve(name_or_path: str) -> str:
             known = f"did you mean 'builtin:{near[0]}'?" if near else f"there is {', '.join(map(_spell, BUILTIN))}"
             raise ModelError(f"{name_or_path}: no such built-in model; {known}")
         return str(build_once(*BUILTIN[builtin]))
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name_or_path))
+    if os.path.isdir(path):  # unlike pathlib's, it is no error where there can be no such name
         _check_directory(path)
         return str(path)
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelError(f"{name_or_path}: is a file; give the directory that holds it and config.json")
     if not _HUB_NAME.fullmatch(name_or_path):
         raise ModelError(f"{name_or_path}: no such directory (looked from {Path.cwd()}){_near_directory(path)}")
@@ -115,6 +129,38 @@ def skeleton(config: ModelConfig) -> Any:
         return _KINDS[config.task].from_config(shape, trust_remote_code=config.trust_remote_code)
 
 
+def fitting_skeleton(config: ModelConfig) -> Any:
+    """As :func:`skeleton`, of a model that its task and the packages that are installed let train.
+
+    Raises:
+        ModelError: They do not; names the key, and what to change.
+    """
+    _, shape = _config_of(config)
+    fitness.check_task(config, shape)
+    model = skeleton(config)
+    if config.attn_implementation is not None:
+        try:
+            with torch.device("meta"):
+                _KINDS[config.task].from_config(
+                    shape, trust_remote_code=config.trust_remote_code, attn_implementation=config.attn_implementation
+                )
+        except _REFUSALS as error:
+            raise ModelError(
+                f"{config.where('attn_implementation')}: cannot be had for {config.name_or_path!r} here, got "
+                f"{config.attn_implementation!r}; leave it out, or use sdpa or eager: {' '.join(str(error).split())}"
+            ) from error
+    return model
+
+
+def check_weights(config: ModelConfig) -> None:
+    """Refuse a model whose weights are missing or cut short, as far as it shows without reading them.
+
+    Raises:
+        ModelError: Names the file.
+    """
+    fitness.check_files(config, _resolve(config))
+
+
 def model_config(config: ModelConfig) -> dict[str, Any]:
     """The keys of the model's ``config.json``, with transformers' defaults for those that it leaves out.
 
@@ -162,7 +208,7 @@ def _check_directory(path: Path) -> None:
 
 
 def _near_directory(path: Path) -> str:
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return ""
     siblings = [child.name for child in path.parent.iterdir() if child.is_dir()]
     near = difflib.get_close_matches(path.name, siblings, n=1)
@@ -178,9 +224,9 @@ def _explained(config: ModelConfig, what: str) -> Iterator[None]:
     """Turn what transformers raises for a missing or unfit file into one message about the config's key."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        path = Path(config.name_or_path).expanduser()
-        remote = config.name_or_path.partition(":")[0] != "builtin" and not path.is_dir()
+    except _REFUSALS as error:
+        path = Path(os.path.expanduser(config.name_or_path))
+        remote = config.name_or_path.partition(":")[0] != "builtin" and not os.path.isdir(path)
         hub = f" (no such directory here{_near_directory(path)}, so the hub was asked)" if remote else ""
         raise ModelError(
             f"{config.where('name_or_path')}: no {what} could be loaded from {config.name_or_path!r}{hub}: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import multiprocessing
 import os
 import typing
 from collections.abc import Mapping
@@ -13,10 +14,9 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
-from transformers.integrations import get_available_reporting_integrations
 
 from lisa_ds.config import RunConfig, check_contradictions
-from lisa_ds.config.base import Origin, Section, validate
+from lisa_ds.config.base import Origin, Section, show, validate
 from lisa_ds.config.training import EARLY_STOPPING, section
 from lisa_ds.errors import ConfigError
 
@@ -27,10 +27,22 @@ _ELSEWHERE = {
     "fsdp": "LISA shards its state under DeepSpeed ZeRO-3",
     "fsdp_config": "LISA shards its state under DeepSpeed ZeRO-3",
     "auto_find_batch_size": "it does not go with ZeRO-3",
+    "enable_jit_checkpoint": "a run saves itself when it is signalled, see --resume",
     "local_rank": "the launcher sets it",
     "parallelism_config": "ranks that share a layer are deepspeed.tensor_parallel.autotp_size",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "it has no effect: a run evaluates, trains, and evaluates"),
 }
+# What transformers, accelerate and DeepSpeed raise for values that do not go together.
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    NotImplementedError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    OSError,
+    AssertionError,
+)
 _ADAMW = ("adamw_torch", "adamw_torch_fused")  # transformers' names for torch's own
 
 
@@ -40,9 +52,9 @@ def check(config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError: Every mistake in ``training``, and every contradiction with ``deepspeed``, one a line.
     """
-    origin = dataclasses.replace(config._origin, prefix="training")
-    given = validate(_section(), config.training, origin).model_dump(exclude_unset=True)
-    given = _under_present_names(given, origin)
+    where = origin(config)
+    given = validate(_section(), config.training, where).model_dump(exclude_unset=True)
+    given = _under_present_names(given, where)
     asked = given.get("eval_strategy", "no") != "no"
     evaluating = {
         **dict.fromkeys(EARLY_STOPPING, True),
@@ -52,31 +64,42 @@ def check(config: RunConfig) -> dict[str, Any]:
     for key in [key for key, needs in evaluating.items() if key in given and needs]:
         if not holds_out(config):
             raise ConfigError(
-                f"{origin.where(key)}: needs held-out data; set data.eval_fraction, eval_split or eval_path"
+                f"{where.where(key)}: needs held-out data; set data.eval_fraction, eval_split or eval_path"
             )
         if key in EARLY_STOPPING and given.get("eval_strategy") == "no":
-            raise ConfigError(f"{origin.where(key)}: needs evaluations on the way, but training.eval_strategy is 'no'")
+            raise ConfigError(f"{where.where(key)}: needs evaluations on the way, but training.eval_strategy is 'no'")
     if given.get("metric_for_best_model", "loss") not in (None, "loss", "eval_loss"):
         raise ConfigError(
-            f"{origin.where('metric_for_best_model')}: a run measures eval_loss, got {given['metric_for_best_model']!r}"
+            f"{where.where('metric_for_best_model')}: a run measures eval_loss, got {given['metric_for_best_model']!r}"
         )
-    _check_optimizer(config, given, origin)
-    _check_trackers(given.get("report_to"), origin)
+    _check_optimizer(config, given, where)
+    _check_combinations(given, where)
     source = config.where("deepspeed")
     if isinstance(config.deepspeed, str):
         source = config.deepspeed
     # Defaults count, too: a DeepSpeed config that clips at 0.5 contradicts transformers' default of 1.
-    defaults = {
-        f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.default is not dataclasses.MISSING
-    }
     check_contradictions(
-        {**defaults, **given},
+        {**defaults(), **given},
         config.deepspeed_config(),
         training_source=config.where("training"),
         deepspeed_source=source,
         world_size=_data_parallel_size(config, source),
     )
     return given
+
+
+def origin(config: RunConfig) -> Origin:
+    """Where the ``training`` section was read."""
+    return dataclasses.replace(config._origin, prefix="training")
+
+
+def defaults() -> dict[str, Any]:
+    """Transformers' own values of the arguments that have one."""
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(TrainingArguments)
+        if field.default is not dataclasses.MISSING
+    }
 
 
 def _data_parallel_size(config: RunConfig, source: str) -> int | None:
@@ -128,6 +151,50 @@ def _check_optimizer(config: RunConfig, given: Mapping[str, Any], origin: Origin
                 )
 
 
+def _check_combinations(given: Mapping[str, Any], origin: Origin) -> None:
+    """What transformers, accelerate or torch would refuse once the weights are loaded, or what would not be as it says.
+
+    Raises:
+        ConfigError: Names key and value, and what to write.
+    """
+    workers = given.get("dataloader_num_workers", 0)
+    strategies, methods = ("random", "sequential", "group_by_length"), multiprocessing.get_all_start_methods()
+    accelerator = given.get("accelerator_config") or {}
+    nested = accelerator.get("gradient_accumulation_kwargs") if isinstance(accelerator, Mapping) else None
+    problems = {
+        "dataloader_persistent_workers": (
+            given.get("dataloader_persistent_workers") and not workers,
+            "takes dataloader_num_workers of 1 or more",
+        ),
+        "dataloader_multiprocessing_context": (
+            given.get("dataloader_multiprocessing_context") not in (None, *methods),
+            f"should be one of {', '.join(methods)}",
+        ),
+        "train_sampling_strategy": (
+            given.get("train_sampling_strategy", "random") not in strategies,
+            f"should be one of {', '.join(strategies)}",
+        ),
+        "label_names": (given.get("label_names") not in (None, ["labels"]), "rows have labels under one name: leave it out"),
+        "save_only_model": (
+            given.get("save_only_model") and given.get("load_best_model_at_end"),
+            "does not go with load_best_model_at_end under DeepSpeed",
+        ),
+        "bf16_full_eval": (given.get("bf16_full_eval") and not given.get("bf16"), "would cast the model that trains; set bf16, or leave it out"),
+        "fp16_full_eval": (given.get("fp16_full_eval") and not given.get("fp16"), "would cast the model that trains; set fp16, or leave it out"),
+        "accelerator_config": (
+            isinstance(accelerator, Mapping) and accelerator.get("split_batches"),
+            "split_batches would divide a rank's rows among all; set per_device_train_batch_size instead",
+        ),
+        "accelerator_config ": (
+            isinstance(nested, Mapping) and "num_steps" in nested,
+            "gradient_accumulation_kwargs.num_steps is what gradient_accumulation_steps says; set that",
+        ),
+    }  # fmt: skip
+    for key, (wrong, what) in problems.items():
+        if wrong:
+            raise ConfigError(f"{origin.where(key.strip())}: {what}, got {show(given[key.strip()])}")
+
+
 def holds_out(config: RunConfig) -> bool:
     """Whether a run has held-out data."""
     return bool(config.data.eval_fraction or config.data.eval_split or config.data.eval_path)
@@ -162,7 +229,7 @@ def build(config: RunConfig, given: Mapping[str, Any], *, resumed: bool) -> Trai
         built = TrainingArguments(**arguments, deepspeed=deepspeed_config(config))
         _try_scheduler(built)
         return built
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except _REFUSALS as error:
         raise ConfigError(f"{config.where('training')}: {' '.join(str(error).split())}") from error
 
 
@@ -215,17 +282,6 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
             f"end, got {zero['stage3_gather_16bit_weights_on_model_save']!r}; set it to true or leave it out"
         )
     return fields
-
-
-def _check_trackers(report_to: str | list[str] | None, origin: Origin) -> None:
-    """Refuse a tracker that is not installed: the trainer would, but only after the model has been loaded."""
-    asked = {report_to} if isinstance(report_to, str) else set(map(str, report_to or ()))
-    present = get_available_reporting_integrations()
-    if missing := sorted(asked - {"all", "none", *present}):
-        raise ConfigError(
-            f"{origin.where('report_to')}: {', '.join(missing)} is not installed or not known to transformers; "
-            f"there is {', '.join(present) or 'none'}"
-        )
 
 
 def _early_stopping(given: Mapping[str, Any]) -> dict[str, Any]:

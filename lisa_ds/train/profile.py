@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lisa_ds
-from lisa_ds import data, methods, records
+from lisa_ds import data, records
 from lisa_ds.config import LisaConfig, RunConfig, SamplerConfig
 from lisa_ds.engines.zero3.scores import measure
 from lisa_ds.errors import ConfigError
@@ -21,8 +21,7 @@ from lisa_ds.integrations.calibration import choose_rows, rows_in_batch
 from lisa_ds.integrations.streaming import streamed
 from lisa_ds.models import load_model, load_tokenizer
 from lisa_ds.sampling.scores import LayerScores
-from lisa_ds.train import arguments
-from lisa_ds.train.preflight import check_memory
+from lisa_ds.train import arguments, checks, fit
 
 
 def profile(config: RunConfig, *, out: Path, score: str | None = None) -> LayerScores:
@@ -40,17 +39,13 @@ def profile(config: RunConfig, *, out: Path, score: str | None = None) -> LayerS
         LisaError: Something is wrong with config, data or model, or the file exists. Nothing has been written.
     """
     config = config.model_copy(update={"method": "lisa", "lisa": _measuring(config.lisa, score)})
-    given = arguments.check(config)
-    hf.check_deepspeed(arguments.deepspeed_config(config), config.where("deepspeed"), lisa=True)
-    if given.get("fp16"):
-        hf.check_fp16(config.where("training.fp16"))
-    methods.check(config)
+    checked = checks.check(config)
     if os.environ.get("RANK", "0") == "0":
         _check_target(out)
-    check_memory(config)
     tokenizer = load_tokenizer(config.model)
     rows, _ = data.load_dataset(config.data, tokenizer, task=config.model.task)
-    args = arguments.build(config, given, resumed=False)
+    fit.check_rows(config, checked.model, tokenizer, rows)
+    args = arguments.build(config, checked.given, resumed=False)
     hf.join_process_group()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model_config = config.model

@@ -25,8 +25,7 @@ from lisa_ds.integrations.throughput import Throughput
 from lisa_ds.integrations.trainer import Clock, LabelLogitsTrainer
 from lisa_ds.layers import LayerStack
 from lisa_ds.models import load_model, load_tokenizer
-from lisa_ds.train import arguments, stages
-from lisa_ds.train.preflight import check_memory
+from lisa_ds.train import arguments, checks, fit, stages
 from lisa_ds.train.resume import find_checkpoint, restore_patience
 from lisa_ds.train.summary import Summary
 
@@ -49,20 +48,16 @@ def run(
         LisaError: Something is wrong with config, data, model or checkpoint. Nothing has been written.
     """
     stages.begin("checking the run and planning its memory")
-    given = arguments.check(config)
-    hf.check_deepspeed(arguments.deepspeed_config(config), config.where("deepspeed"), lisa=config.method == "lisa")
-    if given.get("fp16"):
-        hf.check_fp16(config.where("training.fp16"))
-    methods.check(config)
+    checked = checks.check(config, force=force)
+    given, planned = checked.given, checked.planned
     peak = flops.peak_flops(_device_name(), os.environ)
-    planned = check_memory(config, force=force)
     checkpoint = find_checkpoint(config, resume)
     stages.begin(f"reading and tokenising {config.data.path}")
     tokenizer = load_tokenizer(config.model)
     rows = data.load_dataset(config.data, tokenizer, task=config.model.task)
     if config.model.task == "sequence_classification":
         _num_classes(config, *rows)
-    _check_writable(config)
+    fit.check_rows(config, checked.model, tokenizer, *rows)
     stages.begin("joining the process group; DeepSpeed compiles an operator if it is the first time")
     args = arguments.build(config, given, resumed=checkpoint is not None)
     hf.join_process_group()
@@ -159,16 +154,6 @@ def _num_classes(config: RunConfig, *data_sets: Any) -> int:
     if chosen < found:
         raise ConfigError(f"{config.where('model.num_labels')}: the data has {found} classes, got {chosen}")
     return chosen
-
-
-def _check_writable(config: RunConfig) -> None:
-    """Before anything is made: the trainer would find out after the model has been loaded, and with a traceback."""
-    output_dir = arguments.output_dir(config)
-    place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise ConfigError(f"{config.where('training.output_dir')}: {output_dir} cannot be made: {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"{config.where('training.output_dir')}: {output_dir} cannot be written to")
 
 
 @contextmanager
