@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,11 @@ def test_a_second_ctrl_c_ends_it_at_once(folder: Path) -> None:
     read_until(started, "$ deepspeed ")
     started.send_signal(signal.SIGINT)
     assert started.stderr is not None
+    started.send_signal(signal.SIGINT)  # as `timeout` does: no second one
     assert started.stderr.readline().startswith("lisa-ds: SIGINT: the run saves")
+    assert started.poll() is None
+    time.sleep(1.2)
+    assert started.poll() is None
     started.send_signal(signal.SIGINT)
     _, err = started.communicate(timeout=20)
     assert (started.returncode, err) == (130, "")

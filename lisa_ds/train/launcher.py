@@ -15,17 +15,24 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from lisa_ds.cluster import environment
 from lisa_ds.errors import ConfigError
-from lisa_ds.terminal import READER_GONE
+from lisa_ds.terminal import INTERRUPTED, READER_GONE
 
 MODULE = "lisa_ds.train"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 TO_RANKS = signal.SIGUSR1
 """What ranks are sent, whatever has come: SIGTERM would have the launcher kill them."""
+
+ONE_SIGNAL_S = 1.0
+"""Within it, all are one: `timeout` sends its own twice, and so do a terminal that closes and the shell in it."""
+
+LAST_WORDS_S = 5.0
+"""How long the output of a run is read after its end: a tracker's helper that outlives it may keep it open."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ def launch(options: Sequence[str], arguments: Sequence[str], environ: Mapping[st
     """Say what is started, start the launcher, and stay until it has ended.
 
     The first of :data:`SIGNALS`, or the end of whoever reads the output, has the run save after its step and leave; a second
-    signal ends it at once.
+    SIGINT or SIGTERM ends it at once.
 
     Args:
         options: The launcher's.
@@ -129,14 +136,16 @@ def launch(options: Sequence[str], arguments: Sequence[str], environ: Mapping[st
             relay.start()
         code = watch.until_end(process, remote=remote)
         if piped:
-            relay.join()
+            relay.join(LAST_WORDS_S)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if watch.reader_gone:
         return READER_GONE
-    if signal.SIGINT in watch.heard or code < 0:
-        return 128 + watch.heard[0]
+    if signal.SIGINT in watch.heard:
+        return INTERRUPTED
+    if code < 0:
+        return 128 + (watch.heard[0] if watch.heard else -code)
     if code > 128:
         print(f"lisa-ds: a rank was ended by {_name_of_end(code)}", file=sys.stderr)
     return code
@@ -148,9 +157,12 @@ class _Watch:
     def __init__(self) -> None:
         self.heard: list[int] = []
         self.reader_gone = False
+        self._last = -ONE_SIGNAL_S
 
     def hear(self, number: int, frame: object) -> None:
-        self.heard.append(number)
+        before, self._last = self._last, time.monotonic()
+        if self._last - before >= ONE_SIGNAL_S:
+            self.heard.append(number)
 
     def relay(self, process: subprocess.Popen[bytes]) -> None:
         """Pass on what ranks say, for as long as somebody reads it: they would die of a closed pipe, each with a traceback."""
@@ -166,17 +178,18 @@ class _Watch:
         pause, next_time, told = 1.0, 0.0, False
         while process.poll() is None:
             time.sleep(0.1)
-            if len([number for number in self.heard if number != TO_RANKS]) > 1:
+            if not remote and len([number for number in self.heard if number in (signal.SIGINT, signal.SIGTERM)]) > 1:
                 os.killpg(process.pid, signal.SIGKILL)
                 break
             if not self.heard and not self.reader_gone:
                 continue
             if not told and self.heard:
                 name = signal.Signals(self.heard[0]).name
-                print(
-                    f"lisa-ds: {name}: the run saves after its step and ends; once more ends it at once",
-                    file=sys.stderr,
-                )
+                with suppress(OSError):  # the terminal may be what has gone
+                    print(
+                        f"lisa-ds: {name}: the run saves after its step and ends; once more ends it at once",
+                        file=sys.stderr,
+                    )
             told = True
             if time.monotonic() >= next_time:
                 # More than once: a rank that is only just starting does not hear yet.
