@@ -16,6 +16,7 @@ from lisa_ds.engines.zero3.care import Care
 from lisa_ds.engines.zero3.draws import Draws
 from lisa_ds.engines.zero3.frontier import BackwardFrontier
 from lisa_ds.engines.zero3.live import memory_report
+from lisa_ds.engines.zero3.release import let_go_of
 from lisa_ds.engines.zero3.resumable import ResumableEngine
 from lisa_ds.engines.zero3.window import WindowedStage3, WindowPlan
 from lisa_ds.errors import EngineError
@@ -176,9 +177,10 @@ class LisaEngine(ResumableEngine):
         )
 
     def destroy(self) -> None:
-        """See ``DeepSpeedEngine.destroy``."""
+        """See ``DeepSpeedEngine.destroy``; nothing of the process refers to the engine and its model any more."""
         self._uninstall_linear()
         super().destroy()
+        let_go_of(self.module)
 
     # ---- what DeepSpeed asks while it is built --------------------------------------------------------------------
 

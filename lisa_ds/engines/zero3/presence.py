@@ -49,6 +49,7 @@ class PresentStage3(DeepSpeedZeroOptimizer_Stage3):
         self._in_leaf: set[int] = set()  # and in a leaf module, of autograd
         self._written: set[int] = set()  # whose slice of the buffer may hold other than zeros
         self._absent: frozenset[int] | None = None  # of the window, without a gradient; None while they may come
+        self._dropped = False  # by zero_grad: they are there for a step that follows at once, as in the base class
         self._told_whole = False
 
     @property
@@ -63,15 +64,20 @@ class PresentStage3(DeepSpeedZeroOptimizer_Stage3):
             if z3_leaf_parameter(parameter):
                 leaves.setdefault(parameter.ds_z3_leaf_module, []).append(parameter)
         for module, parameters in leaves.items():
-            module.register_full_backward_hook(
-                lambda *_, parameters=parameters: self._in_leaf.update(
-                    p.ds_id for p in parameters if p.grad is not None
-                )
-            )
+            module.register_full_backward_hook(lambda *_, parameters=parameters: self._see_leaf(parameters))
         super().create_reduce_and_remove_grad_hooks()
+
+    def _see_leaf(self, parameters: Sequence[Any]) -> None:
+        self._forget_dropped()
+        self._in_leaf.update(parameter.ds_id for parameter in parameters if parameter.grad is not None)
+
+    def _forget_dropped(self) -> None:
+        if self._dropped:
+            self.begin_gradients()
 
     def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> Any:
         """See the base class; notes whose gradients have come, and adds none to those of the last step."""
+        self._forget_dropped()
         new = {parameter.ds_id for parameter in params_to_release} - self._come
         if self.micro_step_id:  # else they are overwritten
             self._clear(new)
@@ -100,11 +106,11 @@ class PresentStage3(DeepSpeedZeroOptimizer_Stage3):
         self._at_boundary.clear()
         self._in_leaf.clear()
         self._absent = None
+        self._dropped = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """See the base class."""
-        if self._absent is None:  # and not in the middle of a step
-            self.begin_gradients()
+        self._dropped = self._absent is None  # and not in the middle of a step
         super().zero_grad(set_to_none)
 
     def _absent_in_leaves(self, window: dict[int, Any]) -> set[int]:

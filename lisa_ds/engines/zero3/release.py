@@ -1,0 +1,26 @@
+"""What DeepSpeed keeps of an engine for as long as the process lives, though it was destroyed; let go of here."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from torch import nn
+
+
+def let_go_of(module: nn.Module) -> None:
+    """Drop the process's references to the model of a destroyed engine, whose hooks lead to the engine and all its state.
+
+    They are two: the list of modules in forward, which begins with the model of every engine ever built; and the cache of what to
+    release after which module, which is kept by coordinator and module, for all engines in one.
+    """
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [other for other in stack if other is not module]
+    cached: Any = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    if inspect.isfunction(cached):
+        # Behind a decorator that does not name what it wraps. Others' entries are computed again when they are asked for.
+        cached = inspect.getclosurevars(cached).nonlocals.get("func", cached)
+    if hasattr(cached, "cache_clear"):
+        cached.cache_clear()
