@@ -193,3 +193,42 @@ def test_a_draw_out_of_range_is_a_bug_of_the_caller(wrong: dict[str, int | str])
     arguments = {"sampler": "uniform", "seed": 0, "interval": 0, "num_layers": 8, "num_sampled": 2} | wrong
     with pytest.raises(ValueError, match=r"^draw: "):
         draw(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["uniform", "cyclic", "bernoulli", "fixed"])
+def test_frozen_layers_are_never_drawn_and_the_others_as_those_of_a_smaller_model(name: str) -> None:
+    config = LisaConfig.load({"num_sampled_layers": 2, "interval_steps": 1, "sampler": name})
+    whole, smaller = LayerSampler(7, config, frozen=(0, 3)), LayerSampler(5, config)
+    others = (1, 2, 4, 5, 6)
+    for interval in range(40):
+        assert whole.layers_at(interval) == tuple(others[i] for i in smaller.layers_at(interval))
+        chances = whole.probabilities_at(interval)
+        assert (chances[0], chances[3]) == (0.0, 0.0)
+        assert [chances[i] for i in others] == list(smaller.probabilities_at(interval))
+    assert LayerSampler(7, config).layers_at(5) == LayerSampler(7, config, frozen=()).layers_at(5)
+
+
+@pytest.mark.parametrize("draw", ["systematic", "successive", "bernoulli"])
+def test_a_frozen_layer_takes_no_share_of_the_scores(draw: str) -> None:
+    config = LisaConfig.load(
+        {"num_sampled_layers": 2, "interval_steps": 1, "sampler": {"name": "weight_norm", "draw": draw}}
+    )
+    whole, smaller = LayerSampler(4, config, frozen=(2,)), LayerSampler(3, config)
+    whole.set_scores([1.0, 2.0, 50.0, 3.0], 0)
+    smaller.set_scores([1.0, 2.0, 3.0], 0)
+    for interval in range(30):
+        assert whole.layers_at(interval) == tuple((0, 1, 3)[i] for i in smaller.layers_at(interval))
+    assert whole.probabilities_at(0) == (*smaller.probabilities_at(0)[:2], 0.0, smaller.probabilities_at(0)[2])
+
+
+def test_more_layers_than_are_not_frozen_are_refused() -> None:
+    config = LisaConfig.load({"num_sampled_layers": 3})
+    with pytest.raises(ConfigError) as raised:
+        LayerSampler(4, config, frozen=(0, 2))
+    assert str(raised.value) == (
+        "lisa_config: num_sampled_layers: the model has 2 layers, got 3; choose 1 to 2, or check that layers_path leads to the block stack; "
+        "of 4, layers [0, 2] are frozen and do not count"
+    )
+    growing = LisaConfig.load({"num_sampled_layers": 1, "growth": {"schedule": {2: 3}}})
+    with pytest.raises(ConfigError, match="of 4, layers \\[0, 2\\] are frozen and do not count"):
+        LayerSampler(4, growing, frozen=(0, 2))

@@ -141,9 +141,16 @@ def _refusals() -> dict[str, str]:
     attempt("cut graph control", model=Hand(), then=one_step)
     part = trajectory.build_model(layers=3)
     part.model.layers[1].requires_grad_(False)
-    attempt("idle layer", model=part)
+    attempt("frozen layer", model=part, lisa={"num_sampled_layers": 3})
+    attempt("frozen layer by name", model=part, lisa={"sampler": {"name": "fixed", "layers": [0, 1]}})
     attempt(
-        "idle layer control",
+        "frozen layer by hand", model=part, lisa={"num_sampled_layers": 1}, then=lambda engine: engine.switch_to([1])
+    )
+    still = trajectory.build_model(layers=3)
+    still.model.layers.requires_grad_(False)
+    attempt("frozen layers", model=still)
+    attempt(
+        "frozen layer control",
         model=part,
         lisa={"sampler": {"name": "fixed", "layers": [0, 2]}},
         then=lambda engine: None,
@@ -198,8 +205,17 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("offload_states", ["EngineError", "offload_states"]),
         ("cut graph", ["EngineError", "no gradient", "use_reentrant=False"]),
         ("cut graph control", ["nothing was refused"]),
-        ("idle layer", ["ModelError", "layers [1]", "unfreeze them"]),
-        ("idle layer control", ["nothing was refused"]),
+        (
+            "frozen layer",
+            ["ConfigError", "the model has 2 layers, got 3; choose 1 to 2", "of 3, layers [1] are frozen and"],
+        ),
+        ("frozen layer by name", ["ConfigError: lisa.sampler.layers: layers [1] have no parameter that requires grad"]),
+        (
+            "frozen layer by hand",
+            ["EngineError: switch_to: layers [1] were frozen before the engine was built, got [1]"],
+        ),
+        ("frozen layers", ["ModelError: every layer is frozen: no parameter in any requires grad; unfreeze those"]),
+        ("frozen layer control", ["nothing was refused"]),
         ("partial optimizer", ["ModelError", "layers [1, 2]", "give the optimizer every parameter"]),
         ("adagrad", ["EngineError", "Adagrad", "AdamW"]),
         ("foreign parameter", ["EngineError", "shape (3,)"]),

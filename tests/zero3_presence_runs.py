@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lisa_ds
+from lisa_ds.errors import CheckpointError
 
 LAYERS, WIDTH, STEPS = 3, 10, 9
 RATE, DECAY, EPS, CLIP = 1e-2, 0.1, 1e-4, 0.5
@@ -29,6 +30,8 @@ class Case:
     recompute: bool = False
     leaf: bool = True
     stop_at: int | None = None  # save there, and go on in a fresh engine
+    frozen: tuple[str, ...] = ()  # parameters whose names begin so are frozen beforehand
+    lisa: dict[str, Any] = field(default_factory=dict)
 
 
 class Block(nn.Module):
@@ -77,6 +80,8 @@ class Model(nn.Module):
         self.tower = nn.Sequential(nn.Linear(5, WIDTH), nn.LayerNorm(WIDTH))  # of images, of which there are none
         self.mixture = Mixture() if case.leaf else None
         self.head = nn.Linear(WIDTH, 31)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not name.startswith(case.frozen))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
@@ -101,7 +106,8 @@ def reference(case: Case, ranks: int, sampled: list[tuple[int, ...]]) -> dict[st
     named = dict(model.named_parameters())
     optimizers: dict[str, torch.optim.AdamW] = {}
     for step in range(STEPS):
-        inside = {name for name in named if not name.startswith("layers.") or int(name.split(".")[1]) in sampled[step]}
+        drawn = {name for name in named if not name.startswith("layers.") or int(name.split(".")[1]) in sampled[step]}
+        inside = {name for name in drawn if not name.startswith(case.frozen)}
         for name, parameter in named.items():
             parameter.requires_grad_(name in inside)
             if name not in inside:
@@ -136,7 +142,7 @@ def _engine(case: Case, lisa: bool) -> Any:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, eps=EPS, weight_decay=DECAY)
     if not lisa:
         return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    section = {"num_sampled_layers": 1, "interval_steps": 4, "seed": 1, "optimizer": case.optimizer}
+    section = {"num_sampled_layers": 1, "interval_steps": 4, "seed": 1, "optimizer": case.optimizer, **case.lisa}
     return lisa_ds.initialize(model=model, optimizer=optimizer, config=config, lisa_config=section)[0]
 
 
@@ -175,3 +181,27 @@ def trained(cases: list[Case], folder: str, lisa: bool = True) -> dict[str, Any]
         report = engine.memory_report() if lisa else {}
         results[case.name] = sampled, _weights(engine), report
     return results
+
+
+def frozen_runs(cases: list[Case], folder: str) -> dict[str, Any]:
+    """As :func:`trained`; and the notices, and what a resume with other frozen parameters says."""
+    import logging
+
+    notices: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: notices.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lisa_ds").addHandler(handler)
+    told: dict[str, list[str]] = {}
+    results: dict[str, Any] = {}
+    for case in cases:
+        notices.clear()
+        results |= trained([case], folder)
+        told[case.name] = [line for line in dict.fromkeys(notices) if "frozen" in line]
+    engine = _engine(cases[0], lisa=True)
+    engine.save_checkpoint(folder, tag="saved")
+    message = "nothing was refused"
+    try:
+        _engine(Case("other", leaf=False, frozen=("embed", "layers.0")), lisa=True).load_checkpoint(folder, tag="saved")
+    except CheckpointError as error:
+        message = str(error)
+    return {"runs": results, "told": told, "resume": message}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ class LayerSampler:
         config: The ``lisa`` section of a run.
         interval_steps: Optimizer steps of an interval, from :func:`resolve_interval_steps`; may be left out
             where ``config.interval_steps`` is a number of steps.
+        frozen: Blocks that can never train, and are never drawn; the others are drawn as those of a smaller model would be.
 
     Raises:
-        ConfigError: The config asks for more blocks than the model has, or for none; or it counts in epochs,
+        ConfigError: The config asks for more blocks than can train, for one that cannot, or for none; or it counts in epochs,
             and ``interval_steps`` is left out; or its file of scores is of another model.
         DataError: A file of scores or norms is missing or malformed.
 
@@ -38,15 +39,21 @@ class LayerSampler:
         True
     """
 
-    def __init__(self, num_layers: int, config: LisaConfig, interval_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        config: LisaConfig,
+        interval_steps: int | None = None,
+        *,
+        frozen: Collection[int] = (),
+    ) -> None:
         self.num_layers = num_layers
-        """Number of blocks to choose from."""
+        """Number of blocks of the model."""
+        self.drawable = tuple(layer for layer in range(num_layers) if layer not in frozen)
+        """Those to choose from, ascending."""
         self.config = config
         """The ``lisa`` section."""
-        self.num_sampled = config.num_sampled(num_layers)
-        """Blocks in the first draw; where their number varies from draw to draw, on average."""
-        self.growth = Growth(num_layers, config)
-        """How many blocks later draws have."""
+        self.num_sampled, self.growth = self._numbers(sorted(frozen))
         self.interval_steps = resolve_interval_steps(config, None) if interval_steps is None else interval_steps
         """Optimizer steps of an interval; neither micro-steps nor skipped steps count."""
         if self.interval_steps < 1:
@@ -61,6 +68,22 @@ class LayerSampler:
             self._scores = self._from_file(config.sampler.file)
         elif config.sampler.lora_norms is not None and config.sampler.full_norms is not None:
             self._scores = self._from_norms(config.sampler.lora_norms, config.sampler.full_norms)
+
+    def _numbers(self, frozen: list[int]) -> tuple[int, Growth]:
+        """Blocks in the first draw (where their number varies from draw to draw, on average), and how many later draws have."""
+        config, by_name = self.config, self.config.sampler.layers
+        if by_name and not set(frozen).isdisjoint(by_name):
+            raise ConfigError(
+                f"{config.where('sampler.layers')}: layers {sorted(set(frozen).intersection(by_name))} have no parameter that requires "
+                f"grad, so nothing would train there, got {list(by_name)}; unfreeze them, or leave them out"
+            )
+        try:
+            count = self.num_layers if by_name else len(self.drawable)
+            return config.num_sampled(count), Growth(count, config)
+        except ConfigError as error:
+            if not frozen or by_name:
+                raise
+            raise ConfigError(f"{error}; of {self.num_layers}, layers {frozen} are frozen and do not count") from None
 
     @property
     def scores(self) -> tuple[float, ...] | None:
@@ -78,23 +101,20 @@ class LayerSampler:
     def layers_at(self, interval: int) -> tuple[int, ...]:
         """Return the blocks that train in ``interval`` (from 0), ascending."""
         chosen, seed, count = self.config.sampler, self.config.seed, self.num_sampled_at(interval)
+        if chosen.layers is not None:
+            return tuple(sorted(chosen.layers))
         if not chosen.by_scores:
-            return draw(
-                chosen.name,
+            places = draw(chosen.name, seed=seed, interval=interval, num_layers=len(self.drawable), num_sampled=count)
+        else:
+            places = draw_by_probability(
+                chosen.draw,
                 seed=seed,
                 interval=interval,
-                num_layers=self.num_layers,
+                probabilities=() if chosen.draw == "successive" else self._chances(count),
+                shares=self._shares(),
                 num_sampled=count,
-                layers=chosen.layers,
             )
-        return draw_by_probability(
-            chosen.draw,
-            seed=seed,
-            interval=interval,
-            probabilities=() if chosen.draw == "successive" else self.probabilities_at(interval),
-            shares=self._shares(),
-            num_sampled=count,
-        )
+        return tuple(self.drawable[place] for place in places)
 
     def probabilities_at(self, interval: int) -> tuple[float, ...]:
         """Return the probability with which each block is in the draw of ``interval``; its expected size is their sum.
@@ -105,8 +125,13 @@ class LayerSampler:
         if chosen.name == "fixed":
             fixed = self.layers_at(interval)
             return tuple(float(layer in fixed) for layer in range(self.num_layers))
-        if not chosen.by_scores:
-            return (count / self.num_layers,) * self.num_layers
+        known = self._chances(count) if chosen.by_scores else (count / len(self.drawable),) * len(self.drawable)
+        of_layer = dict(zip(self.drawable, known, strict=True))
+        return tuple(of_layer.get(layer, 0.0) for layer in range(self.num_layers))
+
+    def _chances(self, count: int) -> tuple[float, ...]:
+        """Probabilities of what can be drawn, by scores."""
+        chosen = self.config.sampler
         key = (self._scores, count)
         if self._known is None or self._known[0] != key:
             if chosen.draw == "successive":
@@ -123,7 +148,7 @@ class LayerSampler:
         if cap is None:
             return {}
         chances = self.probabilities_at(interval)
-        uniform = math.fsum(chances) / self.num_layers
+        uniform = math.fsum(chances) / len(self.drawable)
         return {layer: min(cap, uniform / chances[layer]) if chances[layer] else cap for layer in layers}
 
     def needs_scores(self, interval: int) -> bool:
@@ -182,7 +207,8 @@ class LayerSampler:
         """Return 63 bits that tell whether another run draws by the same rule; unlike draws by scores, known beforehand."""
         if self.config.sampler.by_scores or self.config.growth is not None:
             keys = ("num_sampled_layers", "sampling_ratio", "seed", "sampler", "growth")
-            return fingerprint((self.num_layers, self.interval_steps, self.config.model_dump_json(include=set(keys))))
+            count = self.num_layers if len(self.drawable) == self.num_layers else self.drawable
+            return fingerprint((count, self.interval_steps, self.config.model_dump_json(include=set(keys))))
         return 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,7 +232,8 @@ class LayerSampler:
         self.growth.load_state_dict(state["growth"])
 
     def _shares(self) -> tuple[float, ...]:
-        return probabilities.weights(self._scores or (1.0,) * self.num_layers, self.config.sampler.temperature)
+        scores = self._scores or (1.0,) * self.num_layers
+        return probabilities.weights([scores[layer] for layer in self.drawable], self.config.sampler.temperature)
 
     def _from_file(self, path: str) -> tuple[float, ...]:
         found = scores.LayerScores.read(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ class Progress:
     next_draw: int
     """Hash of the next interval's draw, to tell a changed schedule."""
 
+    frozen: tuple[str, ...] | None = None
+    """Parameters frozen before the engine was built; None in files of before this was told."""
+
     draws: dict[str, Any] | None = None
     """What this rank had seen, where draws depend on that; None in files of before there were such draws."""
 
@@ -61,7 +64,13 @@ def latest_tag(load_dir: Path) -> str:
 
 
 def peek(
-    files: Sequence[Path], num_layers: int, policies: dict[str, str], *, world_size: int, tensor_size: int = 1
+    files: Sequence[Path],
+    num_layers: int,
+    policies: dict[str, str],
+    *,
+    frozen: Collection[str],
+    world_size: int,
+    tensor_size: int = 1,
 ) -> Progress:
     """Check this rank's checkpoint files and read where the saved run stood.
 
@@ -71,6 +80,7 @@ def peek(
         files: The model-state file (which holds the progress) and the optimizer-state file of this rank.
         num_layers: Blocks of the model to be resumed.
         policies: The run's policies.
+        frozen: Its parameters that were frozen beforehand.
         world_size: Ranks of the run to be resumed.
         tensor_size: How many of them share each layer.
 
@@ -78,12 +88,28 @@ def peek(
         CheckpointError: Names the file and what is wrong with it.
     """
     progress, problem = _read(files, num_layers, policies, world_size, tensor_size)
+    if progress is not None and (changed := _other_frozen(progress.frozen, frozen)):
+        problem = f"{files[0]}: {changed}; freeze the same ones before initialize, or start from its weights alone"
     problems: list[str | None] = [None] * world_size
     dist.all_gather_object(problems, problem)
     found = sorted({p for p in problems if p is not None})
     if found or progress is None:
         raise CheckpointError("\n".join(found))
     return progress
+
+
+def _other_frozen(saved: Collection[str] | None, here: Collection[str]) -> str | None:
+    """In which parameters the frozen ones differ, if they do."""
+    if saved is None or set(saved) == set(here):
+        return None
+    parts = []
+    for names, what in (
+        (sorted(set(saved).difference(here)), "were frozen when it was saved, and train here"),
+        (sorted(set(here).difference(saved)), "are frozen here, and trained when it was saved"),
+    ):
+        if names:
+            parts.append(f"{len(names)} parameters {what} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})")
+    return "; ".join(parts)
 
 
 def ranks_that_share_layers(tag: Path) -> int:
@@ -129,6 +155,7 @@ def _read(
         num_layers=saved["num_layers"],
         policies={"optimizer.precision": "mixed", "optimizer.moments": "fp32", **saved["policies"]},  # of before these
         next_draw=saved["next_draw"],
+        frozen=None if saved.get("frozen") is None else tuple(saved["frozen"]),
         draws=saved.get("draws"),
     )
     if progress.num_layers != num_layers:

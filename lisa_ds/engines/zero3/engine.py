@@ -67,7 +67,7 @@ class LisaEngine(ResumableEngine):
         self._draws.agree("the lisa config", (lisa.model_dump_json(), self._sampler.hash_at(0)))
         self._scale_rates()
         if self.global_rank == 0:
-            for notice in self._sampler.notices:
+            for notice in (*self._frozen.notices, *self._sampler.notices):
                 logger.warning("%s", notice)
         if not self._draws.pending:
             self._log_interval()
@@ -145,12 +145,14 @@ class LisaEngine(ResumableEngine):
         must call it with the same layers, between ``step()`` and the next ``forward()``. Embeddings and head go on as they are.
 
         Raises:
-            EngineError: A layer does not exist, or gradients are being accumulated. Nothing has changed.
+            EngineError: A layer does not exist, or cannot train, or gradients are being accumulated. Nothing has changed.
         """
         wanted = tuple(sorted({int(layer) for layer in layers}))
         count = len(self._stack.layers)
         if wanted and not 0 <= wanted[0] <= wanted[-1] < count:
             raise EngineError(f"switch_to: got layers {list(wanted)}, but the model has layers 0 to {count - 1}")
+        if idle := sorted(set(wanted).intersection(self._frozen.layers)):
+            raise EngineError(f"switch_to: layers {idle} were frozen before the engine was built, got {list(wanted)}")
         if self._draws.pending:
             self._draws.go_on()
             self._history.pop()
@@ -193,12 +195,13 @@ class LisaEngine(ResumableEngine):
         self._stack = LayerStack.from_model(self.module, self._lisa.layers_path)
         self._shape = parallel.model_shape(self._stack, parallel.data_parallel_size(self), frozen=True)
         groups = getattr(optimizer, "param_groups", [])
-        policies.apply(self._stack, self._lisa, {id(p) for group in groups for p in group["params"]})
+        self._frozen = policies.apply(self._stack, self._lisa, {id(p) for group in groups for p in group["params"]})
         compat.check_leaf_modules(self.module, self._stack)
         self._sampler = LayerSampler(
             num_layers=len(self._stack.layers),
             config=self._lisa,
             interval_steps=resolve_interval_steps(self._lisa, self._steps_per_epoch(self)),
+            frozen=self._frozen.layers,
         )
         self._frontier = BackwardFrontier(self.module, self._stack)
         self._uninstall_linear = linear.install(self.module.parameters())
@@ -282,7 +285,7 @@ class LisaEngine(ResumableEngine):
         return super().backward(loss, *args, **kwargs)
 
     def _roles_at(self, interval: int) -> tuple[str, ...]:
-        return roles_at(self._lisa, interval, num_layers=len(self._stack.layers), tied=self._stack.tied)
+        return roles_at(self._lisa, interval, num_layers=len(self._sampler.drawable), tied=self._stack.tied)
 
     def _scale_rates(self) -> None:
         drawn = self.sampled_layers == self._sampler.layers_at(self.interval)  # and not chosen by a caller of switch_to

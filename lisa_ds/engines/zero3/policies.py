@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from lisa_ds.config import LisaConfig
 from lisa_ds.config.roles import policy_of
 from lisa_ds.errors import ConfigError, ModelError
-from lisa_ds.layers import ROLES, LayerStack
+from lisa_ds.layers import ROLES, LayerStack, Unit
 from lisa_ds.sampling import LayerSampler
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What its owner had frozen before the engine saw it; it stays so."""
+
+    layers: tuple[int, ...]
+    """Blocks of which nothing can train: they are left out of the draw."""
+
+    names: tuple[str, ...]
+    """All parameters that do not require grad, but for those of roles that never train anyway."""
+
+    notices: tuple[str, ...]
+    """What the user should be told, a line each."""
 
 
 def check(model: nn.Module, config: LisaConfig) -> None:
@@ -29,8 +44,8 @@ def check(model: nn.Module, config: LisaConfig) -> None:
     apply(stack, config, {id(parameter) for parameter in model.parameters()})
 
 
-def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> None:
-    """Freeze what the policies say never trains.
+def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> Frozen:
+    """Freeze what the policies say never trains, and see what was frozen beforehand.
 
     Args:
         stack: The model.
@@ -40,8 +55,9 @@ def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> None
     Raises:
         ConfigError: Tied embeddings and head are given different policies or rates, or there could be an interval in which
             nothing would train.
-        ModelError: A block could be drawn of which nothing can train.
+        ModelError: Nothing can train in any block, or the optimizer lacks all that could in one.
     """
+    frozen = _frozen(stack, config)
     if stack.tied:
         _check_tied(config)
     for role in ROLES:
@@ -52,12 +68,16 @@ def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> None
         id(p) for unit in (*range(len(stack.layers)), *ROLES) for p in stack.parameters(unit) if p.requires_grad
     }
     trainable &= set(owned)
+    if len(frozen.layers) == len(stack.layers):
+        raise ModelError(
+            "every layer is frozen: no parameter in any requires grad; unfreeze those that are to be drawn before the engine is built"
+        )
     drawn = config.sampler.layers or range(len(stack.layers))
     idle = [i for i in drawn if i < len(stack.layers) and trainable.isdisjoint(map(id, stack.parameters(i)))]
-    if idle:
+    if idle := [i for i in idle if i not in frozen.layers]:
         raise ModelError(
-            f"layers {idle} have no parameter that requires grad and is in the optimizer, so an interval that draws them "
-            "would train nothing there: unfreeze them, give the optimizer every parameter, or name the others in "
+            f"layers {idle} have parameters that require grad, but the optimizer holds none of them, so an interval that draws "
+            "them would train nothing there: give the optimizer every parameter, freeze those layers, or name the others in "
             "lisa.sampler: {name: fixed, layers: [...]}"
         )
     always = [
@@ -71,6 +91,34 @@ def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> None
             f"lisa.{key}: 'bernoulli' may draw no layer at all, and in an interval in which none of embeddings, lm_head and rest "
             f"is there to train either, nothing would; choose {other!r}, or let one of them train always"
         )
+    return frozen
+
+
+def _frozen(stack: LayerStack, config: LisaConfig) -> Frozen:
+    units: list[Unit] = [*range(len(stack.layers)), *ROLES]
+    frozen = {unit: [stack.names[id(p)] for p in stack.parameters(unit) if not p.requires_grad] for unit in units}
+    counts = {unit: (len(frozen[unit]), len(stack.parameters(unit))) for unit in units}
+    layers = [i for i in range(len(stack.layers)) if counts[i][0] == counts[i][1]]
+    partly = [i for i in range(len(stack.layers)) if 0 < counts[i][0] < counts[i][1]]
+    notices = []
+    if layers:
+        notices.append(
+            f"layers {layers} are frozen: no parameter of theirs requires grad. They are left out of the draw"
+        )
+    if partly and len(partly) + len(layers) < len(stack.layers):  # not in all alike, as under adapters
+        first = partly[0]
+        notices.append(
+            f"layers {partly} are frozen in part, and that part stays so: in layer {first}, {counts[first][0]} of {counts[first][1]} "
+            f"parameters ({', '.join(frozen[first][:2])}{', ...' if len(frozen[first]) > 2 else ''})"
+        )
+    for role in ROLES:
+        if frozen[role] and policy_of(config, role, tied=stack.tied) != "never":
+            notices.append(
+                f"{role}: {counts[role][0]} of {counts[role][1]} parameters are frozen ({frozen[role][0]}"
+                f"{', ...' if len(frozen[role]) > 1 else ''}) and stay so, whatever lisa.{role} says"
+            )
+    told = [unit for unit in units if isinstance(unit, int) or policy_of(config, unit, tied=stack.tied) != "never"]
+    return Frozen(tuple(layers), tuple(name for unit in told for name in frozen[unit]), tuple(notices))
 
 
 def always_roles(config: LisaConfig, *, tied: bool) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class ResumableEngine(DeepSpeedEngine):
             num_layers=len(self._stack.layers),
             policies=policies.describe(self._lisa),
             next_draw=self._next_draw(),
+            frozen=self._frozen.names,
             draws=self._draws.state_dict(),
         )
         return super().save_checkpoint(
@@ -74,6 +75,7 @@ class ResumableEngine(DeepSpeedEngine):
             files,
             len(self._stack.layers),
             policies.describe(self._lisa),
+            frozen=self._frozen.names,
             world_size=dist.get_world_size(),
             tensor_size=self.mp_world_size,
         )
