@@ -39,13 +39,14 @@ def test_it_stays_frozen_and_the_others_train(tmp_path: Path) -> None:
         sampled, weights, _ = found["runs"][case.name]
         start, expected = Model(case).state_dict(), reference(case, 2, sampled)
         drawn = {layer for layers in sampled for layer in layers}
-        assert drawn == {layer for layer in range(3) if f"layers.{layer}." not in case.frozen}, case.name
+        assert drawn <= {layer for layer in range(3) if f"layers.{layer}." not in case.frozen}, case.name
         for name, weight in weights.items():
             torch.testing.assert_close(
                 weight, expected[name], rtol=0, atol=2e-6, msg=lambda text, at=name: f"{at}: {text}"
             )
             if name.startswith(case.frozen):
                 assert torch.equal(weight, start[name]), (case.name, name)
+    assert {layer for layers in found["runs"]["layer"][0] for layer in layers} == {0, 2}
     assert found["told"] == {
         "layer": ["layers [1] are frozen: no parameter of theirs requires grad. They are left out of the draw"],
         "two layers": ["layers [0, 2] are frozen: no parameter of theirs requires grad. They are left out of the draw"],

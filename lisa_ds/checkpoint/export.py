@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
 
+from lisa_ds.checkpoint import adapters, names
 from lisa_ds.errors import CheckpointError, ModelError
 from lisa_ds.models import resolve
 
@@ -21,9 +23,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def export(
-    checkpoint: Path, out: Path, read_weights: ReadWeights, *, model: str | None = None, dtype: str | None = None
+    checkpoint: Path,
+    out: Path,
+    read_weights: ReadWeights,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    merged: bool = False,
 ) -> None:
-    """Write weights as safetensors, with config and tokenizer.
+    """Write weights as safetensors, with config and tokenizer; of a PEFT model, the adapter alone or the model it is merged into.
 
     Args:
         checkpoint: The directory of a checkpoint.
@@ -31,16 +39,21 @@ def export(
         read_weights: How the engine that wrote the checkpoint reads it.
         model: Where config and tokenizer are taken from if the checkpoint does not hold them: a name or a directory.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default the one in the config.
+        merged: Whether to merge the adapter of a PEFT model into it.
 
     Raises:
-        CheckpointError: The checkpoint is missing or incomplete, or ``out`` is taken. Nothing has been written.
+        CheckpointError: The checkpoint is missing or incomplete, has no adapter to merge, or ``out`` is taken. Nothing has been written.
         ModelError: Config and weights are not of the same model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists already; choose a new directory")
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no such directory (looked from {Path.cwd()})")
-    source = resolve(model) if model else str(_beside_weights(checkpoint))
+    adapter = adapters.config_beside(checkpoint)
+    if merged and adapter is None:
+        raise CheckpointError(f"{checkpoint}: {adapters.NO_CONFIG}, so there is nothing to merge")
+    base = model or (adapter and adapter.base_model_name_or_path)
+    source = resolve(base) if base else str(_beside_weights(checkpoint))
     try:
         config = transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -56,17 +69,41 @@ def export(
     with torch.device("meta"):  # the shape of the model alone
         skeleton = getattr(transformers, architecture)._from_config(config, dtype=chosen)
     weights = read_weights(checkpoint, chosen)
+    if adapter is None and adapters.are_of_adapters(weights):
+        raise CheckpointError(
+            f"{checkpoint}: holds the weights of a PEFT model; {adapters.NO_CONFIG}: copy there the one that "
+            "model.save_pretrained(directory) writes"
+        )
+    whole = skeleton if adapter is None else adapters.wrapped(skeleton, adapter, weights)
     try:
-        skeleton.load_state_dict(weights, assign=True)
+        whole.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ModelError(f"{checkpoint}: its weights are not those of the model in {source}: {error}") from None
     skeleton.tie_weights()
+    if adapter is not None and not merged:
+        with _appearing(out) as unfinished:
+            whole.save_pretrained(unfinished)
+            _copy_tokenizer(source, unfinished)
+        return
+    if adapter is not None:
+        skeleton = whole.merge_and_unload()
+    inputs = names.stored_in(_files_of(source))
+    if inputs:
+        names.undo_what_was_done(skeleton, inputs)
+    with _appearing(out) as unfinished:
+        skeleton.save_pretrained(unfinished)
+        names.restore(unfinished, inputs, skeleton)
+        _copy_generation_config(source, unfinished)
+        _copy_tokenizer(source, unfinished)
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A directory to write to, which becomes ``out`` once all is written."""
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        skeleton.save_pretrained(unfinished)
-        _copy_generation_config(source, unfinished)
-        _copy_tokenizer(source, unfinished)
+        yield unfinished
         unfinished.chmod(0o755)
         unfinished.rename(out)  # over an empty directory, too
     finally:
@@ -81,6 +118,11 @@ def _beside_weights(checkpoint: Path) -> Path:
         f"{checkpoint}: holds no config.json; say which model was trained, --model NAME_OR_DIRECTORY, whose config and "
         "tokenizer are then used"
     )
+
+
+def _files_of(source: str) -> Path:
+    """The directory of a model, also of a hub's name: its snapshot in the cache."""
+    return Path(transformers.utils.cached_file(source, "config.json")).parent
 
 
 def _copy_generation_config(source: str, target: Path) -> None:

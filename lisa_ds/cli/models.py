@@ -16,6 +16,7 @@ def add(commands: values.Commands) -> None:
     export.add_argument("out", type=Path, help="a new directory")
     export.add_argument("--model", help="whose config and tokenizer to use if the checkpoint holds none")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the config's")
+    export.add_argument("--merged", action="store_true", help="of a PEFT checkpoint: its model, not the adapter alone")
     export.set_defaults(command=_export)
 
     generate = commands.add_parser("generate", help="let a model answer prompts")
@@ -29,7 +30,14 @@ def _export(arguments: argparse.Namespace) -> None:
     from lisa_ds.checkpoint import export
     from lisa_ds.engines.zero3.fragments import read_weights
 
-    export(arguments.checkpoint, arguments.out, read_weights, model=arguments.model, dtype=arguments.dtype)
+    export(
+        arguments.checkpoint,
+        arguments.out,
+        read_weights,
+        model=arguments.model,
+        dtype=arguments.dtype,
+        merged=arguments.merged,
+    )
     print(f"wrote {arguments.out}")
 
 

@@ -23,9 +23,10 @@ from transformers import modeling_utils
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations import deepspeed as hf_deepspeed
 
+from lisa_ds.checkpoint.names import used
 from lisa_ds.engines.zero3 import partitions
 from lisa_ds.errors import ModelError
-from lisa_ds.models.stored import stored_tensors
+from lisa_ds.models.stored import StoredTensor, stored_tensors
 
 logger = logging.getLogger("lisa_ds")
 
@@ -34,6 +35,7 @@ _READ, _FILL, _RENAME = (
     "_load_state_dict_into_zero3_model",
     "_apply_weight_conversions_to_state_dict",
 )
+_INPUTS = "_lisa_inputs"  # an attribute of the model
 _NUMBERED = re.compile(r"\.\d+\.")  # inside a stack of blocks
 _SHOWN = 5
 
@@ -62,6 +64,12 @@ def streamed() -> Iterator[None]:
         setattr(modeling_utils, _FILL, loader.stock_fill)
 
 
+def inputs_of(model: Any) -> dict[str, StoredTensor]:
+    """The tensors that ``model`` was filled from, as they lie in its files; none if it was not filled here, or from other files."""
+    found: dict[str, StoredTensor] = getattr(model, _INPUTS, {})
+    return found
+
+
 class _Loader:
     """What stands in for transformers' two functions, and those themselves, to fall back on."""
 
@@ -86,6 +94,15 @@ class _Loader:
     def fill(self, model: Any, state_dict: Mapping[str, Any], load_config: Any = None) -> tuple[list[str], set[str]]:
         """Fill this rank's partitions; returns transformers' error messages, of which there are none, and missing keys."""
         transforms = list(getattr(load_config, "weight_mapping", None) or ())
+        setattr(model, _INPUTS, {key: tensor.stored for key, tensor in state_dict.items() if hasattr(tensor, "stored")})
+        result = self._fill(model, state_dict, load_config, transforms)
+        # To be undone when it is saved, as transformers has it where there is no ZeRO-3: what was done, and nothing else.
+        model._weight_conversions = used(transforms)
+        return result
+
+    def _fill(
+        self, model: Any, state_dict: Mapping[str, Any], load_config: Any, transforms: list[Any]
+    ) -> tuple[list[str], set[str]]:
         if reason := _unfit(model, state_dict, transforms):
             _say(f"the checkpoint is read by transformers' loader, by rank 0 as a whole: {reason}")
             return self.stock_fill(model, self._as_asked(state_dict), load_config)
@@ -126,7 +143,6 @@ def _unfit(model: Any, state_dict: Mapping[str, Any], transforms: Iterable[Any])
 def _renamed(model: Any, state_dict: Mapping[str, Any], transforms: list[Any]) -> dict[str, Any]:
     """The described tensors by the name that the model has for them; those that it has none for are left out."""
     if transforms:
-        model._weight_conversions = transforms  # to be undone when it is saved, as transformers does
         found = getattr(hf_deepspeed, _RENAME)(model, state_dict, transforms)
         parts = [found] if isinstance(found, Mapping) else list(found)  # a generator in later releases
         state_dict = {key: tensor for part in parts for key, tensor in part.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,31 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     if needed > size:
         raise ModelError(f"{path}: is truncated: {size} bytes of {needed}; copy or download it again")
     return {name: _stored(path, name, entry, 8 + length) for name, entry in places.items()}
+
+
+def write(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Write a safetensors file of tensors that lie in others, byte by byte."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, stored in tensors.items():
+        begin, end = end, end + stored.numel * stored.dtype.itemsize
+        header[name] = {"dtype": _NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for stored in tensors.values():
+            with stored.path.open("rb") as source:
+                source.seek(stored.offset)
+                left = stored.numel * stored.dtype.itemsize
+                while left:
+                    chunk = source.read(min(left, CHUNK_BYTES))
+                    if not chunk:
+                        raise ModelError(
+                            f"{stored.path}: ends within {stored.name}; it was replaced or cut while it was read"
+                        )
+                    file.write(chunk)
+                    left -= len(chunk)
 
 
 def _stored(path: Path, name: str, entry: Any, data: int) -> StoredTensor:

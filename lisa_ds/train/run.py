@@ -14,13 +14,14 @@ import torch.distributed as dist
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from lisa_ds import data, flops, methods
+from lisa_ds.checkpoint import names
 from lisa_ds.cluster.preemption import Preemption
 from lisa_ds.config import RunConfig
 from lisa_ds.errors import ConfigError
 from lisa_ds.integrations import console, hf, sharing
 from lisa_ds.integrations.preemption import PreemptionCallback
 from lisa_ds.integrations.statistics import LayerStatistics
-from lisa_ds.integrations.streaming import streamed
+from lisa_ds.integrations.streaming import inputs_of, streamed
 from lisa_ds.integrations.throughput import Throughput
 from lisa_ds.integrations.trainer import Clock, LabelLogitsTrainer
 from lisa_ds.layers import LayerStack
@@ -188,6 +189,7 @@ def _export(trainer: LabelLogitsTrainer, target: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
     trainer.save_model(str(unfinished))  # every rank takes part, rank 0 writes
     if trainer.is_world_process_zero():
+        names.restore(unfinished, inputs_of(trainer.model), trainer.model)
         (unfinished / "training_args.bin").unlink(
             missing_ok=True
         )  # a pickle of the run's arguments, no part of a model
