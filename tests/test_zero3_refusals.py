@@ -139,6 +139,10 @@ def _refusals() -> dict[str, str]:
 
     attempt("cut graph", model=Hand(), lisa={"embeddings": "never"}, then=one_step)
     attempt("cut graph control", model=Hand(), then=one_step)
+
+    def check_both_drawn(engine: Any) -> None:
+        assert engine.sampled_layers == (0, 2), engine.sampled_layers
+
     part = trajectory.build_model(layers=3)
     part.model.layers[1].requires_grad_(False)
     attempt("frozen layer", model=part, lisa={"num_sampled_layers": 3})
@@ -146,6 +150,8 @@ def _refusals() -> dict[str, str]:
     attempt(
         "frozen layer by hand", model=part, lisa={"num_sampled_layers": 1}, then=lambda engine: engine.switch_to([1])
     )
+    # What an engine has frozen of its own accord is not frozen for the next one.
+    attempt("a second engine", model=part, lisa={"num_sampled_layers": 2}, then=check_both_drawn)
     still = trajectory.build_model(layers=3)
     still.model.layers.requires_grad_(False)
     attempt("frozen layers", model=still)
@@ -209,11 +215,15 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             "frozen layer",
             ["ConfigError", "the model has 2 layers, got 3; choose 1 to 2", "of 3, layers [1] are frozen and"],
         ),
-        ("frozen layer by name", ["ConfigError: lisa.sampler.layers: layers [1] have no parameter that requires grad"]),
+        (
+            "frozen layer by name",
+            ["ConfigError: lisa_config: sampler.layers: layers [1] have no parameter that requires grad"],
+        ),
         (
             "frozen layer by hand",
             ["EngineError: switch_to: layers [1] were frozen before the engine was built, got [1]"],
         ),
+        ("a second engine", ["nothing was refused"]),
         ("frozen layers", ["ModelError: every layer is frozen: no parameter in any requires grad; unfreeze those"]),
         ("frozen layer control", ["nothing was refused"]),
         ("partial optimizer", ["ModelError", "layers [1, 2]", "give the optimizer every parameter"]),

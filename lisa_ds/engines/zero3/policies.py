@@ -57,6 +57,12 @@ def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> Froz
             nothing would train.
         ModelError: Nothing can train in any block, or the optimizer lacks all that could in one.
     """
+    for unit in (*range(len(stack.layers)), *ROLES):
+        for parameter in stack.parameters(unit):
+            if getattr(
+                parameter, "lisa_waits", False
+            ):  # in an earlier engine of this model, which was not its owner's wish
+                parameter.requires_grad_(True)
     frozen = _frozen(stack, config)
     if stack.tied:
         _check_tied(config)

@@ -112,6 +112,7 @@ class WindowedStage3(CarefulStage3):
         self._show(range(len(self._unit_of_sub_group)))
         super().create_reduce_and_remove_grad_hooks()
         self._show(self._sub_groups((*self._sampled, *self._roles)))
+        self._mark_window()
         self.require_grad_of_window()
 
     def _sub_groups(self, units: Iterable[Unit]) -> list[int]:
@@ -135,6 +136,13 @@ class WindowedStage3(CarefulStage3):
                 parameter.requires_grad_(i in window)
                 if i not in window:
                     parameter.grad = None
+
+    def _mark_window(self) -> None:
+        """Tell the next engine of this model who is frozen by this one alone; see :func:`policies.apply`."""
+        window = set(self._sub_groups((*self._sampled, *self._roles)))
+        for i, group in enumerate(self._all["fp16_groups"]):
+            for parameter in group:
+                parameter.lisa_waits = i not in window
 
     # ---- switch ---------------------------------------------------------------------------------------------------
 
@@ -188,6 +196,7 @@ class WindowedStage3(CarefulStage3):
         self._care.keep((*sampled, *wanted))
         self._show(new)
         self._rebuild_gradient_partitions()
+        self._mark_window()
         self.require_grad_of_window()
 
     def _finish_reductions(self) -> None:
