@@ -59,9 +59,8 @@ def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> Froz
     """
     for unit in (*range(len(stack.layers)), *ROLES):
         for parameter in stack.parameters(unit):
-            if getattr(
-                parameter, "lisa_waits", False
-            ):  # in an earlier engine of this model, which was not its owner's wish
+            # An earlier engine of this model froze it, until its unit would have been sampled; its owner did not.
+            if getattr(parameter, "lisa_waits", False):
                 parameter.requires_grad_(True)
     frozen = _frozen(stack, config)
     if stack.tied:
