@@ -151,7 +151,7 @@ def test_initialize_works_without_a_launcher_and_under_others() -> None:
     mpi = [dict(zip(OMPI, (rank, rank, "2", "2"), strict=True)) | {"MASTER_PORT": port} for rank in "01"]
     half = {"RANK": "0", "WORLD_SIZE": "2"}
     started = scripts({}, *mpi, half)
-    told = [process.communicate(timeout=120) for process in started]
+    told = [process.communicate(timeout=300) for process in started]
     lines = [out.splitlines()[-1] if out else "" for out, _ in told]
     assert lines[0].startswith("0 of 1 "), told[0][1]
     assert [line[:6] for line in lines[1:3]] == ["0 of 2", "1 of 2"], told[1][1]

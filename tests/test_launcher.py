@@ -58,7 +58,7 @@ def test_a_signal_or_a_closed_pipe_has_the_run_save_and_leave(folder: Path) -> N
     said = read_until(started, "  loss ")
     assert "no GPU here: 2 ranks on the CPU\n$ deepspeed " in said
     started.send_signal(signal.SIGTERM)
-    out, err = started.communicate(timeout=120)
+    out, err = started.communicate(timeout=300)
     assert started.returncode == 0, out + err
     assert "lisa-ds: SIGTERM: the run saves after its step and ends; once more ends it at once\n" in err
     assert "go on with --resume auto" in out
@@ -72,7 +72,7 @@ def test_a_signal_or_a_closed_pipe_has_the_run_save_and_leave(folder: Path) -> N
     assert started.stderr is not None
     started.stdout.close()
     err = started.stderr.read()
-    assert started.wait(timeout=120) == 141
+    assert started.wait(timeout=300) == 141
     assert "Traceback" not in err
     second = json.loads((folder / "out" / MARKER).read_text())
     assert second["step"] > first["step"]
@@ -85,7 +85,7 @@ def test_ctrl_c_saves_too_and_is_130(folder: Path) -> None:
     said = read_until(started, "  loss ")
     assert "no GPU here: 1 rank on the CPU; --num-gpus 2 starts two\n" in said
     started.send_signal(signal.SIGINT)
-    out, err = started.communicate(timeout=120)
+    out, err = started.communicate(timeout=300)
     assert (started.returncode, "Traceback" in err) == (130, False), out + err
     assert (folder / "interrupted" / MARKER).exists()
 
@@ -108,7 +108,7 @@ def test_a_second_ctrl_c_ends_it_at_once(folder: Path) -> None:
 @pytest.mark.multirank
 def test_an_error_of_the_ranks_is_told_once_with_their_exit_code(folder: Path) -> None:
     started = start(folder, "data.path=none.jsonl", "training.output_dir=other", "--num_gpus=2")
-    out, err = started.communicate(timeout=120)
+    out, err = started.communicate(timeout=300)
     assert started.returncode == 2
     assert [line for line in err.splitlines() if "error" in line] == [
         f"[rank 0] error: command line: data.path: no such file or directory: none.jsonl (looked from {folder})"
