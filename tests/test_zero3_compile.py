@@ -12,8 +12,9 @@ from tests.zero3_compile_runs import run_compiled
 pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 
 
-def test_a_compiled_run_is_the_eager_one(tmp_path: Path) -> None:
-    for eager, compiled in run_ranks(2, run_compiled, tmp_path, [None, "aot_eager"], timeout_s=500):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_run_is_the_eager_one(tmp_path: Path, backend: str) -> None:
+    for eager, compiled in run_ranks(2, run_compiled, tmp_path, [None, backend], timeout_s=900):
         assert len(set(compiled["layers"])) > 2  # it did switch
         assert compiled["layers"] == eager["layers"]
         assert compiled["losses"] == pytest.approx(eager["losses"], abs=1e-6)
