@@ -34,8 +34,9 @@ def train(folder: str, embeddings: str, checkpointing: bool, method: str, peak: 
 
     import lisa_ds
     from lisa_ds.integrations import hf
+    from lisa_ds.integrations.clock import Clock
     from lisa_ds.integrations.throughput import Throughput
-    from lisa_ds.integrations.trainer import Clock, LabelLogitsTrainer
+    from lisa_ds.integrations.trainer import LabelLogitsTrainer
 
     class Counter(TrainerCallback):
         """Around the steps alone, and around the gathers: what logging costs."""
@@ -67,8 +68,10 @@ def train(folder: str, embeddings: str, checkpointing: bool, method: str, peak: 
     hf.join_process_group()
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(tiny.config(), attn_implementation="eager").float()
-    clock, counter = Clock(), Counter()
-    trainer = LabelLogitsTrainer(model, args, train_dataset=rows(64), callbacks=[clock, counter])
+    counter = Counter()
+    trainer = LabelLogitsTrainer(model, args, train_dataset=rows(64), callbacks=[counter])
+    clock = Clock(trainer)
+    trainer.add_callback(clock)
     throughput = Throughput(trainer, clock, peak)
     trainer.callback_handler.callbacks.insert(0, throughput)
     if method == "lisa":
@@ -78,7 +81,7 @@ def train(folder: str, embeddings: str, checkpointing: bool, method: str, peak: 
     return {
         "counted": sum(mode.get_total_flops() for mode in counter.modes),
         "tokens": float(trainer.tokens),
-        "seconds": clock.seconds,
+        "seconds": clock.training,
         "total": throughput.total(),
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
         "history": getattr(trainer.deepspeed, "layer_history", None),
@@ -97,7 +100,72 @@ PEAK = 1e6  # FLOP/s, so slow that a share rounded to four digits has many
 def on_ranks(folder: str) -> dict[str, Any]:
     seen: dict[str, Any] = {name: train(folder, *case, PEAK) for name, case in CASES.items()}
     seen["no peak"] = train(folder, *CASES["full"], None)
+    seen["stalls"] = stall(folder)
     return seen
+
+
+STALL = 1.5
+"""Seconds."""
+
+
+def stall(folder: str) -> dict[str, Any]:
+    """Rank 1 waits for data in step 3; rank 0 in an evaluation after step 4 and in the checkpoint after it; 1 before step 5."""
+    from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments, default_data_collator
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from lisa_ds.integrations import hf
+    from lisa_ds.integrations.clock import Clock
+    from lisa_ds.integrations.throughput import Throughput
+    from lisa_ds.integrations.trainer import LabelLogitsTrainer
+
+    class Stalls(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
+            time.sleep(STALL * (args.process_index == 0))
+
+        def on_step_begin(self, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
+            time.sleep(STALL * (state.global_step == 4 and args.process_index == 1))
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            self.seconds = time.perf_counter() - self.began
+
+    def collate(batch: list[Any]) -> Any:
+        if trainer.args.process_index == 1 and trainer.state.global_step == 2 and trainer.model.training:
+            time.sleep(STALL / 2)  # two micro-batches
+        return default_data_collator(batch)
+
+    unset_hf_deepspeed_config()
+    args = TrainingArguments(
+        f"{folder}/stalls",
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_steps=4,
+        eval_steps=4,
+        eval_strategy="steps",
+        max_steps=STEPS,
+        logging_steps=1,
+        per_device_train_batch_size=ROWS,
+        gradient_accumulation_steps=2,
+        deepspeed={"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"},
+    )
+    hf.join_process_group()
+    model: Any = AutoModelForCausalLM.from_config(tiny.config(), attn_implementation="eager").float()
+    trainer = LabelLogitsTrainer(model, args, collate, rows(64), rows(4), callbacks=[stalls := Stalls()])
+    clock = Clock(trainer)
+    trainer.add_callback(clock)
+    throughput = Throughput(trainer, clock, None)
+    trainer.callback_handler.callbacks.insert(0, throughput)
+    trainer.train()
+    return {
+        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "total": throughput.total(),
+        "tokens": float(trainer.tokens),
+        "clock": (clock.training, clock.waiting, clock.apart),
+        "seconds": stalls.seconds,
+    }
 
 
 @pytest.mark.multirank
@@ -136,6 +204,27 @@ def test_what_is_logged_is_what_was_computed(tmp_path: Path) -> None:
     assert again["total"]["hfu"] / again["total"]["mfu"] > 1.2 * full["total"]["hfu"] / full["total"]["mfu"]
     assert not {"mfu", "hfu"} & {*ranks[0]["no peak"]["total"]}
     assert "tokens_per_second" in ranks[0]["no peak"]["logs"][-1]
+    check_stalls([rank["stalls"] for rank in ranks])
+
+
+def check_stalls(ranks: list[dict[str, Any]]) -> None:
+    entries = {entry["step"]: entry for entry in ranks[0]["logs"]}
+    tokens = sum(rank["tokens"] for rank in ranks)
+    slowest = 1.5 * tokens / STEPS / STALL  # steps differ in their tokens
+    for step in (3, 5):
+        assert entries[step]["tokens_per_second"] < slowest, entries
+    assert max(entries, key=lambda step: entries[step]["waiting_for_data"]) == 3, entries
+    assert max(entries, key=lambda step: entries[step].get("evaluating_and_saving_s", 0)) == 5, entries
+    for rank in ranks:  # all the time is accounted for
+        training, waiting, apart = rank["clock"]
+        assert training + apart == pytest.approx(rank["seconds"], abs=0.1)
+        assert 0 < waiting < training
+    assert ranks[1]["clock"][1] > STALL > ranks[0]["clock"][1]
+    seconds = max(rank["clock"][0] for rank in ranks)
+    total = ranks[0]["total"]
+    assert total["tokens_per_second"] == pytest.approx(tokens / seconds, rel=1e-3)
+    assert total["waiting_for_data"] == pytest.approx(ranks[1]["clock"][1] / seconds, abs=1e-3)
+    assert total["evaluating_and_saving_s"] > STALL
 
 
 def test_counting_a_batch_is_cheap_and_right() -> None:

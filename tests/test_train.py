@@ -83,6 +83,7 @@ def test_a_run_says_what_it_did_once(finished: tuple[Path, str]) -> None:
         "training data: ",
         "held-out data: ",
         "step 1: interval 0 trains layers [",
+        "steps: 6, all applied",
         "; live state ",
         " MB on each of 2 ranks (gradients ",
         "full fine-tuning would hold ",
@@ -523,7 +524,7 @@ def test_a_run_that_diverged_still_leaves_its_records(tmp_path: Path) -> None:
     summary = Summary(
         **{"method": "lisa", "steps": 3, "loss_before": 2.0, "loss_after": float("nan"), "live": numbers, "full": numbers},
         **{"num_layers": 4, "layers_visited": (1,), "num_intervals": 1, "tokens": 8, "seconds": 1.0, "world_size": 1},
-        **{"device": "CPU", "model": tmp_path / "model"},
+        **{"device": "CPU", "model": tmp_path / "model", "skipped_steps": 1, "rows_without_labels": 5},
     )  # fmt: skip
     summary.write(tmp_path / "records.jsonl", {})
     read = {(record.name, record.x): record.value for record in records.read(tmp_path / "records.jsonl")}
@@ -531,6 +532,9 @@ def test_a_run_that_diverged_still_leaves_its_records(tmp_path: Path) -> None:
     assert read["held_out_loss", 0] == 2.0
     assert read["layers_visited", None] == 1
     assert "held-out loss 2.0000 -> nan" in summary.lines()
+    assert (read["applied_steps", None], read["skipped_steps", None], read["rows_without_labels", None]) == (2, 1, 5)
+    assert "steps: 3, 2 applied and 1 skipped, as their gradients were not finite" in summary.lines()
+    assert "rows without labels: 5; nothing was learned from them" in summary.lines()
 
 
 def test_a_schedule_without_what_it_needs_is_refused(tmp_path: Path) -> None:

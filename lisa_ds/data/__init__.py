@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lisa_ds.data.collate import collator as collator
+from lisa_ds.data.digest import digest as digest
 from lisa_ds.data.prepare import describe as describe
 from lisa_ds.data.prepare import label_names as label_names
 from lisa_ds.data.prepare import load_dataset as load_dataset
@@ -10,4 +11,4 @@ from lisa_ds.data.prepare import num_labels as num_labels
 from lisa_ds.data.prepare import preview as preview
 from lisa_ds.data.tokenise import IGNORED as IGNORED
 
-__all__ = ["IGNORED", "collator", "describe", "label_names", "load_dataset", "num_labels", "preview"]
+__all__ = ["IGNORED", "collator", "describe", "digest", "label_names", "load_dataset", "num_labels", "preview"]

@@ -24,7 +24,9 @@ from lisa_ds.engines.zero3.live import memory_report, precision
 from lisa_ds.errors import ConfigError, EngineError
 from lisa_ds.integrations import console
 from lisa_ds.integrations.calibration import CalibrationBatches
+from lisa_ds.integrations.order import keep_order
 from lisa_ds.integrations.sharing import count_rows_once
+from lisa_ds.integrations.tally import keep_tally
 from lisa_ds.layers import LayerStack
 from lisa_ds.memory import full_state_bytes
 
@@ -38,7 +40,8 @@ def attach(trainer: Any, lisa_config: LisaConfig | Mapping[str, Any] | str | Pat
     Only the engine of ``trainer.model`` is affected: every other DeepSpeed engine of the process, such as the one of a
     reference model, stays stock. Checkpoints and ``resume_from_checkpoint`` work as without LISA, exactly. Each log
     entry of the trainer carries ``lisa/interval`` and ``lisa/state_mb`` (gradients and optimizer state alive on a rank),
-    and rank 0 prints a line for each new draw.
+    and rank 0 prints a line for each new draw. Losses are means over the steps that were applied; see
+    :mod:`lisa_ds.integrations.tally`.
 
     Args:
         trainer: A ``transformers.Trainer`` or subclass that runs under DeepSpeed ZeRO-3 and has not trained yet.
@@ -68,6 +71,8 @@ def attach(trainer: Any, lisa_config: LisaConfig | Mapping[str, Any] | str | Pat
 
     trainer.train = train_by_lisa
     count_rows_once(trainer)
+    keep_tally(trainer)
+    keep_order(trainer)
     # First of all callbacks, so that the trackers behind it see what it adds to the logs.
     trainer.callback_handler.callbacks.insert(0, LisaCallback(trainer, each_step=config.interval_steps == 1))
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lisa_ds.flops import ComputeShape, Cost, Trained, cost
+from lisa_ds.integrations.clock import Clock
 from lisa_ds.integrations.sharing import tensor_parallel_size
-from lisa_ds.integrations.trainer import Clock
 from lisa_ds.layers import LayerStack
 
 UNITS = {
@@ -22,10 +22,14 @@ UNITS = {
     "tokens_per_second_per_gpu": "1/s",
     "mfu": "",
     "hfu": "",
+    "waiting_for_data": "",
+    "evaluating_and_saving_s": "s",
     "max_rank_memory_gb": "GB",
     "max_rank_reserved_gb": "GB",
 }
-"""The keys of a log entry, each with its unit. Tokens do not count padding, and a rank without a GPU counts as one."""
+"""The keys of a log entry, each with its unit. Tokens do not count padding, and a rank without a GPU counts as one.
+
+Rates are by all the time since the entry before, but that of evaluations and checkpoints, which has a key of its own."""
 
 
 class Throughput(TrainerCallback):
@@ -36,7 +40,7 @@ class Throughput(TrainerCallback):
     Args:
         trainer: A :class:`~lisa_ds.integrations.trainer.LabelLogitsTrainer`. This goes before its other callbacks, so that
             trackers see what is added.
-        clock: Has the time of the training steps.
+        clock: Of the same trainer.
         peak_flops: Of the device of one rank, FLOP/s; None if it is not known.
         layers_path: As in the LISA section.
     """
@@ -99,18 +103,23 @@ class Throughput(TrainerCallback):
         self._settled = counted
 
     def _gathered(self) -> Tensor:
-        """``(ranks, 6)``, fp64: tokens, FLOPs of the model and the hardware, seconds, memory and what is reserved, bytes."""
+        """``(ranks, 8)``, fp64.
+
+        Tokens; FLOPs of the model and the hardware; seconds of training, of that for data, and apart from it; memory and what is
+        reserved, bytes.
+        """
         self._settle()
         device = self._trainer.args.device
-        row = torch.zeros(6, dtype=torch.float64, device=device)
+        row = torch.zeros(8, dtype=torch.float64, device=device)
         row[0] = torch.as_tensor(self._trainer.tokens)
         row[1:3] = self._flops
-        row[3] = self._clock.seconds
-        row[4], row[5] = _memory()
-        return self._trainer.accelerator.gather(row).reshape(-1, 6).cpu()
+        row[3], row[4], row[5] = self._clock.training, self._clock.waiting, self._clock.apart
+        row[6], row[7] = _memory()
+        return self._trainer.accelerator.gather(row).reshape(-1, 8).cpu()
 
     def _rates(self, since: Tensor, now: Tensor) -> dict[str, float]:
-        seconds, ranks = since[:, 3].max().item(), len(since)
+        seconds, waiting, apart = since[:, 3:6].max(0).values.tolist()
+        ranks = len(since)
         rates: dict[str, float] = {}
         if seconds > 0:
             tokens, model, hardware = since[:, :3].sum(0).tolist()
@@ -120,7 +129,10 @@ class Throughput(TrainerCallback):
             if self._peak is not None and model > 0:
                 rates["mfu"] = round(model / seconds / ranks / self._peak, 4)
                 rates["hfu"] = round(hardware / seconds / ranks / self._peak, 4)
-        memory, reserved = now[:, 4:].max(0).values.tolist()
+            rates["waiting_for_data"] = round(waiting / seconds, 4)
+        if apart >= 0.0005:
+            rates["evaluating_and_saving_s"] = round(apart, 3)
+        memory, reserved = now[:, 6:].max(0).values.tolist()
         rates["max_rank_memory_gb"] = round(memory / 1e9, 3)
         if reserved:
             rates["max_rank_reserved_gb"] = round(reserved / 1e9, 3)

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import functools
 import signal
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lisa_ds.integrations.label_logits import LabelledLogits, labelled_positions
+from lisa_ds.integrations.order import SeededLengthSampler, keep_order
 from lisa_ds.integrations.sharing import count_rows_once, tensor_parallel_size
+from lisa_ds.integrations.tally import keep_tally
 
 
 class LabelLogitsTrainer(Trainer):
@@ -32,6 +34,8 @@ class LabelLogitsTrainer(Trainer):
         self._uses_cache = getattr(model.config, "use_cache", None)
         super().__init__(model, *args, **kwargs)
         count_rows_once(self)
+        keep_tally(self)
+        keep_order(self)
         stock = (
             self.label_smoother is not None
             or self.compute_loss_func is not None
@@ -80,6 +84,13 @@ class LabelLogitsTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = SeededLengthSampler(sampler, seed)
+        return sampler
+
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, **kwargs)
         if getattr(loader, "num_workers", 0):
@@ -111,22 +122,6 @@ class Work:
         seen = torch.stack([lengths.sum(), lengths.square().sum(), logits]).double()
         whole = [seen.new_full((1,), size) for size in (rows * length, rows * length * length)]  # a copy would wait
         self.counts = self.counts.to(seen.device) + torch.cat([seen, *whole])
-
-
-class Clock(TrainerCallback):
-    """Adds up the time of the training steps; evaluations and checkpoints are not in it."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._start = 0.0
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start."""
-        self._start = time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop; the trainer has read the loss by now, so a GPU has caught up."""
-        self.seconds += time.perf_counter() - self._start
 
 
 def _outlive_a_signal(start: Callable[[int], None] | None, worker_id: int) -> None:

@@ -12,6 +12,7 @@ from transformers import EarlyStoppingCallback
 
 from lisa_ds.config import RunConfig
 from lisa_ds.errors import CheckpointError, ConfigError
+from lisa_ds.integrations.order import differences
 from lisa_ds.train import arguments
 
 _log = logging.getLogger(__name__)
@@ -67,6 +68,34 @@ def restore_patience(trainer: Any, checkpoint: Path | None) -> None:
         if isinstance(callback, EarlyStoppingCallback) and "EarlyStoppingCallback" in saved:
             waited = saved["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"]
             callback.early_stopping_patience_counter = waited
+
+
+def check_order(checkpoint: Path | None, order: dict[str, Any], *, begins_anew: bool) -> None:
+    """Hold the order of rows against the one that a checkpoint was saved in.
+
+    Args:
+        checkpoint: Which is continued, if one is.
+        order: This run's, from :func:`~lisa_ds.integrations.order.order_of`.
+        begins_anew: Whether the run is told not to go on where the checkpoint stopped, but at the beginning of an epoch.
+
+    Raises:
+        CheckpointError: Rows would be left out, or seen twice.
+    """
+    if checkpoint is None or begins_anew:
+        return
+    saved = json.loads((checkpoint / "trainer_state.json").read_text()).get("stateful_callbacks", {}).get("RowOrder")
+    if saved is None:
+        _log.warning(
+            "--resume: %s does not say in what order its rows came; if data, batch size or seed have changed, rows are left out or "
+            "seen twice",
+            checkpoint,
+        )
+        return
+    if told := differences(saved["args"]["order"], order):
+        raise CheckpointError(
+            f"--resume: {checkpoint} was saved with {'; with '.join(told)}: rows would be left out, or seen twice. Go back to what it "
+            "was saved with, or set training.ignore_data_skip: true to go on at the beginning of an epoch"
+        )
 
 
 def _of_this_world(checkpoint: Path) -> Path:

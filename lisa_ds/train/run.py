@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,23 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from lisa_ds import data, flops, methods
 from lisa_ds.checkpoint import names
 from lisa_ds.cluster.preemption import Preemption
+from lisa_ds.cluster.watch import Watch
+from lisa_ds.cluster.watch import patience as watch_patience
 from lisa_ds.config import RunConfig
 from lisa_ds.errors import ConfigError
 from lisa_ds.integrations import console, hf, sharing
+from lisa_ds.integrations.clock import Clock
+from lisa_ds.integrations.order import RowOrder, order_of
 from lisa_ds.integrations.preemption import PreemptionCallback
 from lisa_ds.integrations.statistics import LayerStatistics
 from lisa_ds.integrations.streaming import inputs_of, streamed
+from lisa_ds.integrations.tally import keep_tally
 from lisa_ds.integrations.throughput import Throughput
-from lisa_ds.integrations.trainer import Clock, LabelLogitsTrainer
+from lisa_ds.integrations.trainer import LabelLogitsTrainer
 from lisa_ds.layers import LayerStack
 from lisa_ds.models import load_model, load_tokenizer
 from lisa_ds.train import arguments, checks, fit, stages
-from lisa_ds.train.resume import find_checkpoint, restore_patience
+from lisa_ds.train.resume import check_order, find_checkpoint, restore_patience
 from lisa_ds.train.summary import Summary
 
 
@@ -51,6 +56,7 @@ def run(
     stages.begin("checking the run and planning its memory")
     checked = checks.check(config, force=force)
     given, planned = checked.given, checked.planned
+    patience = watch_patience()
     peak = flops.peak_flops(_device_name(), os.environ)
     checkpoint = find_checkpoint(config, resume)
     stages.begin(f"reading and tokenising {config.data.path}")
@@ -61,12 +67,17 @@ def run(
     fit.check_rows(config, checked.model, tokenizer, *rows)
     stages.begin("joining the process group; DeepSpeed compiles an operator if it is the first time")
     args = arguments.build(config, given, resumed=checkpoint is not None)
+    order = order_of(args, data.digest(rows[0]))
+    check_order(checkpoint, order, begins_anew=args.ignore_data_skip)
     hf.join_process_group()
     if planned and args.process_index == 0:
         print(planned)
     place, preemption = Path(args.output_dir), preemption or Preemption()
     with preemption.marked(place), _removed_if_left_empty(place):
-        trainer, clock = _build_trainer(config, given, args, tokenizer, *rows)
+        trainer = _build_trainer(config, given, args, tokenizer, *rows)
+        clock = Clock(trainer)
+        trainer.add_callback(clock)
+        trainer.add_callback(RowOrder(order))
         console.show_lines(trainer)
         throughput = Throughput(trainer, clock, peak, config.lisa.layers_path)
         trainer.callback_handler.callbacks.insert(0, throughput)
@@ -76,21 +87,31 @@ def run(
         restore_patience(trainer, checkpoint)
         trainer.add_callback(PreemptionCallback(preemption, checkpoint))
         stages.begin("building the engine")
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    loss_before, loss_after = _held_out_losses(trainer)
-    model = Path(args.output_dir) / "model"
-    stages.begin(f"exporting the trained model to {model}")
-    _export(trainer, model)
-    summary = _summarise(config, trainer, clock, throughput, loss_before, loss_after, model)
-    if trainer.is_world_process_zero():
-        summary.write(model.parent / "records.jsonl", {"config": config.model_dump(mode="json"), "seed": args.seed})
-        print(*summary.lines(), sep="\n", flush=True)
+        with _watched(trainer, clock, patience):
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    with _watched(trainer, clock, patience):
+        loss_before, loss_after = _held_out_losses(trainer)
+        model = Path(args.output_dir) / "model"
+        stages.begin(f"exporting the trained model to {model}")
+        _export(trainer, model)
+        summary = _summarise(config, trainer, clock, throughput, loss_before, loss_after, model)
+        if trainer.is_world_process_zero():
+            summary.write(model.parent / "records.jsonl", {"config": config.model_dump(mode="json"), "seed": args.seed})
+            print(*summary.lines(), sep="\n", flush=True)
     return summary
+
+
+def _watched(trainer: LabelLogitsTrainer, clock: Clock, patience: float) -> AbstractContextManager[None]:
+    """Inside the ``with``, ranks name those that stop, lag or fail."""
+    if not patience or trainer.args.world_size == 1:
+        return nullcontext()
+    watched = Watch(lambda: (f"step {trainer.state.global_step + 1}, {clock.phase}", clock.moves), patience)
+    return watched.watching()
 
 
 def _build_trainer(
     config: RunConfig, given: dict[str, Any], args: TrainingArguments, tokenizer: Any, train_rows: Any, eval_rows: Any
-) -> tuple[LabelLogitsTrainer, Clock]:
+) -> LabelLogitsTrainer:
     task = config.model.task
     if args.process_index == 0:
         print(f"training data: {data.describe(train_rows)}")
@@ -109,8 +130,7 @@ def _build_trainer(
         names += [f"LABEL_{i}" for i in range(len(names), model.config.num_labels)]  # of a head with room for more
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {name: i for i, name in enumerate(names)}
-    clock = Clock()
-    callbacks: list[TrainerCallback] = [clock]
+    callbacks: list[TrainerCallback] = []
     if "early_stopping_patience" in given:
         threshold = given.get("early_stopping_threshold", 0.0)
         callbacks.append(EarlyStoppingCallback(given["early_stopping_patience"], threshold))
@@ -126,7 +146,7 @@ def _build_trainer(
         )
     except ValueError as error:  # arguments that do not go together
         raise ConfigError(f"{config.where('training')}: {' '.join(str(error).split())}") from error
-    return trainer, clock
+    return trainer
 
 
 def _layer_statistics(config: RunConfig, trainer: LabelLogitsTrainer) -> LayerStatistics:
@@ -220,6 +240,7 @@ def _summarise(
     return Summary(
         method=config.method,
         steps=trainer.state.global_step,
+        skipped_steps=trainer.deepspeed.skipped_steps,
         loss_before=loss_before,
         loss_after=loss_after,
         live=live or hf.live_state(trainer),
@@ -228,10 +249,11 @@ def _summarise(
         layers_visited=tuple(sorted(set().union(*trained))),
         num_intervals=len(trained),
         tokens=tokens,
-        seconds=clock.seconds,
+        seconds=clock.training,
         world_size=world_size,
         device=f"{world_size} x {_device_name()}",
         throughput=throughput.total(),
+        rows_without_labels=keep_tally(trainer).unlabelled(),
         model=model,
     )
 

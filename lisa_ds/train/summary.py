@@ -19,7 +19,10 @@ class Summary:
 
     method: str
     steps: int
-    """Optimizer steps, those before a resume included."""
+    """Steps of the trainer, each with rows of its own; those before a resume included."""
+
+    skipped_steps: int
+    """Of those, how many moved no weight, as their gradients were not finite."""
 
     loss_before: float | None
     """Held-out loss before the first step; None without held-out data."""
@@ -40,7 +43,7 @@ class Summary:
     """Tokens trained on by all ranks since the start or resume, padding not counted."""
 
     seconds: float
-    """Time of the training steps they took."""
+    """Time that took, waiting for data included; evaluations and checkpoints are apart."""
 
     world_size: int
     device: str
@@ -48,13 +51,19 @@ class Summary:
     """Where the exported model is."""
 
     throughput: Mapping[str, float] = field(default_factory=dict)
-    """Of the training steps together, by the keys that log entries have too."""
+    """Since the start or resume, by the keys that log entries have too."""
+
+    rows_without_labels: int = 0
+    """Rows of all ranks from which nothing was learned, since the start or resume."""
 
     def lines(self) -> list[str]:
         """The summary to be read."""
         live, full = (sum(table[kind] for kind in STATE_KINDS) for table in (self.live, self.full))
         kinds = ", ".join(f"{kind} {self.live[kind] / 1e6:.1f}" for kind in STATE_KINDS)
         lines = [] if self.loss_before is None else [f"held-out loss {self.loss_before:.4f} -> {self.loss_after:.4f}"]
+        lines.append(f"steps: {self.steps}, all applied" if not self.skipped_steps else self._skipped())
+        if self.rows_without_labels:
+            lines.append(f"rows without labels: {self.rows_without_labels:,}; nothing was learned from them")
         lines.append(f"live state {live / 1e6:.1f} MB on each of {self.world_size} ranks ({kinds})")
         if self.method == "lisa":
             lines.append(f"full fine-tuning would hold {full / 1e6:.1f} MB, {full / live:.1f} times as much")
@@ -63,15 +72,23 @@ class Summary:
                 f"{list(self.layers_visited)}"
             )
         if self.seconds:
+            waiting = self.throughput.get("waiting_for_data", 0.0)
             lines.append(
-                f"tokens/s: {self.tokens / self.seconds:.0f} ({self.tokens:,} tokens in {self.seconds:.0f} s of training steps)"
+                f"tokens/s: {self.tokens / self.seconds:.0f} ({self.tokens:,} tokens in {self.seconds:.0f} s of training, "
+                f"{waiting:.0%} of it waiting for data)"
             )
+        if apart := self.throughput.get("evaluating_and_saving_s"):
+            lines.append(f"evaluations and checkpoints: {apart:.0f} s more")
         if self.throughput:
             shares = [f"{key.upper()} {self.throughput[key]:.1%}" for key in ("mfu", "hfu") if key in self.throughput]
             memory = f"at most {self.throughput['max_rank_memory_gb']:.2f} GB"
             rate = self.throughput.get("tokens_per_second_per_gpu", 0.0)
             lines.append(", ".join([f"on each rank: {rate:.0f} tokens a second", *shares, memory]))
         return [*lines, f"model: {self.model}"]
+
+    def _skipped(self) -> str:
+        applied = self.steps - self.skipped_steps
+        return f"steps: {self.steps}, {applied} applied and {self.skipped_steps} skipped, as their gradients were not finite"
 
     def write(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Append the summary to a file of records."""
@@ -80,6 +97,9 @@ class Summary:
             ("held_out_loss", self.method, self.loss_after, "nats", self.steps),
             *((f"live_bytes/{kind}", self.method, size, "B", None) for kind, size in self.live.items()),
             *((f"live_bytes/{kind}", "full, planned", size, "B", None) for kind, size in self.full.items()),
+            ("applied_steps", self.method, self.steps - self.skipped_steps, "steps", None),
+            ("skipped_steps", self.method, self.skipped_steps, "steps", None),
+            ("rows_without_labels", self.method, self.rows_without_labels, "rows", None),
             ("tokens_per_second", self.method, self.tokens / self.seconds if self.seconds else None, "1/s", None),
             *(
                 (key, self.method, value, UNITS[key], None)
