@@ -23,7 +23,7 @@ from lisa_ds.memory import Precision, state_bytes
 from tests import parallel_model, trajectory
 from tests.ranks import run_ranks
 from tests.test_train import launch, write_run
-from tests.test_zero3_trajectory import BOUNDS, _layers, differences
+from tests.test_zero3_trajectory import BOUNDS, layers_of, differences
 from tests.trajectory import Case, Outcome
 from tests.zero3_parallel_runs import Shared, run_all, run_trainer
 
@@ -89,7 +89,7 @@ def runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def against_torch(ours: Outcome, case: Case, ranks: int, build: Build) -> dict[str, float]:
-    theirs = trajectory.reference(replace(case, autotp=1), ranks, _layers(case), build)
+    theirs = trajectory.reference(replace(case, autotp=1), ranks, layers_of(case), build)
     assert ours.layers == theirs.layers
     if case.tied:  # an export names a shared weight twice
         ours.parameters = {name: p for name, p in ours.parameters.items() if name in theirs.parameters}
