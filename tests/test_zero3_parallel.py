@@ -23,7 +23,7 @@ from lisa_ds.memory import Precision, state_bytes
 from tests import parallel_model, trajectory
 from tests.ranks import run_ranks
 from tests.test_train import launch, write_run
-from tests.test_zero3_trajectory import BOUNDS, layers_of, differences
+from tests.test_zero3_trajectory import BOUNDS, differences, layers_of
 from tests.trajectory import Case, Outcome
 from tests.zero3_parallel_runs import Shared, run_all, run_trainer
 
