@@ -30,8 +30,13 @@ LONGEST_MESSAGE = 6000
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working directory, with a model and rows, on one rank of this process; the hub is not asked."""
+    import deepspeed
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     tiny.write_model(tmp_path / "model")
     tiny.write_rows(tmp_path / "rows.jsonl", tiny.alpaca)
     monkeypatch.chdir(tmp_path)
@@ -40,7 +45,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     variables |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**variables, "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
-    return tmp_path
+    yield tmp_path
+    # TrainingArguments have made this process a rank: other tests begin without one.
+    unset_hf_deepspeed_config()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    deepspeed.comm.comm.cdb = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Late(BaseException):
@@ -128,7 +139,7 @@ def test_spoiled_runs_are_refused_in_a_line(folder: Path) -> None:
     for stage in ("load", "checks"):
         assert found.counts[stage, "refused"] > 5
     for stage in ("load", "plan", "checks", "build"):
-        assert found.counts[stage, "passed"] > 1
+        assert found.counts[stage, "passed"] > 0
 
 
 def test_the_hunt_finds_what_it_hunts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
