@@ -82,6 +82,16 @@ def trained(kind: type[Trainer], shape: PreTrainedConfig, folder: str, accumulat
     return trainer
 
 
+def own_losses(shape: PreTrainedConfig, starts: list[int]) -> list[float]:
+    """Of the untrained model, by its own forward, on batches of two rows."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape, attn_implementation="eager").float().train()
+    batches = [rows()[start : start + 2] for start in starts]
+    return [
+        float(model(**{key: torch.stack([row[key] for row in batch]) for key in batch[0]}).loss) for batch in batches
+    ]
+
+
 def losses(trainer: Trainer) -> list[float]:
     return [
         entry[key] for entry in trainer.state.log_history for key in ("loss", "grad_norm", "eval_loss") if key in entry
@@ -97,7 +107,12 @@ def test_it_trains_as_the_stock_trainer_does(name: str, accumulation: int, tmp_p
         for kind in (Trainer, LabelLogitsTrainer)
     )
     assert ours.labelled_only is ("own" not in name)
-    assert losses(ours) == pytest.approx(losses(stock), rel=1e-6)
+    expected = losses(stock)
+    if (
+        "own" in name and accumulation == 3
+    ):  # the second micro-batch has no loss, for which stock puts that of the first
+        expected[0] = sum(own_losses(MODELS[name], [0, 4])) / 2
+    assert losses(ours) == pytest.approx(expected, rel=1e-6)
     for (parameter, ours_is), stock_is in zip(ours.model.named_parameters(), stock.model.parameters(), strict=True):
         torch.testing.assert_close(ours_is, stock_is, rtol=0, atol=1e-6, msg=lambda text, at=parameter: f"{at}: {text}")
 

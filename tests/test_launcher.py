@@ -107,11 +107,11 @@ def test_a_second_ctrl_c_ends_it_at_once(folder: Path) -> None:
 
 @pytest.mark.multirank
 def test_an_error_of_the_ranks_is_told_once_with_their_exit_code(folder: Path) -> None:
-    started = start(folder, "data.path=none.jsonl", "training.output_dir=other", "--num_gpus=2")
+    started = start(folder, "data.path=/absent/file", "training.output_dir=other", "--num_gpus=2")
     out, err = started.communicate(timeout=300)
     assert started.returncode == 2
     assert [line for line in err.splitlines() if "error" in line] == [
-        f"[rank 0] error: command line: data.path: no such file or directory: none.jsonl (looked from {folder})"
+        f"[rank 0] error: command line: data.path: no such file or directory: /absent/file (looked from {folder})"
     ], out + err
 
 

@@ -120,8 +120,11 @@ class Tally(TrainerCallback):
         rows, counts = loss.new_zeros(()), loss.new_ones(())
         if unlabelled is not None:
             rows = unlabelled.sum().to(loss)
-            # Divided by the labels of the step, the loss of a batch without any is 0; by its own, it is none.
-            counts = (~unlabelled.all() if items is None else torch.as_tensor(items, device=loss.device) > 0).to(loss)
+            # Divided by the labels of the step, the loss of a batch without any is 0; by its own, it is none, also of a model
+            # that is given the step's number and has no use for it.
+            labelled = ~unlabelled.all()
+            by_step = False if items is None else (torch.as_tensor(items, device=loss.device) > 0) & loss.isfinite()
+            counts = (labelled | by_step).to(loss)
         share = counts / getattr(self._trainer, "current_gradient_accumulation_steps", 1)
         counted = torch.stack([torch.where(counts > 0, loss, 0.0), share, 1 - counts, rows])
         self._of_step = self._of_step.to(loss.device) + counted.double()
