@@ -111,7 +111,8 @@ def test_an_error_of_the_ranks_is_told_once_with_their_exit_code(folder: Path) -
     out, err = started.communicate(timeout=300)
     assert started.returncode == 2
     assert [line for line in err.splitlines() if "error" in line] == [
-        f"[rank 0] error: command line: data.path: no such file or directory: /absent/file (looked from {folder})"
+        f"[rank 0] error: command line: data.path: no such file or directory: /absent/file (looked from {folder}); "
+        "there is no directory /absent"
     ], out + err
 
 
