@@ -49,9 +49,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("launcher"))
 
 
-LONG = ("training.max_steps=3000", "training.save_strategy=no", "data.eval_fraction=0", "--num-gpus", "2")
+LONG = ("training.max_steps=3000", "training.save_steps=9000", "data.eval_fraction=0", "--num-gpus", "2")
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_a_signal_or_a_closed_pipe_has_the_run_save_and_leave(folder: Path) -> None:
     started = start(folder, *LONG)
