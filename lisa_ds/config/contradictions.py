@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lisa_ds.config.base import show
 from lisa_ds.errors import ConfigError
 
 # DeepSpeed's key -> the keys of `training` that hold the same fact (two: a pair of values).
@@ -54,7 +55,7 @@ def check_contradictions(
         if not _agree(list(given) if isinstance(given, (list, tuple)) else [given], expected):
             said = ", ".join(f"{home} is {training[home]!r}" for home in homes)
             problems.append(
-                f"{deepspeed_source}: {key}: contradicts {training_source}, where {said}, got {given!r}; "
+                f"{deepspeed_source}: {key}: contradicts {training_source}, where {said}, got {show(given)}; "
                 f'write "auto" here, the value lives there'
             )
     batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -64,7 +65,7 @@ def check_contradictions(
         if total != product:
             problems.append(
                 f"{deepspeed_source}: train_batch_size: contradicts {training_source}, where {batch[0]} x {batch[1]} "
-                f'on {world_size} ranks is {product}, got {total!r}; write "auto" here'
+                f'on {world_size} ranks is {product}, got {show(total)}; write "auto" here'
             )
     if problems:
         raise ConfigError("\n".join(problems))

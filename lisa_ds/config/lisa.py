@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lisa_ds.config.base import NOT_BUILT, Origin, Section, mistake, not_built, validate
+from lisa_ds.config.base import NOT_BUILT, Origin, Section, mistake, not_built, show, validate
 from lisa_ds.config.files import read_mapping
 from lisa_ds.config.roles import Fixed, Policy
 from lisa_ds.config.sampler import Count, GrowthConfig, SamplerConfig, named
@@ -242,7 +242,7 @@ class LisaConfig(Section):
                 )
             prefix, fields = "lisa", fields["lisa"] or {}
             if not isinstance(fields, Mapping):
-                raise ConfigError(f"{file}: lisa: should be a section of keys, got {fields!r}")
+                raise ConfigError(f"{file}: lisa: should be a section of keys, got {show(fields)}")
         origin = Origin(file, prefix)
         problems: list[str] = []
         return validate(cls, rename_aliases(fields, origin, problems), origin, problems)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from lisa_ds.config.base import Section, mistake
+from lisa_ds.config.base import Section, mistake, show
 
 if TYPE_CHECKING:
     from lisa_ds.config.lisa import LisaConfig
@@ -43,7 +43,7 @@ def _policy(value: Any) -> Any:
             )
         count = value["every"]
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise mistake(f"every should be a number of intervals, 1 or more, got {count!r}")
+            raise mistake(f"every should be a number of intervals, 1 or more, got {show(count)}")
         return "always" if count == 1 else Every(every=count)
     if not isinstance(value, str) or value not in _NAMES:
         raise mistake(_CHOICES, choices=_NAMES)

@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
+from lisa_ds.config.base import show
 from lisa_ds.data.answers import Note, find_answers
 from lisa_ds.data.formats import Kind
 from lisa_ds.data.rendering import Conversation, Span
@@ -92,10 +93,10 @@ class Tokeniser:
         label = json.loads(row["label"])
         if self.labels:
             if label not in self.labels:
-                raise DataError(f"{row['place']}: label should be one of {', '.join(self.labels)}, got {label!r}")
+                raise DataError(f"{row['place']}: label should be one of {', '.join(self.labels)}, got {show(label)}")
             label = self.labels.index(label)
         elif isinstance(label, str):
-            raise DataError(f"{row['place']}: label should be a number, as in training, got {label!r}")
+            raise DataError(f"{row['place']}: label should be a number, as in training, got {show(label)}")
         ids = self.tokenizer(row["text"])["input_ids"]
         if len(ids) <= self.max_length:
             return Tokens(ids, label, Status.KEPT)

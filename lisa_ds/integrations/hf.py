@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from lisa_ds.config import LisaConfig
+from lisa_ds.config.base import show
 from lisa_ds.engines.zero3 import LisaEngine, armed, compat, parallel
 from lisa_ds.engines.zero3.live import memory_report, precision
 from lisa_ds.errors import ConfigError, EngineError
@@ -105,7 +106,7 @@ def check_deepspeed(fields: Mapping[str, Any], source: str, *, lisa: bool) -> No
         raise ConfigError(
             "\n".join(
                 f"{source}: zero_optimization.{'.'.join(map(str, problem['loc']))}: DeepSpeed says: {problem['msg']}, "
-                f"got {problem['input']!r}"
+                f"got {show(problem['input'])}"
                 for problem in error.errors()
             )
         ) from None

@@ -70,7 +70,7 @@ def check(config: RunConfig) -> dict[str, Any]:
             raise ConfigError(f"{where.where(key)}: needs evaluations on the way, but training.eval_strategy is 'no'")
     if given.get("metric_for_best_model", "loss") not in (None, "loss", "eval_loss"):
         raise ConfigError(
-            f"{where.where('metric_for_best_model')}: a run measures eval_loss, got {given['metric_for_best_model']!r}"
+            f"{where.where('metric_for_best_model')}: a run measures eval_loss, got {show(given['metric_for_best_model'])}"
         )
     _check_optimizer(config, given, where)
     _check_combinations(given, where)
@@ -113,7 +113,7 @@ def _data_parallel_size(config: RunConfig, source: str) -> int | None:
     if not isinstance(shared, int) or shared < 1 or ranks % shared:
         on = f" of this run's {ranks} ranks" if ranks else ""
         raise ConfigError(
-            f"{source}: tensor_parallel.autotp_size: so many{on} share each layer, got {shared!r}; choose a number that "
+            f"{source}: tensor_parallel.autotp_size: so many{on} share each layer, got {show(shared)}; choose a number that "
             "divides them, or leave it out"
         )
     return ranks // shared if ranks else None
@@ -132,7 +132,7 @@ def _check_optimizer(config: RunConfig, given: Mapping[str, Any], origin: Origin
     optim = given.get("optim")
     if optim is not None and optim not in _ADAMW:
         raise ConfigError(
-            f"{origin.where('optim')}: lisa.optimizer 'masked_adamw' computes AdamW, got {optim!r}; leave it out, or set "
+            f"{origin.where('optim')}: lisa.optimizer 'masked_adamw' computes AdamW, got {show(optim)}; leave it out, or set "
             "lisa.optimizer to 'adamw' to keep the optimizer that is given"
         )
     if config.lisa.optimizer.precision == "stochastic_rounding":
@@ -274,12 +274,12 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         stage = zero.get("stage") if isinstance(zero, dict) else zero
         raise ConfigError(
-            f"{source}: zero_optimization.stage: a run shards its state under ZeRO-3, got {stage!r}; set it to 3"
+            f"{source}: zero_optimization.stage: a run shards its state under ZeRO-3, got {show(stage)}; set it to 3"
         )
     if zero.setdefault("stage3_gather_16bit_weights_on_model_save", True) is not True:
         raise ConfigError(
             f"{source}: zero_optimization.stage3_gather_16bit_weights_on_model_save: the trained model is exported at the "
-            f"end, got {zero['stage3_gather_16bit_weights_on_model_save']!r}; set it to true or leave it out"
+            f"end, got {show(zero['stage3_gather_16bit_weights_on_model_save'])}; set it to true or leave it out"
         )
     return fields
 

@@ -11,7 +11,7 @@ import torch
 from packaging.version import Version
 from transformers.integrations import get_available_reporting_integrations
 
-from lisa_ds.config.base import Origin
+from lisa_ds.config.base import Origin, show
 from lisa_ds.errors import ConfigError
 
 # Beginnings of transformers' names of optimizers -> the module that has them, and what is installed for it.
@@ -63,13 +63,13 @@ def check(given: Mapping[str, Any], origin: Origin, *, model_type: str | None = 
         known = _dynamo.list_backends(exclude_tags=())
         if backend not in known:
             raise ConfigError(
-                f"{origin.where('torch_compile_backend')}: should be one of {', '.join(known)}, got {backend!r}"
+                f"{origin.where('torch_compile_backend')}: should be one of {', '.join(known)}, got {show(backend)}"
             )
     if (mode := given.get("torch_compile_mode")) is not None:
         known = ["default", *torch._inductor.list_mode_options()]
         if mode not in known:
             raise ConfigError(
-                f"{origin.where('torch_compile_mode')}: should be one of {', '.join(known)}, got {mode!r}"
+                f"{origin.where('torch_compile_mode')}: should be one of {', '.join(known)}, got {show(mode)}"
             )
 
 
@@ -90,13 +90,13 @@ def _check_optimizer(given: Mapping[str, Any], origin: Origin) -> None:
     where = origin.where("optim")
     if optim.startswith(_NOT_SHARDED):
         raise ConfigError(
-            f"{where}: works on whole matrices, of which ZeRO-3 gives a rank a slice, got {optim!r}; choose one that works on "
+            f"{where}: works on whole matrices, of which ZeRO-3 gives a rank a slice, got {show(optim)}; choose one that works on "
             "elements, such as adamw_torch"
         )
     for beginning, (module, install) in _OPTIMIZERS.items():
         if optim.startswith(beginning) and find_spec(module) is None:
             raise ConfigError(
-                f"{where}: needs {module}, which is not installed, got {optim!r}; install {install}, or use adamw_torch"
+                f"{where}: needs {module}, which is not installed, got {show(optim)}; install {install}, or use adamw_torch"
             )
 
 
