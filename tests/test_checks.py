@@ -122,6 +122,19 @@ def test_every_optimizer_is_there_or_refused_by_name(folder: Path, monkeypatch: 
         ("training.enable_jit_checkpoint=true", "training.enable_jit_checkpoint: does not belong here: a run saves itself when it is signalled"),
         ("deepspeed={zero_optimization: {stage: 3}, bf16: [1]}", "deepspeed: DeepSpeed cannot read it: "),
         ("deepspeed={zero_optimization: {stage: 3}, communication_data_type: fp23}", "deepspeed: DeepSpeed cannot read it: "),
+        (
+            "deepspeed={zero_optimization: {stage: 3}, bf16_: {enabled: auto}}",
+            "deepspeed: bf16_.enabled: 'auto' is filled in for some keys, and this is none of them; write a value, or "
+            "'bf16.enabled'",
+        ),
+        (
+            "deepspeed={zero_optimization: {stage: 3, stage3_max_live_parameters: auto}}",
+            "deepspeed: zero_optimization.stage3_max_live_parameters: 'auto' is filled in for some keys, and this is none of",
+        ),
+        (
+            "deepspeed={zero_optimization: {stage: 3}, train_batch: auto}",
+            "deepspeed: train_batch: 'auto' is filled in for some keys, and this is none of them; write a value, or 'train_batch",
+        ),
         ("deepspeed={zero_optimization: {stage: 3, 7: 1}}", "deepspeed.zero_optimization: should have text for keys, has 7"),
         ("deepspeed={zero_optimization: {stage: 3}, compile: 1.5}", "deepspeed: DeepSpeed cannot read it: "),
     ],

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,21 @@ from lisa_ds.integrations.sharing import count_rows_once
 from lisa_ds.integrations.tally import keep_tally
 from lisa_ds.layers import LayerStack
 from lisa_ds.memory import full_state_bytes
+
+_FILLED_IN = frozenset(
+    (
+        *("bf16.enabled", "fp16.enabled", "gradient_accumulation_steps", "gradient_clipping"),
+        *("train_batch_size", "train_micro_batch_size_per_gpu"),
+        *(f"optimizer.params.{key}" for key in ("lr", "betas", "eps", "weight_decay")),
+        *(
+            f"scheduler.params.{key}"
+            for key in ("total_num_steps", "warmup_max_lr", "warmup_min_lr", "warmup_num_steps")
+        ),
+        *(f"zero_optimization.{key}" for key in ("reduce_bucket_size", "stage3_param_persistence_threshold")),
+        *(f"zero_optimization.stage3_{key}" for key in ("prefetch_bucket_size", "gather_16bit_weights_on_model_save")),
+    )
+)
+"""Keys of a DeepSpeed config whose ``auto`` transformers and accelerate replace; see transformers' integrations/deepspeed.py."""
 
 STATE_KINDS = ("gradients", "master", "exp_avg", "exp_avg_sq")
 """The kinds of ``engine.memory_report()`` that LISA keeps for the sampled layers only."""
@@ -96,9 +112,19 @@ def check_deepspeed(fields: Mapping[str, Any], source: str, *, lisa: bool) -> No
         lisa: Whether LISA's engine is to be built from it.
 
     Raises:
-        ConfigError: Keys of ``zero_optimization`` that DeepSpeed does not know, or values it does not take, one a line.
+        ConfigError: Keys of ``zero_optimization`` that DeepSpeed does not know, values it does not take, or an ``auto`` that
+            nobody fills in, one a line.
         EngineError: Options that cannot be combined with LISA, one a line.
     """
+    if left := sorted(set(_autos(fields)) - _FILLED_IN):
+        near = [difflib.get_close_matches(path, _FILLED_IN, n=1, cutoff=0.8) for path in left]
+        raise ConfigError(
+            "\n".join(
+                f"{source}: {path}: 'auto' is filled in for some keys, and this is none of them; write a value"
+                + "".join(f", or '{key}'" for key in keys)
+                for path, keys in zip(left, near, strict=True)
+            )
+        )
     section = {key: value for key, value in fields["zero_optimization"].items() if value != "auto"}
     try:
         zero = DeepSpeedZeroConfig(**section)
@@ -134,6 +160,15 @@ def _try(fields: Mapping[str, Any], source: str) -> None:
             " ".join(str(part) for part in (*problem.get("loc", ()), problem["msg"])) for problem in problems
         )
         raise ConfigError(f"{source}: DeepSpeed cannot read it: {' '.join(said.split())}") from None
+
+
+def _autos(value: Any, path: str = "") -> Iterator[str]:
+    """Dotted paths of what is ``auto``."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _autos(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, str) and value == "auto":
+        yield path
 
 
 def _without_auto(value: Any) -> Any:
