@@ -68,7 +68,7 @@ def main() -> None:
             continue  # the trajectory tests have them on CPUs
         with report.part(case.name):
             _follow_torch(report, case, device)
-    # Destroyed engines leave a part of their memory behind, DeepSpeed's own too: what counts bytes comes first of its process.
+    # A destroyed engine of DeepSpeed's own stays alive with its memory: what counts bytes comes first of its process.
     alone = {"synchronisations": _count_synchronisations, "switches": _follow_switches}
     if arguments.only in alone:
         with report.part(arguments.only):
