@@ -136,6 +136,7 @@ def test_every_optimizer_is_there_or_refused_by_name(folder: Path, monkeypatch: 
             "deepspeed: train_batch: 'auto' is filled in for some keys, and this is none of them; write a value, or 'train_batch",
         ),
         ("deepspeed={zero_optimization: {stage: 3, 7: 1}}", "deepspeed.zero_optimization: should have text for keys, has 7"),
+        ("deepspeed={zero_optimization: {stage: 3}, gradient_clip: 1.0}", "deepspeed: gradient_clip: DeepSpeed "),
         ("deepspeed={zero_optimization: {stage: 3}, compile: 1.5}", "deepspeed: DeepSpeed cannot read it: "),
     ],
 )  # fmt: skip

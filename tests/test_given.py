@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -53,6 +54,13 @@ class Engine:
         ({"config": Path("broken.json")}, "config: broken.json: cannot be read as JSON: "),
         ({"config": "list.json"}, "config: list.json: should hold keys and values, got list"),
         ({"config": "."}, "config: .: cannot be read as JSON: [Errno 21] Is a directory: '.'"),
+        ({"config": {**DEEPSPEED, "gradient_clippping": 1}}, "config: gradient_clippping: DeepSpeed "),
+        ({"config": {**DEEPSPEED, "bf16": [1]}}, "config: DeepSpeed cannot read it: "),
+        ({"config": "misspelt.json"}, "config: misspelt.json: gradient_clippping: DeepSpeed "),
+        (
+            {"args": argparse.Namespace(deepspeed_config="misspelt.json"), "config": None},
+            "config: misspelt.json: gradient_clippping: DeepSpeed ",
+        ),
         ({"config": 3}, "config: should be a dict or the path of a JSON file, got int: 3"),
         ({"config": [1]}, "config: should be a dict or the path of a JSON file, got list: [1]"),
         (
@@ -70,6 +78,7 @@ def test_initialize_names_what_is_wrong(
     monkeypatch.chdir(tmp_path)
     Path("broken.json").write_text('{"a": 1')
     Path("list.json").write_text("[1]")
+    Path("misspelt.json").write_text(json.dumps({**DEEPSPEED, "gradient_clippping": 1}))
     before = dict(os.environ)
     with pytest.raises(lisa_ds.LisaError) as caught:
         lisa_ds.initialize(**{"model": MODEL, "config": DEEPSPEED, "lisa_config": {}, **arguments})

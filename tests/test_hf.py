@@ -61,6 +61,8 @@ def test_trainers(tmp_path: Path) -> None:
             "stage 2": "attach: LISA shards its state under ZeRO-3, but the trainer's DeepSpeed config has",
             "twice": "attach: this trainer is attached already",
             "after evaluate": "attach: the trainer has built its engine already",
+            "misspelt": "deepspeed config: gradient_clippping: DeepSpeed",
+            "optimizer on disk": "deepspeed config: zero_optimization.offload_optimizer.device: 'nvme' is not supported",
             "wrong key": "lisa_config: interval_step: unknown key, got 2; did you mean 'interval_steps'?",
         }
         assert rank["reference"] == ("LisaEngine", "DeepSpeedEngine", True)
@@ -153,6 +155,8 @@ def refused() -> dict[str, str]:
         make_trainer(zero(3)),
         make_trainer(zero(3)),
     )
+    misspelt = make_trainer({**zero(3), "gradient_clippping": "1.0"})
+    on_disk = make_trainer({**zero(3), "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}})
     lisa_ds.attach(twice)
     late.evaluate()
     messages = {}
@@ -161,11 +165,15 @@ def refused() -> dict[str, str]:
         ("stage 2", stage_2, {}),
         ("twice", twice, {}),
         ("after evaluate", late, {}),
+        ("misspelt", misspelt, {}),
+        ("optimizer on disk", on_disk, {}),
         ("wrong key", plain, {"interval_step": 2}),
     ):
         with pytest.raises(lisa_ds.LisaError) as caught:
             lisa_ds.attach(trainer, config)
-        messages[case] = re.split(r"[;,] (?:give|build|attach before)| zero_opt", str(caught.value))[0]
+        messages[case] = re.split(r"[;,] (?:give|build|attach before|use)|(?<!:) zero_opt| [0-9.]+ does", str(caught.value))[
+            0
+        ]
     return messages
 
 

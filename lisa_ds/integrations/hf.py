@@ -13,15 +13,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from lisa_ds.config import LisaConfig
-from lisa_ds.config.base import show
-from lisa_ds.engines.zero3 import LisaEngine, armed, compat, parallel
+from lisa_ds.engines.zero3 import LisaEngine, armed, compat, parallel, reading
 from lisa_ds.engines.zero3.live import memory_report, precision
 from lisa_ds.errors import ConfigError, EngineError
 from lisa_ds.integrations import console
@@ -65,7 +61,7 @@ def attach(trainer: Any, lisa_config: LisaConfig | Mapping[str, Any] | str | Pat
         lisa_config: The LISA section: a :class:`~lisa_ds.LisaConfig`, its keys, or a YAML or JSON file.
 
     Raises:
-        ConfigError: The LISA section is wrong.
+        ConfigError: The LISA section is wrong, or DeepSpeed cannot read its config, or does not read a key of it.
         EngineError: It is no trainer, does not run under ZeRO-3, or it is attached or trained already. Nothing has changed.
 
     Example::
@@ -104,7 +100,7 @@ def join_process_group() -> None:
 
 
 def check_deepspeed(fields: Mapping[str, Any], source: str, *, lisa: bool) -> None:
-    """Hold a DeepSpeed config against DeepSpeed's own classes, and LISA's engine, before anything is loaded.
+    """Hold a DeepSpeed config against what DeepSpeed reads, and LISA's engine takes, before anything is loaded.
 
     Args:
         fields: The config; values may still be ``auto``.
@@ -112,8 +108,7 @@ def check_deepspeed(fields: Mapping[str, Any], source: str, *, lisa: bool) -> No
         lisa: Whether LISA's engine is to be built from it.
 
     Raises:
-        ConfigError: Keys of ``zero_optimization`` that DeepSpeed does not know, values it does not take, or an ``auto`` that
-            nobody fills in, one a line.
+        ConfigError: Keys that DeepSpeed does not read, values it does not take, or an ``auto`` that nobody fills in, one a line.
         EngineError: Options that cannot be combined with LISA, one a line.
     """
     if left := sorted(set(_autos(fields)) - _FILLED_IN):
@@ -125,18 +120,7 @@ def check_deepspeed(fields: Mapping[str, Any], source: str, *, lisa: bool) -> No
                 for path, keys in zip(left, near, strict=True)
             )
         )
-    section = {key: value for key, value in fields["zero_optimization"].items() if value != "auto"}
-    try:
-        zero = DeepSpeedZeroConfig(**section)
-    except ValidationError as error:
-        raise ConfigError(
-            "\n".join(
-                f"{source}: zero_optimization.{'.'.join(map(str, problem['loc']))}: DeepSpeed says: {problem['msg']}, "
-                f"got {show(problem['input'])}"
-                for problem in error.errors()
-            )
-        ) from None
-    _try(fields, source)
+    zero = reading.read(fields, source).zero_config
     if not lisa:
         return
     compat.check_deepspeed()
@@ -148,20 +132,6 @@ def check_deepspeed(fields: Mapping[str, Any], source: str, *, lisa: bool) -> No
         raise EngineError("\n".join(f"{source}: {problem}" for problem in problems))
 
 
-def _try(fields: Mapping[str, Any], source: str) -> None:
-    """Have DeepSpeed read the config as it does when it builds an engine, but for what is only known then."""
-    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    sure = {key: value for key, value in _without_auto(fields).items() if key not in batch}
-    try:
-        DeepSpeedConfig({**sure, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1})
-    except Exception as error:  # whatever it is, it is this config's
-        problems = error.errors() if isinstance(error, ValidationError) else [{"msg": str(error) or repr(error)}]
-        said = "; ".join(
-            " ".join(str(part) for part in (*problem.get("loc", ()), problem["msg"])) for problem in problems
-        )
-        raise ConfigError(f"{source}: DeepSpeed cannot read it: {' '.join(said.split())}") from None
-
-
 def _autos(value: Any, path: str = "") -> Iterator[str]:
     """Dotted paths of what is ``auto``."""
     if isinstance(value, Mapping):
@@ -169,13 +139,6 @@ def _autos(value: Any, path: str = "") -> Iterator[str]:
             yield from _autos(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(value, str) and value == "auto":
         yield path
-
-
-def _without_auto(value: Any) -> Any:
-    """``value`` without the keys that transformers is to fill in."""
-    if not isinstance(value, Mapping):
-        return value
-    return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
 
 
 def check_fp16(source: str) -> None:
@@ -310,7 +273,8 @@ def _check(trainer: Any) -> None:
             "attach: the trainer does not run under DeepSpeed; give its arguments a ZeRO-3 config, as in "
             'TrainingArguments(..., deepspeed="configs/ds_zero3.json")'
         )
-    stage = trainer.args.deepspeed_plugin.hf_ds_config.get_value("zero_optimization.stage")
+    deepspeed_config = trainer.args.deepspeed_plugin.hf_ds_config
+    stage = deepspeed_config.get_value("zero_optimization.stage")
     if stage != 3:
         raise EngineError(
             f"attach: LISA shards its state under ZeRO-3, but the trainer's DeepSpeed config has zero_optimization.stage "
@@ -325,3 +289,5 @@ def _check(trainer: Any) -> None:
             "attach: the trainer has built its engine already; attach before train() and evaluate() "
             "(TrainingArguments(eval_on_start=True) evaluates before the first step)"
         )
+    source = trainer.args.deepspeed if isinstance(trainer.args.deepspeed, str) else "deepspeed config"
+    check_deepspeed(deepspeed_config.config, source, lisa=True)

@@ -14,6 +14,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from lisa_ds.cluster import environment, hosts
+from lisa_ds.engines.zero3 import reading
 from lisa_ds.errors import ConfigError, EngineError
 
 _AS_IN = 'lisa_ds.initialize(model=model, config="ds_zero3.json", lisa_config={"num_sampled_layers": 2})'
@@ -72,7 +73,7 @@ def deepspeed_config(args: Any, given: Any) -> Any:
 
     Raises:
         EngineError: There is none, or it is given twice.
-        ConfigError: It is no config, or its file is missing or malformed.
+        ConfigError: It is no config, its file is missing or malformed, or DeepSpeed does not read a key of it.
     """
     named = getattr(args, "deepspeed_config", None) or getattr(args, "deepscale_config", None)
     if named is not None and given is not None:
@@ -84,10 +85,9 @@ def deepspeed_config(args: Any, given: Any) -> Any:
         raise EngineError(f"initialize: there is no DeepSpeed config; give its keys or its file, as in {_AS_IN}")
     if not isinstance(source, (dict, str, Path)):
         raise ConfigError(f"config: should be a dict or the path of a JSON file, got {_shown(source)}")
-    if not isinstance(source, dict):
-        loaded = _loaded(source)
-        source = loaded if named is None else None
-    return source
+    fields = source if isinstance(source, dict) else _loaded(source)
+    reading.read(fields, "config" if isinstance(source, dict) else f"config: {source}")
+    return fields if named is None else None
 
 
 def _loaded(source: str | Path) -> dict[str, Any]:
