@@ -171,9 +171,9 @@ def refused() -> dict[str, str]:
     ):
         with pytest.raises(lisa_ds.LisaError) as caught:
             lisa_ds.attach(trainer, config)
-        messages[case] = re.split(r"[;,] (?:give|build|attach before|use)|(?<!:) zero_opt| [0-9.]+ does", str(caught.value))[
-            0
-        ]
+        messages[case] = re.split(
+            r"[;,] (?:give|build|attach before|use)|(?<!:) zero_opt| [0-9.]+ does", str(caught.value)
+        )[0]
     return messages
 
 

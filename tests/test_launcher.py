@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lisa_ds.cli import main
@@ -104,6 +106,42 @@ def test_a_second_ctrl_c_ends_it_at_once(folder: Path) -> None:
     started.send_signal(signal.SIGINT)
     _, err = started.communicate(timeout=20)
     assert (started.returncode, err) == (130, "")
+
+
+@pytest.mark.slow
+@pytest.mark.multirank
+def test_a_rank_that_stops_amid_training_is_named_and_the_run_goes_on_with_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LISA_DS_WATCH_S", "3")
+    short = ("training.max_steps=100", *LONG[1:])
+    started = start(folder, *short, "training.output_dir=stopped")
+    try:
+        read_until(started, "  loss ")
+        (second,) = [
+            child
+            for child in psutil.Process(started.pid).children(recursive=True)
+            if "--local_rank=1" in child.cmdline()
+        ]
+        second.suspend()
+        begin = time.monotonic()
+        assert started.stderr is not None
+        told = next(line for line in started.stderr if " is stopped, " in line)
+        assert 3 <= time.monotonic() - begin < 10
+        assert re.fullmatch(
+            rf"\[rank 0\] rank 1 \(\S+, pid {second.pid}\) is stopped, last heard \d+ s ago: step \d+, training\. "
+            r"rank 0 waits for it, step \d+, training, at \S+:\d+ \S+\n",
+            told,
+        ), told
+        second.resume()
+        out, err = started.communicate(timeout=300)
+        assert started.returncode == 0, err
+        assert "step 100/100" in out
+    finally:
+        if started.poll() is None:
+            for process in (*psutil.Process(started.pid).children(recursive=True), started):
+                process.kill()
+        started.communicate()
 
 
 @pytest.mark.multirank

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from lisa_ds.cluster import watch
+from lisa_ds.cluster.environment import free_port
 from lisa_ds.errors import ConfigError
-from tests.ranks import _free_port
 
 ROOT = Path(__file__).parent.parent
 RANKS, PATIENCE = 3, 4.0
@@ -106,7 +106,7 @@ EXPECTED = {
 @pytest.mark.multirank
 def test_a_rank_that_is_waited_for_is_named_by_the_others(tmp_path: Path) -> None:
     places = {fault: tmp_path / fault for fault in EXPECTED}  # all at once: most of it is waiting
-    runs = {fault: start(place, fault, _free_port()) for fault, place in places.items()}
+    runs = {fault: start(place, fault, free_port()) for fault, place in places.items()}
     try:
         for fault, sent in (("stopped", signal.SIGSTOP), ("dead", signal.SIGKILL)):
             for rank in runs[fault]:

@@ -118,27 +118,12 @@ def _refusals() -> dict[str, str]:
     attempt("empty without roles", lisa=at_times, then=switch_without_roles)
     attempt("offload_states", then=lambda engine: engine.offload_states())
 
-    class Hand(torch.nn.Module):
-        """Checkpoints its blocks by hand, reentrantly: with frozen embeddings that cuts them out of backward."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = torch.nn.Embedding(11, 8)
-            self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
-            self.head = torch.nn.Linear(8, 11)
-
-        def forward(self, rows: torch.Tensor) -> torch.Tensor:
-            hidden = self.embed(rows)
-            for block in self.blocks:
-                hidden = torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=True)
-            return self.head(hidden).float().logsumexp(-1).mean()
-
     def one_step(engine: Any) -> None:
         engine.backward(engine(rows))
         engine.step()
 
-    attempt("cut graph", model=Hand(), lisa={"embeddings": "never"}, then=one_step)
-    attempt("cut graph control", model=Hand(), then=one_step)
+    attempt("cut graph", model=_by_hand(), lisa={"embeddings": "never"}, then=one_step)
+    attempt("cut graph control", model=_by_hand(), then=one_step)
 
     def check_both_drawn(engine: Any) -> None:
         assert engine.sampled_layers == (0, 2), engine.sampled_layers
@@ -176,6 +161,51 @@ def _refusals() -> dict[str, str]:
     attempt("method")
     DeepSpeedZeroOptimizer_Stage3.set_grad_positions = method
     return messages
+
+
+def _by_hand() -> Any:
+    import torch
+
+    class Hand(torch.nn.Module):
+        """Checkpoints its blocks by hand, reentrantly: with frozen embeddings that cuts them out of backward."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(11, 8)
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+            self.head = torch.nn.Linear(8, 11)
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            hidden = self.embed(rows)
+            for block in self.blocks:
+                hidden = torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=True)
+            return self.head(hidden).float().logsumexp(-1).mean()
+
+    return Hand()
+
+
+def _cut_on_every_rank() -> str:
+    import deepspeed
+    import torch
+
+    import lisa_ds
+    from lisa_ds.errors import EngineError
+    from tests import trajectory
+    from tests.trajectory import Case
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    model = _by_hand()
+    config = trajectory.deepspeed_config(Case("cut"), 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine, *_ = lisa_ds.initialize(
+        model=model, config=config, optimizer=optimizer, lisa_config={"embeddings": "never"}
+    )
+    engine.backward(engine(torch.arange(10)[None]))
+    try:
+        engine.step()
+    except EngineError as error:
+        return str(error)
+    return "nothing was refused"
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +266,12 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 )
 def test_refusal_names_the_key_the_value_and_the_remedy(messages: dict[str, str], name: str, parts: list[str]) -> None:
     assert all(part in messages[name] for part in parts), messages[name]
+
+
+def test_a_graph_that_is_cut_is_refused_on_all_ranks_together(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _cut_on_every_rank, tmp_path)
+    assert first == second
+    assert "backward gave them no gradient" in first
 
 
 def test_every_option_is_reported_at_once(tmp_path: Path) -> None:
