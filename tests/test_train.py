@@ -144,11 +144,18 @@ def test_speed_is_in_every_log_entry_in_the_records_and_on_the_console(finished:
     assert line.startswith(f"on each rank: {rate:.0f} tokens a second, MFU {read['mfu'].value:.1%}, HFU ")
 
 
+def read_events(output: Path) -> Any:
+    """What TensorBoard shows of a run."""
+    from tensorboard.backend.event_processing import event_accumulator
+
+    (folder,) = {events.parent for events in output.rglob("events.*")}
+    return event_accumulator.EventAccumulator(str(folder)).Reload()
+
+
 @pytest.mark.multirank
 def test_trackers_see_lisa(finished: tuple[Path, str]) -> None:
-    read_events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = next((finished[0] / "out").rglob("events.*"))
-    read = read_events.EventAccumulator(str(events.parent)).Reload()
+    pytest.importorskip("tensorboard")
+    read = read_events(finished[0] / "out")
     intervals = [scalar.value for scalar in read.Scalars("train/lisa/interval")]
     assert intervals == [0, 0, 1, 1, 2, 2]
     assert all(scalar.value > 0 for scalar in read.Scalars("train/tokens_per_second"))
@@ -180,10 +187,26 @@ def test_resume_is_exact_and_passes_over_what_is_incomplete(finished: tuple[Path
     done = launch(copy, "lisa.seed=3", "--resume", "auto")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passing over out/checkpoint-6, which has no trainer_state.json" in done.stderr
+    assert "--resume auto: going on from out/checkpoint-3, after step 3\n" in done.stdout
+    assert "mismatch" not in done.stderr  # of accelerate, about micro-batches that the trainer counts
     first, again = (load_file(at / "out/model/model.safetensors") for at in (folder, copy))
     assert all(weight.equal(again[name]) for name, weight in first.items())
     (summary,) = [line for line in output.splitlines() if line.startswith("held-out loss")]
     assert summary in done.stdout.splitlines()
+    # of a run that has all its steps nothing is told that would be of steps
+    for events in (copy / "out").rglob("events.*"):
+        events.unlink()
+    (copy / "out/records.jsonl").unlink()
+    done = launch(copy, "lisa.seed=3", "--resume", "auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--resume auto: going on from out/checkpoint-6, after step 6; no step is left\n" in done.stdout
+    assert summary in done.stdout.splitlines()
+    assert "tokens" not in done.stdout.split("exporting the trained model")[1]
+    assert not [record for record in records.read(copy / "out/records.jsonl") if "token" in record.name]
+    if TRACKER != "none":
+        scalars = read_events(copy / "out").Tags()["scalars"]
+        assert "eval/loss" in scalars
+        assert "train/train_loss" not in scalars
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_read(tmp_path: Path) -> None:

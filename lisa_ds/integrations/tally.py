@@ -83,7 +83,10 @@ class Tally(TrainerCallback):
         self._evaluated = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Add the counts that are not 0."""
+        """Add the counts that are not 0, and take out the mean of no losses."""
+        if "train_loss" in logs and state.global_step == self._first_step:  # resumed where nothing was left to train
+            for entry in (logs, state.log_history[-1]):
+                del entry["train_loss"]
         prefix = next((key.removesuffix("runtime") for key in logs if key.endswith("_runtime")), "")
         if "loss" in logs:
             counts = {SKIPPED: self._skipped - self._skipped_before, UNLABELLED: self._rows(self._logged)}

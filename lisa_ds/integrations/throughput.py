@@ -121,8 +121,8 @@ class Throughput(TrainerCallback):
         seconds, waiting, apart = since[:, 3:6].max(0).values.tolist()
         ranks = len(since)
         rates: dict[str, float] = {}
-        if seconds > 0:
-            tokens, model, hardware = since[:, :3].sum(0).tolist()
+        tokens, model, hardware = since[:, :3].sum(0).tolist()
+        if seconds > 0 and tokens:  # not so of a run that is resumed where nothing is left to train
             tokens /= self._sharing
             rates["tokens_per_second"] = round(tokens / seconds, 1)
             rates["tokens_per_second_per_gpu"] = round(tokens / seconds / ranks, 1)

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from lisa_ds.config import RunConfig
 from lisa_ds.errors import CheckpointError, ConfigError
@@ -48,6 +48,18 @@ def find_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
         return None
     _refuse_used(config, output_dir)
     return None
+
+
+def tell(checkpoint: Path | None, resume: str | None, args: TrainingArguments) -> None:
+    """Say where a run that is resumed goes on, on rank 0."""
+    if resume is None or args.process_index != 0:
+        return
+    if checkpoint is None:
+        print(f"--resume {resume}: no complete checkpoint in {args.output_dir}; the run begins at step 0", flush=True)
+        return
+    step, last = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"], args.max_steps
+    rest = "; no step is left" if 0 < last <= step else ""
+    print(f"--resume {resume}: going on from {checkpoint}, after step {step}{rest}", flush=True)
 
 
 def _refuse_used(config: RunConfig, output_dir: Path) -> None:

@@ -32,7 +32,7 @@ from lisa_ds.integrations.trainer import LabelLogitsTrainer
 from lisa_ds.layers import LayerStack
 from lisa_ds.models import load_model, load_tokenizer
 from lisa_ds.train import arguments, checks, fit, stages
-from lisa_ds.train.resume import check_order, find_checkpoint, restore_patience
+from lisa_ds.train.resume import check_order, find_checkpoint, restore_patience, tell
 from lisa_ds.train.summary import Summary
 
 
@@ -72,6 +72,7 @@ def run(
     hf.join_process_group()
     if planned and args.process_index == 0:
         print(planned)
+    tell(checkpoint, resume, args)
     place, preemption = Path(args.output_dir), preemption or Preemption()
     with preemption.marked(place), _removed_if_left_empty(place):
         trainer = _build_trainer(config, given, args, tokenizer, *rows)
@@ -146,6 +147,8 @@ def _build_trainer(
         )
     except ValueError as error:  # arguments that do not go together
         raise ConfigError(f"{config.where('training')}: {' '.join(str(error).split())}") from error
+    # What accelerate would do itself at train(), with a warning of a mismatch that is none: the trainer counts micro-batches.
+    trainer.accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     return trainer
 
 

@@ -71,7 +71,7 @@ class Summary:
                 f"layers visited: {len(self.layers_visited)} of {self.num_layers} in {self.num_intervals} intervals, "
                 f"{list(self.layers_visited)}"
             )
-        if self.seconds:
+        if self.tokens:
             waiting = self.throughput.get("waiting_for_data", 0.0)
             lines.append(
                 f"tokens/s: {self.tokens / self.seconds:.0f} ({self.tokens:,} tokens in {self.seconds:.0f} s of training, "
@@ -83,7 +83,8 @@ class Summary:
             shares = [f"{key.upper()} {self.throughput[key]:.1%}" for key in ("mfu", "hfu") if key in self.throughput]
             memory = f"at most {self.throughput['max_rank_memory_gb']:.2f} GB"
             rate = self.throughput.get("tokens_per_second_per_gpu", 0.0)
-            lines.append(", ".join([f"on each rank: {rate:.0f} tokens a second", *shares, memory]))
+            rates = [f"{rate:.0f} tokens a second"] if self.tokens else []
+            lines.append("on each rank: " + ", ".join([*rates, *shares, memory]))
         return [*lines, f"model: {self.model}"]
 
     def _skipped(self) -> str:
@@ -100,7 +101,7 @@ class Summary:
             ("applied_steps", self.method, self.steps - self.skipped_steps, "steps", None),
             ("skipped_steps", self.method, self.skipped_steps, "steps", None),
             ("rows_without_labels", self.method, self.rows_without_labels, "rows", None),
-            ("tokens_per_second", self.method, self.tokens / self.seconds if self.seconds else None, "1/s", None),
+            ("tokens_per_second", self.method, self.tokens / self.seconds if self.tokens else None, "1/s", None),
             *(
                 (key, self.method, value, UNITS[key], None)
                 for key, value in self.throughput.items()
