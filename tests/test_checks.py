@@ -117,6 +117,7 @@ def test_every_optimizer_is_there_or_refused_by_name(folder: Path, monkeypatch: 
         ("training.dataloader_persistent_workers=true", "training.dataloader_persistent_workers: takes dataloader_num_workers of 1 or more, got True"),
         ("training.dataloader_multiprocessing_context=x", "training.dataloader_multiprocessing_context: should be one of "),
         ("training.accelerator_config={split_batches: true}", "training.accelerator_config: split_batches would divide a rank's rows among all"),
+        ("training.accelerator_config={use_seedable_sampler: false}", "training.accelerator_config: use_seedable_sampler false would have a resumed run see other"),
         ("training.accelerator_config={gradient_accumulation_kwargs: {num_steps: 3}}", "training.accelerator_config: gradient_accumulation_kwargs.num_steps is what"),
         ("training.bf16_full_eval=true", "training.bf16_full_eval: would cast the model that trains; set bf16, or leave it out, got True"),
         ("training.enable_jit_checkpoint=true", "training.enable_jit_checkpoint: does not belong here: a run saves itself when it is signalled"),

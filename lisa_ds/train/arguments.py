@@ -185,6 +185,10 @@ def _check_combinations(given: Mapping[str, Any], origin: Origin) -> None:
             isinstance(accelerator, Mapping) and accelerator.get("split_batches"),
             "split_batches would divide a rank's rows among all; set per_device_train_batch_size instead",
         ),
+        " accelerator_config": (
+            isinstance(accelerator, Mapping) and accelerator.get("use_seedable_sampler") is False,
+            "use_seedable_sampler false would have a resumed run see other rows than those that come next; leave it out",
+        ),
         "accelerator_config ": (
             isinstance(nested, Mapping) and "num_steps" in nested,
             "gradient_accumulation_kwargs.num_steps is what gradient_accumulation_steps says; set that",
