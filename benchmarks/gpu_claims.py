@@ -54,9 +54,10 @@ class Report:
 
     def __init__(self, path: Path, stage: str, *, dry_run: bool) -> None:
         self.path, self.dry_run, self._stage = path, dry_run, stage
+        self.commit: str = os.environ.get("LISA_DS_COMMIT") or records.commit()
         self._common: dict[str, Any] = {
             "device": "CPU, dry run" if dry_run else device_name(),
-            "commit": os.environ.get("LISA_DS_COMMIT") or records.commit(),
+            "commit": self.commit,
             "versions": records.versions(),
         }
 

@@ -1,10 +1,11 @@
 """Every claim about a GPU, measured by one command in eight minutes.
 
-    python benchmarks/gpu_proof.py --out RESULTS [--budget-s 480] [--stages a,c] [--dry-run]
+    python benchmarks/gpu_proof.py --out RESULTS [--budget-s 480] [--stages a,c] [--arms FILE] [--dry-run]
 
 Stages run in order of worth, each in a process of its own under its own time limit; one that fails or hangs does not stop the next, and
 what it had measured is on disk by then. With less time than all of them need, the last ones are cut. It ends with a table of claims:
-held, missed, or not run. `--report FILES` writes that table again from records.
+held, missed, or not run. `--report FILES` writes that table again from records. `--arms` names training runs to compare, which take
+what time the others leave; gpu_arms.py says how such a file looks, and goes on where its records stop.
 
 The machine needs torch, transformers, peft, pytest and DeepSpeed, but neither make nor a network; it may be run from a copy of
 the checkout without its history, with `--commit` naming what it is a copy of. On a machine without a GPU `--dry-run` runs
@@ -21,12 +22,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, installed or not
 
-from benchmarks import gpu_engine, gpu_kernels, gpu_models, gpu_smoke
+from benchmarks import gpu_arms, gpu_engine, gpu_kernels, gpu_models, gpu_smoke
 from benchmarks.gpu_claims import Claim, table
 from lisa_ds import records
 
@@ -48,6 +50,7 @@ STAGES = [
     Stage("b", "gpu_engine", 120, gpu_engine.CLAIMS),
     Stage("c", "gpu_kernels", 60, gpu_kernels.CLAIMS),
     Stage("d", "gpu_models", 200, gpu_models.CLAIMS),
+    Stage("e", "gpu_arms", 600, gpu_arms.CLAIMS),
 ]
 LEAST_S = 10  # no stage is begun with less time left
 NEEDED = ("torch", "transformers", "deepspeed", "peft", "pytest", "ninja", "pydantic", "datasets", "triton")
@@ -63,7 +66,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for records and logs")
     parser.add_argument("--budget-s", type=float, default=480)
-    parser.add_argument("--stages", default="a,b,c,d", help="these, such as a,c")
+    parser.add_argument("--stages", default="a,b,c,d,e", help="these, such as a,c")
+    parser.add_argument(
+        "--arms", type=Path, help="file of the runs that stage e compares; without it there is no stage e"
+    )
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, on the CPU")
     parser.add_argument("--commit", default=records.commit(), help="of the checkout this is a copy of")
     parser.add_argument("--report", nargs="+", type=Path, help="only print the table of these records")
@@ -82,16 +88,18 @@ def main() -> int:
     files, failed = [], []
     for stage in STAGES:
         left = arguments.budget_s - (time.monotonic() - started)
-        if stage.letter not in arguments.stages.split(","):
+        is_arms = stage.letter == "e"
+        if stage.letter not in arguments.stages.split(",") or (is_arms and not (arguments.arms or arguments.dry_run)):
             continue
         if left < LEAST_S:
             print(f"{stage.letter}: not run, {left:.0f} s are left", flush=True)
             continue
         file = arguments.out / f"{stage.script}.jsonl"
-        file.unlink(missing_ok=True)
-        if not run_stage(
-            stage, file, min(stage.limit_s * (5 if arguments.dry_run else 1), left), arguments.dry_run, environment
-        ):
+        if not is_arms:
+            file.unlink(missing_ok=True)
+        more = ["--arms", str(arguments.arms.resolve())] if is_arms and arguments.arms else []
+        limit = min(stage.limit_s * (5 if arguments.dry_run else 1), left)
+        if not run_stage(stage, file, limit, arguments.dry_run, environment, more):
             failed.append(stage.letter)
         files += [file] if file.is_file() else []
     for build in builds:
@@ -125,11 +133,13 @@ def _build(code: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
 
 
-def run_stage(stage: Stage, file: Path, limit: float, dry_run: bool, environment: dict[str, str]) -> bool:
+def run_stage(
+    stage: Stage, file: Path, limit: float, dry_run: bool, environment: dict[str, str], more: Sequence[str] = ()
+) -> bool:
     """Whether the stage ended by itself, and well. It gets to know its limit, and a little more than that to end."""
     print(f"---- {stage.letter}: {stage.script}, {limit:.0f} s at most", flush=True)
     script = ROOT / "benchmarks" / f"{stage.script}.py"
-    command = [sys.executable, str(script), "--out", str(file), "--limit-s", f"{limit - 5:.0f}"]
+    command = [sys.executable, str(script), "--out", str(file), "--limit-s", f"{limit - 5:.0f}", *more]
     start = time.monotonic()
     process = subprocess.Popen(command + ["--dry-run"] * dry_run, cwd=ROOT, env=environment, start_new_session=True)
     try:
@@ -151,8 +161,9 @@ def tables(found: list[records.Record]) -> list[str]:
         f"failed: {r.settings['stage']}, {r.variant}: {r.settings['error']}" for r in found if r.name == "failed"
     ]
     lines = [f"Measured on: {', '.join(devices) or 'nothing'}", "", *table(claims, found), "", *failures]
-    for stage in (gpu_models, gpu_kernels):
-        lines += ["", *stage.table(found)]
+    for stage in (gpu_models, gpu_kernels, gpu_arms):
+        if rows := stage.table(found):
+            lines += ["", *rows]
     return lines
 
 
