@@ -7,6 +7,7 @@ import os
 import pty
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,7 @@ def test_what_does_not_load_is_not_written(folder: Path) -> None:
 def test_questions_on_a_terminal(folder: Path, typed: str, code: int, said: str) -> None:
     pid, terminal = pty.fork()
     if not pid:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has its background jobs ignore it
         os.execv(sys.executable, [*LISA_DS, "init"])
     told = b""
     for line in typed.splitlines(keepends=True):
