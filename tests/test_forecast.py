@@ -261,6 +261,16 @@ def test_advice_can_be_written_as_it_stands(tmp_path: Path, memory: int) -> None
         assert forecast(architecture, run).peak == change.peak, change
 
 
+def test_advice_keeps_the_rows_of_a_step_and_gives_up_growth_before_layers() -> None:
+    architecture = Architecture.from_config(catalogue.require("Llama-2-7b-hf"))
+    run = RunSettings(1, micro_batch=8, sequence=2048, accumulation=2, gradient_width=4)
+    first = advice.changes(architecture, run, 24 * 2**30)[0].write
+    assert first == "training.per_device_train_batch_size=1 training.gradient_accumulation_steps=16"
+    growing = replace(run, micro_batch=1, lisa=LisaConfig.load({"growth": {"schedule": {3: 8}}}))
+    written = [change.write for change in advice.changes(architecture, growing, 2**30)]
+    assert written.index("lisa.growth=null") == written.index("lisa.num_sampled_layers=1") - 1
+
+
 def test_activations_are_told_with_and_without_checkpointing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "Llama-2-7b-hf", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -295,6 +305,19 @@ def test_a_run_file_is_read_as_transformers_and_the_engine_read_it(tmp_path: Pat
     assert run.gather == GatherSettings(int(0.9 * 32 * 32), 320, 500_000_000, 1_000_000_000)
     with pytest.raises(ConfigError, match=r"tensor_parallel.autotp_size: must divide the 3 ranks, got 2"):
         settings.from_run(config, settings.architecture_of(config.model), num_ranks=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "written", "planned"),
+    [({}, "auto", 32 * 32), ({"deepspeed": {"zero_optimization": {"stage": 3}}}, None, None)],
+)
+def test_the_bucket_of_a_full_run_is_the_one_that_is_written_for_deepspeed(
+    tmp_path: Path, changes: dict[str, Any], written: str | None, planned: int | None
+) -> None:
+    config = load_config(write_run(tmp_path, method="full", **changes))
+    zero = arguments.deepspeed_config(config)["zero_optimization"]
+    assert zero.get("reduce_bucket_size") == written
+    assert settings.from_run(config, settings.architecture_of(config.model), num_ranks=2).bucket_size == planned
 
 
 def test_the_command_plans_without_torch_in_a_second(tmp_path: Path) -> None:
@@ -378,6 +401,7 @@ def test_a_run_that_does_not_fit_has_an_exit_code(capsys: pytest.CaptureFixture[
         (["--model", "gpt2", "--gpu-memory", "big"], "argument --gpu-memory: should be such as 80GB, got 'big'"),
         (["--model", "Llama-2-7c-hf"], "did you mean meta-llama/Llama-2-7b-hf"),
         (["--lisa_config", "none.yaml"], "none.yaml: no such file"),
+        (["--model", "/"], "/ holds no config.json, so it is not a Hugging Face model directory"),
         (["--model", "gpt2", "--figure", "/no/such/folder/x.png"], "--figure: /no/such/folder/x.png cannot be written"),
     ],
 )
@@ -522,3 +546,20 @@ def test_other_methods_say_which_variant_they_are(capsys: pytest.CaptureFixture[
         "GaLore: galore_adamw, rank 256, moments in the model's type, gradients of all parameters kept (galore_adamw_layerwise, "
         "which keeps them for one parameter at a time, takes less); it has no ZeRO-3 implementation: each rank holds all of it"
     ) in lines
+    assert main(["plan", "--model", "gpt2"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GaLore: ")]
+    assert line.endswith("takes less)")  # on one rank, all methods hold all of it
+
+
+@pytest.mark.parametrize("method", ["lisa", "full", "lora", "galore"])
+def test_the_fused_loss_is_planned_for_every_method(method: str) -> None:
+    plain, fused = (of("Llama-3.1-8B", micro_batch=4, method=method, fused_loss=fused) for fused in (False, True))
+    assert plain.phases["backward"]["logits"] - fused.phases["backward"].get("logits", 0) > 1e9
+
+
+@pytest.mark.parametrize(
+    ("model", "told"), [("Llama-3.1-8B", ", head and loss fused by Liger; LISA"), ("gpt2", "checkpointing; LISA")]
+)
+def test_the_text_says_whether_the_loss_is_fused(model: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", model, "training.use_liger_kernel=true"]) == 0
+    assert told in capsys.readouterr().out

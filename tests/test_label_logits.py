@@ -305,6 +305,18 @@ class _Mixing(LlamaForCausalLM):
         self.lm_head.register_forward_hook(lambda head, inputs, output: output - output.mean(-2, keepdim=True))
 
 
+class _Scaling(LlamaForCausalLM):
+    """Scales the gradient of its logits by their positions, and their values by nothing."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.lm_head.register_forward_hook(self._scale)
+
+    def _scale(self, head: nn.Module, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient / output.shape[-2])
+
+
 class _InTraining(LlamaForCausalLM):
     """Has a loss of its own in training only."""
 
@@ -323,6 +335,7 @@ class _InTraining(LlamaForCausalLM):
         (_WithTwoTokens, False),
         (_Shifting, False),
         (_Mixing, False),
+        (_Scaling, False),
         (_InTraining, False),
     ],
 )

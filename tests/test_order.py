@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lisa_ds import data
 from lisa_ds.errors import CheckpointError
+from lisa_ds.integrations.order import RowOrder, SeededLengthSampler, order_of
 from lisa_ds.train.resume import check_order
 from tests import tiny
 from tests.ranks import run_ranks
@@ -122,7 +126,7 @@ ORDER = {
     "accelerator_config": {"split_batches": False, "even_batches": True, "use_seedable_sampler": True},
     "data": {"rows": 24, "digest": "one"},
 }
-SEQUENTIAL = ORDER | {"train_sampling_strategy": "sequential"}
+SEQUENTIAL, BY_LENGTH = (ORDER | {"train_sampling_strategy": name} for name in ("sequential", "group_by_length"))
 NO_SEED = ORDER["accelerator_config"] | {"use_seedable_sampler": False}  # type: ignore[operator]
 
 
@@ -144,6 +148,7 @@ def checkpoint(folder: Path, order: dict[str, Any] | None) -> Path:
             "training.per_device_train_batch_size 2, and now it is 4; with training.gradient_accumulation_steps 4, and now it is 2",
         ),
         (ORDER, {"seed": 43}, "training.seed 42, and now it is 43"),
+        (BY_LENGTH, BY_LENGTH | {"seed": 43}, "training.seed 42, and now it is 43"),
         (
             ORDER,
             {"train_sampling_strategy": "group_by_length"},
@@ -192,6 +197,62 @@ def test_a_checkpoint_that_does_not_tell_its_order_goes_on_with_a_notice(
 ) -> None:
     check_order(checkpoint(tmp_path / "checkpoint-3", None), ORDER, begins_anew=False)
     assert "does not say in what order its rows came" in caplog.text
+
+
+def arguments_of(folder: Path, **changes: Any) -> TrainingArguments:
+    return TrainingArguments(str(folder), use_cpu=True, report_to=[], **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value"),
+    [
+        ({"per_device_train_batch_size": 3}, "per_device_train_batch_size", 3),
+        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps", 3),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy", "group_by_length"),
+        ({"seed": 7}, "seed", 7),
+        ({"data_seed": 8}, "seed", 8),  # which the samplers take, and not the run's
+        ({"dataloader_drop_last": True}, "dataloader_drop_last", True),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, "accelerator_config", NO_SEED),
+    ],
+)
+def test_what_decides_the_order_is_kept(changes: dict[str, Any], key: str, value: Any, tmp_path: Path) -> None:
+    usual, other = (order_of(arguments_of(tmp_path, **some), ORDER["data"]) for some in ({}, changes))
+    assert usual[key] != value
+    assert other == usual | {key: value}
+    assert usual.keys() == ORDER.keys()
+
+
+def test_ranks_that_share_a_layer_have_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments_of(tmp_path)
+    monkeypatch.setattr(TrainingArguments, "world_size", 4)
+    assert order_of(args, ORDER["data"])["ranks"] == 4
+    args.deepspeed_plugin = SimpleNamespace(
+        hf_ds_config=SimpleNamespace(config={"tensor_parallel": {"autotp_size": 2}})
+    )
+    assert order_of(args, ORDER["data"])["ranks"] == 2
+
+
+def test_the_order_is_saved_also_by_a_run_that_continues_a_checkpoint_without_it() -> None:
+    state = TrainerState(stateful_callbacks={})
+    RowOrder(ORDER).on_train_begin(None, state, None)
+    assert state.stateful_callbacks["RowOrder"]["args"] == {"order": ORDER}
+
+
+def test_rows_grouped_by_length_come_by_seed_and_epoch_alone() -> None:
+    lengths = [len(row["input_ids"]) for row in rows(60)]
+
+    def drawn(seed: int, epoch: int) -> list[int]:
+        sampler = SeededLengthSampler(LengthGroupedSampler(2, lengths=lengths), seed)
+        sampler.set_epoch(epoch)
+        first = list(sampler)
+        assert list(sampler) == first
+        assert sorted(first) == list(range(60))
+        return first
+
+    assert len({tuple(drawn(seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (5, 0), (5, 1))}) == 4
+    before = drawn(3, 1)
+    torch.manual_seed(9)  # as if a dropout or an evaluation had drawn in between
+    assert drawn(3, 1) == before
 
 
 def test_a_digest_tells_rows_apart() -> None:

@@ -200,3 +200,68 @@ def test_skipped_steps_and_rows_without_labels_are_counted_and_in_no_mean(tmp_pa
     stock = [entry for entry in ranks[0]["stock"]["logs"] if "loss" in entry]
     assert stock[0]["loss"] < 0.9 * min(losses[2], losses[3])
     assert not any("skipped_steps" in entry for entry in stock)
+
+
+def test_an_evaluation_tells_which_rows_its_mean_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each time the same ones, whatever was predicted in between; what a count means is told once."""
+    from transformers import Trainer, TrainingArguments
+
+    from lisa_ds.integrations.tally import keep_tally
+
+    net, data = model().eval(), rows(6, {0, 1, 5})
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, per_device_eval_batch_size=2)
+    trainer = Trainer(net, args, eval_dataset=data)
+    assert keep_tally(trainer) is keep_tally(trainer)
+    stock = net.forward
+
+    def forward(input_ids: Tensor, **kwargs: Any) -> Any:
+        output = stock(input_ids=input_ids, **kwargs)
+        if torch.equal(input_ids[0], data[2]["input_ids"]):
+            output.loss = output.loss * math.inf
+        return output
+
+    net.forward = forward
+    for predicts in (False, True, False):
+        trainer.evaluate()
+        assert trainer.state.log_history[-1]["eval_rows_without_labels"] == 3
+        assert trainer.state.log_history[-1]["eval_rows_not_finite"] == 2
+        if predicts:
+            trainer.predict(data)  # type: ignore[arg-type]
+    told = [message for message in caplog.messages if message.startswith("step 0: ")]
+    assert told == [
+        "step 0: eval_rows_without_labels: 3, whose labels are all -100: nothing is learned from them",
+        "step 0: eval_rows_not_finite: 2, in batches whose loss is not finite, left out of the mean",
+    ]
+
+
+def test_a_batch_without_labels_has_no_loss_in_a_model_that_is_not_told_their_number(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+    from lisa_ds.integrations.tally import keep_tally
+
+    class Own(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+    net, data = Own(tiny.config()), rows(6, set())
+    for row in data[2:4]:  # the second of three micro-batches
+        row["labels"].fill_(-100)
+    sums = [summed_loss(super(Own, net).forward, data[first : first + 2]) for first in (0, 4)]
+    args = TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        max_steps=1,
+        logging_steps=1,
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+    )
+    trainer = Trainer(net, args, train_dataset=data)  # type: ignore[arg-type]
+    keep_tally(trainer)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["loss"] == pytest.approx(sum(summed.item() / items for summed, items in sums) / 2, rel=1e-5)
+    assert entry["rows_without_labels"] == 2

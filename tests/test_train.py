@@ -209,6 +209,15 @@ def test_resume_is_exact_and_passes_over_what_is_incomplete(finished: tuple[Path
         assert "train/train_loss" not in scalars
 
 
+@pytest.mark.multirank
+def test_a_resume_in_another_order_of_rows_is_refused(finished: tuple[Path, str], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    done = launch(copy, "lisa.seed=3", "--resume", "auto", "training.seed=7")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "out/checkpoint-6 was saved with training.seed 42, and now it is 7: rows would be left out" in done.stderr
+
+
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     write_run(tmp_path)
     shutil.rmtree(tmp_path / "model")

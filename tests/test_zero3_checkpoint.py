@@ -10,7 +10,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.trajectory import Case
-from tests.zero3_checkpoint_runs import run_bad_checkpoints, run_resume, run_warm_starts
+from tests.zero3_checkpoint_runs import run_bad_checkpoints, run_resume, run_warm_starts, run_warm_starts_of_others
 
 pytestmark = pytest.mark.multirank
 
@@ -113,3 +113,16 @@ def test_a_warm_start_reads_every_weight_of_the_tag_and_begins_anew(tmp_path: Pa
                 assert len(seen[f"{key}, history"]) == 1
         assert seen["old, load_module_only, then"] == seen["old, load_optimizer_states, then"]
         assert seen["old, load_module_only, then"] != seen["new, load_module_only, then"]
+
+
+def test_a_warm_start_reads_buffers_and_refuses_the_weights_of_another_model(tmp_path: Path) -> None:
+    place = tmp_path / "saved"
+    for rank, seen in enumerate(run_ranks(2, run_warm_starts_of_others, tmp_path, tmp_path)):
+        assert seen["seen"] == [5.0] * 3
+        assert seen["table"] == [float(rank)] * 3  # is not in the checkpoint
+        assert seen["shape"] == (
+            f"{place}: head.weight has shape (11, 8), but the model's has (12, 8); it is of another model"
+        )
+        assert seen["name"] == f"{place}: holds no bias; it is of another model"
+        assert seen["shape, unharmed"]
+        assert seen["name, unharmed"]

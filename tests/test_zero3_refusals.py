@@ -330,6 +330,28 @@ def test_a_config_is_held_against_the_skeleton_before_weights_are_read(
 
 
 @pytest.mark.parametrize(
+    ("frozen", "told"),
+    [
+        (["0.mlp.up_proj", "1.mlp.up_proj", "2.mlp.up_proj"], []),  # in all alike, as under adapters
+        (["0.mlp.up_proj", "1.", "2.mlp.up_proj"], ["layers [1] are frozen: "]),
+        (["0.mlp.up_proj", "2.mlp.up_proj"], ["layers [0, 2] are frozen in part, and that part stays so: in layer 0, 2 of 16 "]),
+    ],
+)  # fmt: skip
+def test_parts_that_are_frozen_are_told_where_they_differ(frozen: list[str], told: list[str]) -> None:
+    from lisa_ds.config import LisaConfig
+    from lisa_ds.engines.zero3 import policies
+    from lisa_ds.layers import LayerStack
+    from tests import trajectory
+
+    model = trajectory.build_model(layers=3)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(f"model.layers.{part}" for part in frozen)))
+    found = policies.apply(LayerStack.from_model(model), LisaConfig(), {id(p) for p in model.parameters()})
+    assert len(found.notices) == len(told)
+    assert all(notice.startswith(part) for notice, part in zip(found.notices, told, strict=True))
+
+
+@pytest.mark.parametrize(
     ("fields", "roles", "line"),
     [
         ({}, ("embeddings", "lm_head", "rest"), "layers [1, 3]"),

@@ -11,8 +11,9 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+import lisa_ds
 from lisa_ds.errors import CheckpointError
 from tests.trajectory import Case, Outcome
 from tests.zero3_runs import build_engine, full_parameters, seed_weights, train
@@ -191,4 +192,46 @@ def run_warm_starts(case: Case, folder: Path) -> dict[str, Any]:
     engine.load_checkpoint(str(folder), tag="new")
     result["resumed, not whole"] = not_whole(engine)
     result["differ"] = any(not torch.equal(saved["old"][name], value) for name, value in saved["new"].items())
+    return result
+
+
+class Small(nn.Module):
+    """Two blocks, a buffer that is saved, and one that is not."""
+
+    def __init__(self, value: float = 0.0, outputs: int = 11, more: bool = False) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, outputs)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.bias = nn.Parameter(torch.zeros(8)) if more else None
+        self.register_buffer("seen", torch.full((3,), value))
+        self.register_buffer("table", torch.full((3,), value), persistent=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+
+def run_warm_starts_of_others(folder: Path) -> dict[str, Any]:
+    """Load the weights alone into a model whose buffers have other values, and into other models."""
+    deepspeed.init_distributed(dist_backend="gloo")
+
+    def engine_of(**changes: Any) -> Any:
+        model = Small(**changes)
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        lisa = {"num_sampled_layers": 1, "interval_steps": 1}
+        optimizer = torch.optim.AdamW(model.parameters())
+        return lisa_ds.initialize(model=model, optimizer=optimizer, config=config, lisa_config=lisa)[0]
+
+    engine_of(value=5.0).save_checkpoint(str(folder), tag="saved")
+    engine = engine_of(value=float(dist.get_rank()))
+    engine.load_checkpoint(str(folder), tag="saved", load_module_only=True)
+    result = {name: buffer.tolist() for name, buffer in engine.module.named_buffers()}
+    for name, changes in (("shape", {"outputs": 12}), ("name", {"more": True})):
+        engine = engine_of(**changes)
+        before = full_parameters(engine)
+        try:
+            engine.load_checkpoint(str(folder), tag="saved", load_module_only=True)
+        except CheckpointError as error:
+            result[name] = str(error)
+        after = full_parameters(engine)
+        result[f"{name}, unharmed"] = all(torch.equal(after[at], value) for at, value in before.items())
     return result
