@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
-import socket
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ import ablate_run
 from ablate_plan import Run
 
 from lisa_ds import records
+from lisa_ds.cluster.environment import free_port
 from lisa_ds.config import LisaConfig
 from lisa_ds.errors import ConfigError
 
@@ -249,11 +249,3 @@ def gpu_name() -> str:
 
     name: str = torch.cuda.get_device_name()
     return name
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

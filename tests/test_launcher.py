@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,14 @@ def test_a_rank_that_stops_amid_training_is_named_and_the_run_goes_on_with_it(
     monkeypatch.setenv("LISA_DS_WATCH_S", "3")
     short = ("training.max_steps=100", *LONG[1:])
     started = start(folder, *short, "training.output_dir=stopped")
+
+    def end_all() -> None:
+        if started.poll() is None:
+            for process in (*psutil.Process(started.pid).children(recursive=True), started):
+                process.kill()
+
+    limit = threading.Timer(300, end_all)  # a rank that is stopped and that nobody names would stay so
+    limit.start()
     try:
         read_until(started, "  loss ")
         (second,) = [
@@ -138,9 +147,8 @@ def test_a_rank_that_stops_amid_training_is_named_and_the_run_goes_on_with_it(
         assert started.returncode == 0, err
         assert "step 100/100" in out
     finally:
-        if started.poll() is None:
-            for process in (*psutil.Process(started.pid).children(recursive=True), started):
-                process.kill()
+        limit.cancel()
+        end_all()
         started.communicate()
 
 
