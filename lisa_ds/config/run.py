@@ -151,7 +151,8 @@ class RunConfig(Section):
     """Keyword arguments of ``transformers.TrainingArguments``: learning rate, batch size, precision, steps."""
 
     deepspeed: Annotated[str | dict[str, Any] | None, BeforeValidator(_path_or_keys)] = None
-    """DeepSpeed's config, as a path or inline."""
+    """DeepSpeed's config, as a path or inline. A key that DeepSpeed does not read is refused, unless it begins with ``_``, ``#``,
+    ``/`` or ``$``."""
 
     statistics: Annotated[int | str, BeforeValidator(_statistics)] = "interval"
     """When the norms of each layer are recorded in ``layers.jsonl``: ``interval`` (at the end of each of LISA's; with another
