@@ -22,7 +22,7 @@ import torch
 import lisa_ds
 from lisa_ds import records
 from lisa_ds.config import ModelConfig
-from lisa_ds.engines.zero3.statistics import UnitStatistics, watch
+from lisa_ds.engines.zero3.watch.statistics import UnitStatistics, watch
 from lisa_ds.layers import LayerStack
 from lisa_ds.models import load_model
 

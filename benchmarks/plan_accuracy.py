@@ -104,8 +104,8 @@ def measure(run: Run) -> dict[str, Any]:
 
     import lisa_ds
     from benchmarks.live_bytes import LiveBytes
-    from lisa_ds.engines.zero3 import scores
-    from lisa_ds.engines.zero3.live import memory_report
+    from lisa_ds.engines.zero3.scoring.measure import measure as measure_scores
+    from lisa_ds.engines.zero3.watch.memory_report import memory_report
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     zero = {"stage": 3, **run.zero}
@@ -160,7 +160,7 @@ def measure(run: Run) -> dict[str, Any]:
                 state = memory_report(engine.optimizer, engine.module.parameters())
             if step == 1 and run.lisa_config.sampler.calibrates:
                 with live.phase("scores"):
-                    scores.measure(engine, run.lisa_config, calibration)
+                    measure_scores(engine, run.lisa_config, calibration)
     return {
         "peaks": {phase: peak for phase, peak in live.peaks.items() if phase != "-"},
         "state": state,

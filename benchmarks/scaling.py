@@ -119,7 +119,7 @@ def train_small(method: str) -> dict[str, int]:
     import torch
     from simulate_rank import build_engine, from_config
 
-    from lisa_ds.engines.zero3.live import memory_report
+    from lisa_ds.engines.zero3.watch.memory_report import memory_report
     from tests.zero3_runs import counted_reduce_scatter
 
     deepspeed.init_distributed(dist_backend="gloo")

@@ -131,7 +131,7 @@ def run(
         return state_bytes(shape, sampled=sampled, world_size=world_size, config=lisa, precision=precision)
 
     def live() -> dict[str, int]:
-        from lisa_ds.engines.zero3.live import memory_report
+        from lisa_ds.engines.zero3.watch.memory_report import memory_report
 
         return memory_report(engine.optimizer, engine.module.parameters())
 
@@ -200,10 +200,10 @@ def build_engine(method: str, model: Any, lisa: LisaConfig) -> Any:
 
 def step(engine: Any) -> None:
     """One step of the optimizer on random gradients, as if they had been reduced."""
-    from lisa_ds.engines.zero3 import compat
+    from lisa_ds.engines.zero3 import supported
 
     optimizer = engine.optimizer
-    gradients = getattr(optimizer, compat.GRAD_PARTITIONS)
+    gradients = getattr(optimizer, supported.GRAD_PARTITIONS)
     for gradient in gradients.values():
         gradient.normal_()
     # Where stock ZeRO-3 looks for them; LISA's step reads the buffer they are slices of.

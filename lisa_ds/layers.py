@@ -21,11 +21,11 @@ from typing import Any
 
 from torch import nn
 
+from lisa_ds.config.roles import ROLES as ROLES
 from lisa_ds.errors import ModelError
 
 Unit = int | str
-"""What is sampled or frozen as a whole: a block by its index, or one of the roles below."""
-ROLES = ("embeddings", "lm_head", "rest")
+"""What is sampled or frozen as a whole: a block by its index, or one of :data:`ROLES`."""
 
 # What the head is called where the model does not say (`get_output_embeddings`): the first name that occurs is it.
 _HEAD_NAMES = (

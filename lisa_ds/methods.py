@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lisa_ds.config import RunConfig
-from lisa_ds.engines.zero3 import policies
+from lisa_ds.engines.common import policies
 from lisa_ds.integrations.hf import attach
 
 

@@ -135,7 +135,7 @@ def adapters_exported(root: str) -> dict[str, Any]:
 
     import lisa_ds
     from lisa_ds.checkpoint import export
-    from lisa_ds.engines.zero3.fragments import read_weights
+    from lisa_ds.engines.zero3.checkpoint.consolidate import read_weights
     from lisa_ds.errors import CheckpointError
 
     deepspeed.init_distributed(dist_backend="gloo")

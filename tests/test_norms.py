@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from lisa_ds.engines.zero3 import norms
-from lisa_ds.engines.zero3.norms import Part, UnitSquares, adam_step, update_square
+from lisa_ds.engines.zero3.optimizer import unit_norms
+from lisa_ds.engines.zero3.optimizer.unit_norms import Part, UnitSquares, adam_step, update_square
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -17,7 +17,7 @@ TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def test_squares_are_added_up_by_unit_and_share(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Odd sizes, a size beyond a chunk, nothing at all, and every type a model may be of."""
     if not kernel:  # as on a device, or without a compiler
-        monkeypatch.setattr(norms, "_takes_kernel", lambda values: False)
+        monkeypatch.setattr(unit_norms, "_takes_kernel", lambda values: False)
     torch.manual_seed(0)
     parts, expected = [], torch.zeros(3, dtype=torch.float64)
     for i, (dtype, shape) in enumerate((d, s) for d in TYPES for s in ((1,), (255, 3), (0,), (2**20 + 1,))):

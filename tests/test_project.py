@@ -37,9 +37,9 @@ def test_every_claimed_package_has_a_known_good_version() -> None:
 
 
 def test_deepspeed_s_range_is_that_of_the_engine() -> None:
-    from lisa_ds.engines.zero3 import compat
+    from lisa_ds.engines.zero3 import supported
 
-    assert str(claimed()["deepspeed"].specifier) == f"<{compat.NEWEST_BELOW},>={compat.OLDEST}"
+    assert str(claimed()["deepspeed"].specifier) == f"<{supported.NEWEST_BELOW},>={supported.OLDEST}"
 
 
 @pytest.mark.parametrize("name", ["Makefile", ".ci/run", "constraints.txt", "pyproject.toml", "CONTRIBUTING.md"])

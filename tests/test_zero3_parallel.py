@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lisa_ds import records
-from lisa_ds.engines.zero3.fragments import read_weights
+from lisa_ds.engines.zero3.checkpoint.consolidate import read_weights
 from lisa_ds.errors import CheckpointError
 from lisa_ds.memory import Precision, state_bytes
 from tests import parallel_model, trajectory

@@ -280,7 +280,7 @@ def test_every_option_is_reported_at_once(tmp_path: Path) -> None:
 
 
 def _two_mistakes() -> str:
-    from lisa_ds.engines.zero3 import compat
+    from lisa_ds.engines.zero3 import supported
     from lisa_ds.errors import EngineError
 
     class Zero:
@@ -293,7 +293,7 @@ def _two_mistakes() -> str:
         _param_dict: dict[str, Any] = {}  # noqa: RUF012
 
     try:
-        compat.check_options(Config())
+        supported.check_options(Config())
     except EngineError as error:
         return str(error)
     return ""
@@ -312,7 +312,7 @@ def test_a_config_is_held_against_the_skeleton_before_weights_are_read(
     tmp_path: Path, lisa: dict[str, Any], error: str, part: str
 ) -> None:
     from lisa_ds.config import LisaConfig, ModelConfig
-    from lisa_ds.engines.zero3 import policies
+    from lisa_ds.engines.common import policies
     from lisa_ds.errors import LisaError
     from lisa_ds.models import skeleton
     from tests import trajectory
@@ -339,7 +339,7 @@ def test_a_config_is_held_against_the_skeleton_before_weights_are_read(
 )  # fmt: skip
 def test_parts_that_are_frozen_are_told_where_they_differ(frozen: list[str], told: list[str]) -> None:
     from lisa_ds.config import LisaConfig
-    from lisa_ds.engines.zero3 import policies
+    from lisa_ds.engines.common import policies
     from lisa_ds.layers import LayerStack
     from tests import trajectory
 
@@ -364,6 +364,6 @@ def test_a_line_of_a_log_names_the_roles_where_they_come_and_go(
     fields: dict[str, Any], roles: tuple[str, ...], line: str
 ) -> None:
     from lisa_ds.config import LisaConfig
-    from lisa_ds.engines.zero3 import policies
+    from lisa_ds.engines.common import policies
 
     assert policies.told(LisaConfig.load(fields), (1, 3), roles) == line

@@ -40,7 +40,8 @@ def run_resume(case: Case, folder: Path, save_after: list[int]) -> dict[int | st
         engine = build_engine(case, shift=0.5)
         path, client_state = engine.load_checkpoint(str(folder), tag=f"after{steps}")
         if name == "forgetful":
-            engine.optimizer._care.begin_anew()
+            engine.optimizer._rewarm.begin_anew()
+            engine.optimizer._growth_limit.begin_anew()
         resumed_roles = [engine.sampled_roles]
         outcomes[name] = train(
             engine,
@@ -71,7 +72,7 @@ def where(engine: Any) -> dict[str, Any]:
     return {
         "history": engine.layer_history,
         "state": moments(engine),
-        "care": engine.optimizer._care.state_dict(),
+        "care": (engine.optimizer._rewarm.state_dict(), engine.optimizer._growth_limit.state_dict()),
     }
 
 

@@ -91,7 +91,7 @@ def run_format(case: Case, folder: Path) -> dict[str, Any]:
     resumed.destroy()
     exported = None
     if dist.get_rank() == 0:
-        from lisa_ds.engines.zero3.fragments import read_weights
+        from lisa_ds.engines.zero3.checkpoint.consolidate import read_weights
 
         exported = {name: value.shape for name, value in read_weights(folder, torch.bfloat16).items()}
     other = replace(case, masked=None, lisa={**case.lisa, "optimizer": {"precision": "mixed"}})

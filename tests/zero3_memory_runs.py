@@ -51,7 +51,7 @@ def _many_switches(case: Case, switches: int) -> list[dict[str, Any]]:
                 "states": len(engine.optimizer.optimizer.state),
                 "layers": engine.sampled_layers,
                 "roles": engine.sampled_roles,
-                "norms": len(engine.optimizer._care.state_dict()["norms"]),
+                "norms": len(engine.optimizer._growth_limit.state_dict()),
                 "switches": len(engine.layer_history) - 1,
             }
         )

@@ -22,7 +22,8 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lisa_ds
-from lisa_ds.engines.zero3 import fused, parallel, window
+from lisa_ds.engines.zero3 import parallel
+from lisa_ds.engines.zero3.optimizer import fused, window
 from lisa_ds.errors import LisaError
 from tests import parallel_model, tiny, trajectory, zero3_runs
 from tests.parallel_model import Mpu

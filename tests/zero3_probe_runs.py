@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.live_bytes import LiveBytes
-from lisa_ds.engines.zero3 import detour, probe
-from lisa_ds.engines.zero3.probe import KINDS, Probe
+from lisa_ds.engines.zero3.scoring import probe, side_backward
+from lisa_ds.engines.zero3.scoring.probe import KINDS, Probe
 from lisa_ds.errors import EngineError
 from lisa_ds.memory import probe_bytes
 from tests import zero3_runs
@@ -40,7 +40,7 @@ def calibration(module: nn.Module) -> Iterator[Tensor]:
 
 def make_probe(engine: Any, **kwargs: Any) -> Probe:
     data = kwargs.pop("calibration", calibration)
-    return Probe(engine.optimizer, engine.module, engine._stack, engine._frontier, data, seed=SEED, **kwargs)
+    return Probe(engine.optimizer, engine.module, engine._stack, engine._backward_start, data, seed=SEED, **kwargs)
 
 
 def with_dropout(engine: Any) -> Any:
@@ -106,7 +106,7 @@ def run_scores(cases: list[Case], sizes: dict[str, list[int]]) -> dict[str, dict
     for case in cases:
         engine = with_dropout(build_engine(case))
         zero3_runs.train(engine, case)
-        with detour.partitioned(
+        with side_backward.partitioned(
             engine.optimizer
         ):  # train() has looked at every weight: what a step leaves whole is not now
             pass
@@ -119,7 +119,7 @@ def run_scores(cases: list[Case], sizes: dict[str, list[int]]) -> dict[str, dict
             "parameters": full_parameters(engine),
         }
         if case.name == "plain":
-            with patched(detour, "_evaluating", lambda module, stack: contextlib.nullcontext()):
+            with patched(side_backward, "_evaluating", lambda module, stack: contextlib.nullcontext()):
                 result[case.name]["with dropout"] = make_probe(engine).scores("mean")
         engine.destroy()
     return result

@@ -173,7 +173,7 @@ def run_case(case: Case, engine: Any = None, loss_of: LossOf = own_loss) -> Outc
 
         def launch_without_the_first() -> Any:
             table = stock_launch()
-            if engine._step_in_lisa != case.drop_update_at:
+            if engine._run.step != case.drop_update_at:
                 return table
             first = len(engine.optimizer.fp16_groups[0])
             return SegmentTable(table.segments[first:], table.hypers[first:])
@@ -183,7 +183,7 @@ def run_case(case: Case, engine: Any = None, loss_of: LossOf = own_loss) -> Outc
     bytes_at_start = [0]
 
     def on_step(step: int) -> None:
-        applied = engine._step_in_lisa
+        applied = engine._run.step
         parameters = dict(engine.module.named_parameters())
         if applied % case.interval_steps == 0:
             frozen.clear()
@@ -216,7 +216,7 @@ def run_case(case: Case, engine: Any = None, loss_of: LossOf = own_loss) -> Outc
     outcome.extra = {
         "history": engine.layer_history,
         "interval": engine.interval,
-        "applied": engine._step_in_lisa,
+        "applied": engine._run.step,
         "skipped": engine.skipped_steps,
         "invalidations": invalidations[0],
         "in_flight": in_flight[0],

@@ -80,7 +80,7 @@ def train(engine: Any, first: int = 0, after_step: Callable[[int], None] = lambd
         engine.backward(loss)
         optimizer = engine.optimizer
         scales.append({unit: optimizer._lr_scale(i) for i, unit in enumerate(optimizer._shown_units)})
-        scores.append(engine._sampler.scores)
+        scores.append(engine._run.sampler.scores)
         engine.step()
         losses.append(loss.item())
         after_step(step)
@@ -91,7 +91,7 @@ def train(engine: Any, first: int = 0, after_step: Callable[[int], None] = lambd
         "losses": losses,
         "probabilities": engine.probabilities,
         "parameters": full_parameters(engine),
-        "state": engine._draws.state_dict(),
+        "state": engine._run.draws.state_dict(),
     }
 
 
@@ -137,8 +137,8 @@ def run_mistakes() -> dict[str, str]:
         found["configs differ"] = str(error)
     engine = build({"sampler": {"name": "grad_norm", "score": "ema"}})
     if dist.get_rank() == 1:
-        engine._sampler.set_scores([1.0, 0.0, 0.0, 0.0, 9.0], 0)
-        engine._sampler.observe = lambda norms, interval: None  # a rank whose statistics went astray
+        engine._run.sampler.set_scores([1.0, 0.0, 0.0, 0.0, 9.0], 0)
+        engine._run.sampler.observe = lambda norms, interval: None  # a rank whose statistics went astray
     try:
         train(engine)
         found["scores differ"] = ""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
 from torch import Tensor
 
-from lisa_ds.engines.zero3 import statistics
+from lisa_ds.engines.zero3.watch import statistics
 from lisa_ds.layers import LayerStack
 from tests import trajectory, zero3_runs
 from tests.trajectory import Case

@@ -28,7 +28,7 @@ def add(commands: values.Commands) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from lisa_ds.checkpoint import export
-    from lisa_ds.engines.zero3.fragments import read_weights
+    from lisa_ds.engines.zero3.checkpoint.consolidate import read_weights
 
     export(
         arguments.checkpoint,

@@ -48,11 +48,6 @@ def build() -> Parser:
     return parser
 
 
-def names() -> list[str]:
-    """Of all commands."""
-    return list(_add_groups(Parser()).choices)
-
-
 def _add_groups(parser: Parser) -> Commands:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for group in GROUPS:

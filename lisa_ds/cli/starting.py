@@ -61,15 +61,12 @@ def _init(arguments: argparse.Namespace) -> None:
 
 def next_commands(file: Path, gpus: int, memory: int | None) -> list[str]:
     """What is done with the file of a run."""
-    from lisa_ds.cli.parser import names
-
     room = f" --gpu-memory {memory / 2**30:g}GB" if memory else ""
-    commands = {
-        "preview": f"lisa-ds preview {file}",
-        "plan": f"lisa-ds plan {file} --world-size {gpus or 1}{room}",
-        "train": f"lisa-ds train {file}",
-    }
-    return [line for command, line in commands.items() if command in names()]
+    return [
+        f"lisa-ds preview {file}",
+        f"lisa-ds plan {file} --world-size {gpus or 1}{room}",
+        f"lisa-ds train {file}",
+    ]
 
 
 def _ask(what: str, default: str) -> str:

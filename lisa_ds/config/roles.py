@@ -13,6 +13,9 @@ from lisa_ds.config.base import Section, mistake, show
 if TYPE_CHECKING:
     from lisa_ds.config.lisa import LisaConfig
 
+ROLES = ("embeddings", "lm_head", "rest")
+"""What of a model is in no block, in the order of every list of them."""
+
 _NAMES = ("always", "never", "sampled")
 _CHOICES = "should be 'always', 'never', 'sampled' or {every: n}"
 

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from lisa_ds.config import LisaConfig
-from lisa_ds.engines.zero3 import LisaEngine, armed, compat, parallel, reading
-from lisa_ds.engines.zero3.live import memory_report, precision
+from lisa_ds.engines.zero3 import LisaEngine, armed, config_keys, parallel, supported
+from lisa_ds.engines.zero3.watch.memory_report import memory_report, precision
 from lisa_ds.errors import ConfigError, EngineError
 from lisa_ds.integrations import console
 from lisa_ds.integrations.calibration import CalibrationBatches
@@ -26,7 +26,7 @@ from lisa_ds.integrations.order import keep_order
 from lisa_ds.integrations.sharing import count_rows_once
 from lisa_ds.integrations.tally import keep_tally
 from lisa_ds.layers import LayerStack
-from lisa_ds.memory import full_state_bytes
+from lisa_ds.memory import SAMPLED_KINDS, full_state_bytes
 
 _FILLED_IN = frozenset(
     (
@@ -42,9 +42,6 @@ _FILLED_IN = frozenset(
     )
 )
 """Keys of a DeepSpeed config whose ``auto`` transformers and accelerate replace; see transformers' integrations/deepspeed.py."""
-
-STATE_KINDS = ("gradients", "master", "exp_avg", "exp_avg_sq")
-"""The kinds of ``engine.memory_report()`` that LISA keeps for the sampled layers only."""
 
 
 def attach(trainer: Any, lisa_config: LisaConfig | Mapping[str, Any] | str | Path | None = None) -> None:
@@ -120,14 +117,14 @@ def check_deepspeed(fields: Mapping[str, Any], source: str, *, lisa: bool) -> No
                 for path, keys in zip(left, near, strict=True)
             )
         )
-    zero = reading.read(fields, source).zero_config
+    zero = config_keys.read(fields, source).zero_config
     if not lisa:
         return
-    compat.check_deepspeed()
-    problems = compat.zero_problems(zero) + parallel.problems(fields)
+    supported.check_deepspeed()
+    problems = supported.zero_problems(zero) + parallel.problems(fields)
     compiling = fields.get("compile")
     if isinstance(compiling, Mapping) and compiling.get("deepcompile"):
-        problems.append(compat.DEEPCOMPILE)
+        problems.append(supported.DEEPCOMPILE)
     if problems:
         raise EngineError("\n".join(f"{source}: {problem}" for problem in problems))
 
@@ -221,7 +218,7 @@ class LisaCallback(TrainerCallback):
     @property
     def state_bytes(self) -> int:
         """Gradients and optimizer state alive on this rank in the interval told last."""
-        return sum(self.memory[kind] for kind in STATE_KINDS)
+        return sum(self.memory[kind] for kind in SAMPLED_KINDS)
 
     def _tell(self, engine: LisaEngine, state: Any) -> None:
         self._told = engine.interval

@@ -1,6 +1,6 @@
 """Norms by layer of any trainer's run, recorded on the way: LISA's, full fine-tuning's or LoRA's.
 
-Under ZeRO-3 they are read from partitions by :mod:`lisa_ds.engines.zero3.statistics`; without DeepSpeed, from the model and the
+Under ZeRO-3 they are read from partitions by :mod:`lisa_ds.engines.zero3.watch.statistics`; without DeepSpeed, from the model and the
 optimizer as they are, on rank 0 alone. Under LoRA a weight is what the model computes with, adapters and all.
 """
 
@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 
 from lisa_ds import records
 from lisa_ds.engines.zero3 import LisaEngine
-from lisa_ds.engines.zero3.norms import Part, UnitSquares, adam_step, update_square
-from lisa_ds.engines.zero3.statistics import Norms, UnitStatistics, units_of, watch
+from lisa_ds.engines.zero3.optimizer.unit_norms import Part, UnitSquares, adam_step, update_square
+from lisa_ds.engines.zero3.watch.statistics import Norms, UnitStatistics, units_of, watch
 from lisa_ds.errors import EngineError
 from lisa_ds.integrations.adapters import Adapters
 from lisa_ds.layers import LayerStack, Unit

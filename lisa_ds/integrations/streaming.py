@@ -24,7 +24,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from lisa_ds.checkpoint.names import used
-from lisa_ds.engines.zero3 import partitions
+from lisa_ds.engines.zero3 import partition
 from lisa_ds.errors import ModelError
 from lisa_ds.models.stored import StoredTensor, stored_tensors
 
@@ -111,7 +111,7 @@ class _Loader:
         filled: set[int] = set()
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in sources and id(parameter) not in filled:
-                partitions.fill(parameter, sources[name].stored.read_into)
+                partition.fill(parameter, sources[name].stored.read_into)
                 parameter._is_hf_initialized = True
                 filled.add(id(parameter))
         for name, buffer in model.named_buffers():
@@ -135,7 +135,7 @@ def _unfit(model: Any, state_dict: Mapping[str, Any], transforms: Iterable[Any])
         return f"the weights of {type(model).__name__} are merged or split while they are loaded"
     if not all(hasattr(tensor, "stored") for tensor in state_dict.values()):
         return "the checkpoint is not in safetensors files"
-    if not all(map(partitions.is_plain, model.parameters())):
+    if not all(map(partition.is_plain, model.parameters())):
         return "partitions are quantised, on NVMe, or kept twice (hpZ)"
     return None
 

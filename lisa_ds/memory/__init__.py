@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from lisa_ds.memory.architectures import Architecture as Architecture
-from lisa_ds.memory.forecast import Forecast as Forecast
-from lisa_ds.memory.forecast import RunSettings as RunSettings
 from lisa_ds.memory.forecast import forecast as forecast
 from lisa_ds.memory.probe import probe_bytes as probe_bytes
+from lisa_ds.memory.run_settings import Forecast as Forecast
+from lisa_ds.memory.run_settings import RunSettings as RunSettings
 from lisa_ds.memory.state import KINDS as KINDS
+from lisa_ds.memory.state import SAMPLED_KINDS as SAMPLED_KINDS
 from lisa_ds.memory.state import ModelShape as ModelShape
 from lisa_ds.memory.state import Plan as Plan
 from lisa_ds.memory.state import Precision as Precision
@@ -18,6 +19,7 @@ from lisa_ds.memory.state import state_bytes as state_bytes
 
 __all__ = [
     "KINDS",
+    "SAMPLED_KINDS",
     "Architecture",
     "Forecast",
     "ModelShape",

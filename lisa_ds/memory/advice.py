@@ -8,7 +8,8 @@ from typing import Any
 
 from lisa_ds.errors import LisaError
 from lisa_ds.memory.architectures import Architecture
-from lisa_ds.memory.forecast import RunSettings, forecast
+from lisa_ds.memory.forecast import forecast
+from lisa_ds.memory.run_settings import RunSettings
 
 RESERVE = 0.06
 """Share of a device's memory that is left to its context, the communication library and the allocator's fragmentation.

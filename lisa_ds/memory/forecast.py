@@ -3,96 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from lisa_ds.config import LisaConfig
 from lisa_ds.memory import other_methods, residents
 from lisa_ds.memory.architectures import Architecture
-from lisa_ds.memory.gather import GatherSettings
 from lisa_ds.memory.probe import probe_bytes
+from lisa_ds.memory.run_settings import PARTS, Forecast, RunSettings
 from lisa_ds.memory.state import ModelShape, default_bucket
 from lisa_ds.memory.step import StepSettings, step_peaks
-
-PARTS = (
-    *("weights", "gradients", "master", "moments"),
-    *("buckets", "gathered", "prefetched", "activations", "logits", "gradients in flight", "scratch"),
-)
-"""What the bytes of a phase are: model state that stays, then what comes and goes."""
-
-METHODS = ("lisa", "full", "lora", "galore")
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What of a run decides its memory. See :func:`lisa_ds.memory.settings.from_run` for where it is read."""
-
-    world_size: int
-    """Ranks that share the state: all ranks, or those of one tensor-parallel share."""
-
-    micro_batch: int = 8
-    sequence: int = 1024
-    """Tokens of a row; a batch is planned as full of them."""
-
-    method: str = "lisa"
-    lisa: LisaConfig = field(default_factory=LisaConfig)
-    width: int = 2
-    """Bytes of an element of weights and activations."""
-
-    bf16: bool = True
-    """Of 2: whether they are bf16, not fp16."""
-
-    gradient_width: int = 2
-    """Bytes of an element of the gradient that waits for the step."""
-
-    accumulation: int = 1
-    """Micro-batches of a step."""
-
-    checkpointing: bool = False
-    fused_loss: bool = False
-    """Whether Liger computes head and loss together, of a model that it knows."""
-
-    bucket_size: int | None = None
-    """Elements of the reduce bucket; None for the engine's own choice."""
-
-    gather: GatherSettings = field(default_factory=GatherSettings)
-    offload_optimizer: bool = False
-    offload_param: bool = False
-    tensor_parallel: int = 1
-    second_copies: int = 1
-    """In how many parts hpZ keeps every weight a second time; 1 for not at all."""
-
-    on_cpu: bool = False
-    """Whether ranks compute on CPUs, where what DeepSpeed moves to the host while it builds counts, too."""
-
-    sub_group_size: int = 1_000_000_000
-    lora_rank: int = 16
-    galore_rank: int = 256
-
-    @property
-    def tokens(self) -> int:
-        """In a rank's micro-batch."""
-        return self.micro_batch * self.sequence
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Bytes on one rank."""
-
-    phases: dict[str, dict[str, int]]
-    """Each phase's peak on the device, by part; see :data:`PARTS`."""
-
-    host: dict[str, int]
-    """What stays on the host, by part (offload), and what rank 0 collects there for an export."""
-
-    @property
-    def peak(self) -> int:
-        """The most bytes of all phases."""
-        return max(sum(parts.values()) for parts in self.phases.values())
-
-    @property
-    def peak_phase(self) -> str:
-        """The phase that takes them."""
-        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
 
 def forecast(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lisa_ds.memory.architectures import Architecture
-
-if TYPE_CHECKING:
-    from lisa_ds.memory.forecast import Forecast, RunSettings
+from lisa_ds.memory.run_settings import Forecast, RunSettings
+from lisa_ds.memory.step import StepSettings, step_peaks
 
 
 def adapters(architecture: Architecture, rank: int) -> list[int]:
@@ -50,9 +49,6 @@ def galore(architecture: Architecture, run: RunSettings) -> Forecast:
     Gradients and moments are in the model's type. A matrix of a block of ``m x n`` has moments of ``rank x max(m, n)`` and a
     projector of ``min(m, n) x rank``; all other parameters have moments of their own size (arXiv:2403.03507, section 4).
     """
-    from lisa_ds.memory.forecast import Forecast
-    from lisa_ds.memory.step import StepSettings, step_peaks
-
     parameters = architecture.num_parameters
     matrices = [module.shapes[0] for module in architecture.block if module.kind in ("linear", "experts")]
     projected = small = 0

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lisa_ds.config import LisaConfig
+from lisa_ds.config.roles import ROLES
 from lisa_ds.memory import other_methods
 from lisa_ds.memory.architectures import Architecture
-from lisa_ds.memory.state import ROLES, ModelShape, Precision, full_state_bytes, plan, state_bytes
+from lisa_ds.memory.state import ModelShape, Precision, full_state_bytes, plan, state_bytes
 
 if TYPE_CHECKING:
-    from lisa_ds.memory.forecast import RunSettings
+    from lisa_ds.memory.run_settings import RunSettings
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from lisa_ds.config.files import read_mapping
 from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.memory import catalogue
 from lisa_ds.memory.architectures import Architecture
-from lisa_ds.memory.forecast import RunSettings
 from lisa_ds.memory.gather import GatherSettings
+from lisa_ds.memory.run_settings import RunSettings
 
 _GATHER_KEYS = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
 

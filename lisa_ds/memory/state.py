@@ -11,12 +11,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lisa_ds.config import LisaConfig
-from lisa_ds.config.roles import share_of
+from lisa_ds.config.roles import ROLES, share_of
 
 KINDS = ("weights", "gradients", "master", "exp_avg", "exp_avg_sq", "parked_host", "parked_nvme", "buckets")
 """The keys of every table of bytes, here and in ``engine.memory_report()``."""
 
-ROLES = ("embeddings", "lm_head", "rest")
+SAMPLED_KINDS = ("gradients", "master", "exp_avg", "exp_avg_sq")
+"""Those that LISA keeps for what is sampled only."""
+
 _FP32 = 4  # gradients on the host, whatever the weights are
 _SMALLEST_BUCKET, _LARGEST_BUCKET = 2**24, 5 * 10**8
 _QUANT_BLOCK = 256  # 8-bit moments that share an fp32 scale; as lisa_ds.ops.segments says

@@ -11,8 +11,9 @@ from lisa_ds.config.roles import policy_of
 from lisa_ds.errors import ConfigError
 from lisa_ds.memory.advice import RESERVE, Change, changes, fewest_ranks, usable
 from lisa_ds.memory.architectures import Architecture
-from lisa_ds.memory.forecast import METHODS, PARTS, Forecast, RunSettings, forecast
+from lisa_ds.memory.forecast import forecast
 from lisa_ds.memory.other_methods import described
+from lisa_ds.memory.run_settings import METHODS, PARTS, Forecast, RunSettings
 
 _COLOURS = {
     "weights": "#4c566a",

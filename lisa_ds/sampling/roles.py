@@ -9,13 +9,11 @@ from __future__ import annotations
 import random
 
 from lisa_ds.config import LisaConfig
-from lisa_ds.config.roles import Every, policy_of, share_of
-
-ROLES = ("embeddings", "lm_head", "rest")
+from lisa_ds.config.roles import ROLES, Every, policy_of, share_of
 
 
 def roles_at(config: LisaConfig, interval: int, *, num_layers: int, tied: bool) -> tuple[str, ...]:
-    """Return the roles that train in ``interval`` (from 0), in the order of :data:`ROLES`.
+    """Return the roles that train in ``interval`` (from 0), in the order of :data:`~lisa_ds.config.roles.ROLES`.
 
     A tied head trains when the embeddings do.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lisa_ds
 from lisa_ds import data, records
 from lisa_ds.config import LisaConfig, RunConfig, SamplerConfig
-from lisa_ds.engines.zero3.scores import measure
+from lisa_ds.engines.zero3.scoring.measure import measure
 from lisa_ds.errors import ConfigError
 from lisa_ds.integrations import hf, sharing
 from lisa_ds.integrations.calibration import choose_rows, rows_in_batch

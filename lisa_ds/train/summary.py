@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lisa_ds import records
-from lisa_ds.integrations.hf import STATE_KINDS
 from lisa_ds.integrations.throughput import UNITS
+from lisa_ds.memory import SAMPLED_KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ class Summary:
 
     def lines(self) -> list[str]:
         """The summary to be read."""
-        live, full = (sum(table[kind] for kind in STATE_KINDS) for table in (self.live, self.full))
-        kinds = ", ".join(f"{kind} {self.live[kind] / 1e6:.1f}" for kind in STATE_KINDS)
+        live, full = (sum(table[kind] for kind in SAMPLED_KINDS) for table in (self.live, self.full))
+        kinds = ", ".join(f"{kind} {self.live[kind] / 1e6:.1f}" for kind in SAMPLED_KINDS)
         lines = [] if self.loss_before is None else [f"held-out loss {self.loss_before:.4f} -> {self.loss_after:.4f}"]
         lines.append(f"steps: {self.steps}, all applied" if not self.skipped_steps else self._skipped())
         if self.rows_without_labels:

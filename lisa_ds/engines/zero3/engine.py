@@ -4,41 +4,45 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import stage3
 
 from lisa_ds.config import LisaConfig
-from lisa_ds.engines.zero3 import compat, fused, linear, parallel, policies, scores
-from lisa_ds.engines.zero3.care import Care
-from lisa_ds.engines.zero3.draws import Draws
-from lisa_ds.engines.zero3.frontier import BackwardFrontier
-from lisa_ds.engines.zero3.live import memory_report
+from lisa_ds.engines.common import policies
+from lisa_ds.engines.common.backward_start import BackwardStart
+from lisa_ds.engines.common.run import LisaRun
+from lisa_ds.engines.zero3 import linear, parallel, supported
+from lisa_ds.engines.zero3.checkpoint import files
+from lisa_ds.engines.zero3.checkpoint.save_load import Checkpoints
+from lisa_ds.engines.zero3.optimizer import accepted
+from lisa_ds.engines.zero3.optimizer.fused import FusedStage3
+from lisa_ds.engines.zero3.optimizer.plan import WindowPlan
+from lisa_ds.engines.zero3.optimizer.window import WindowedStage3
 from lisa_ds.engines.zero3.release import let_go_of
-from lisa_ds.engines.zero3.resumable import ResumableEngine
-from lisa_ds.engines.zero3.window import WindowedStage3, WindowPlan
+from lisa_ds.engines.zero3.scoring import measure
+from lisa_ds.engines.zero3.scoring.draws import draws_of
+from lisa_ds.engines.zero3.watch.memory_report import memory_report
 from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
-from lisa_ds.memory import ModelShape, default_bucket
+from lisa_ds.memory import SAMPLED_KINDS, ModelShape, default_bucket
 from lisa_ds.optim import StateFormat
-from lisa_ds.sampling import LayerSampler, resolve_interval_steps
-from lisa_ds.sampling.roles import roles_at
 
 logger = logging.getLogger("lisa_ds")
 
-_STATE_KINDS = ("gradients", "master", "exp_avg", "exp_avg_sq")
 
-
-class LisaEngine(ResumableEngine):
+class LisaEngine(DeepSpeedEngine):
     """``DeepSpeedEngine`` under LISA; built by :func:`lisa_ds.initialize` or by an armed trainer.
 
     Args:
         lisa: The run's LISA section.
         steps_per_epoch: Given this engine, the optimizer steps in one pass over the data, for ``interval_steps: 1epoch``;
             None where unknown.
-        calibration: The batches on which samplers by gradients measure their scores; see :mod:`lisa_ds.engines.zero3.scores`.
+        calibration: The batches on which samplers by gradients measure their scores; see :mod:`lisa_ds.engines.zero3.scoring`.
         **kwargs: As ``deepspeed.initialize`` hands them to ``DeepSpeedEngine``.
 
     Raises:
@@ -51,25 +55,22 @@ class LisaEngine(ResumableEngine):
         *,
         lisa: LisaConfig,
         steps_per_epoch: Callable[[Any], int | None] = lambda engine: None,
-        calibration: scores.Calibration | None = None,
+        calibration: measure.Calibration | None = None,
         **kwargs: Any,
     ) -> None:
-        compat.check_deepspeed()
-        compat.check_options(kwargs["config_class"])
+        supported.check_deepspeed()
+        supported.check_options(kwargs["config_class"])
         self._lisa = lisa
         self._steps_per_epoch = steps_per_epoch
         self._calibration = calibration
-        self._step_in_lisa = 0
-        self._history: list[tuple[int, ...]] = []
         super().__init__(**kwargs)
         self._aim_backward()
-        self._draws = Draws.of_engine(self, self._sampler, calibration)
-        self._draws.agree("the lisa config", (lisa.model_dump_json(), self._sampler.hash_at(0)))
-        self._scale_rates()
+        self._run.begin(draws_of(self, self._run.sampler, calibration))
+        self._run.scale_rates(self)
         if self.global_rank == 0:
-            for notice in (*self._frozen.notices, *self._sampler.notices):
+            for notice in self._run.notices:
                 logger.warning("%s", notice)
-        if not self._draws.pending:
+        if not self._run.draws.pending:
             self._log_interval()
 
     # ---- public ---------------------------------------------------------------------------------------------------
@@ -89,27 +90,27 @@ class LisaEngine(ResumableEngine):
     @property
     def what_trains(self) -> str:
         """The layers that train now, and the roles if they are not the same in every interval: for a line of a log."""
-        return policies.told(self._lisa, self.sampled_layers, self.sampled_roles)
+        return self._run.what_trains(self)
 
     @property
     def interval(self) -> int:
         """Index of the current interval, from 0: applied optimizer steps // ``interval_steps``."""
-        return self._sampler.interval_at(self._step_in_lisa)
+        return self._run.interval
 
     @property
     def ends_interval(self) -> bool:
         """Whether the next applied step is the last one of its interval: layers are drawn anew right after it."""
-        return self._sampler.interval_at(self._step_in_lisa + 1) != self.interval
+        return self._run.ends_interval
 
     @property
     def probabilities(self) -> tuple[float, ...]:
         """With which probability each block is in the present interval's draw."""
-        return self._sampler.probabilities_at(self.interval)
+        return self._run.sampler.probabilities_at(self.interval)
 
     @property
     def layer_history(self) -> list[tuple[int, ...]]:
         """Every set of blocks so far, in order; the last one trains now."""
-        return list(self._history)
+        return list(self._run.history)
 
     @property
     def model_shape(self) -> ModelShape:
@@ -135,7 +136,7 @@ class LisaEngine(ResumableEngine):
         return self._lisa.optimizer.name == "masked_adamw"
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes of live model-state tensors on this rank; see :func:`lisa_ds.engines.zero3.live.memory_report`."""
+        """Bytes of live model-state tensors on this rank; see :func:`lisa_ds.engines.zero3.watch.memory_report.memory_report`."""
         return memory_report(self.optimizer, self.module.parameters())
 
     def switch_to(self, layers: Iterable[int]) -> None:
@@ -147,16 +148,8 @@ class LisaEngine(ResumableEngine):
         Raises:
             EngineError: A layer does not exist, or cannot train, or gradients are being accumulated. Nothing has changed.
         """
-        wanted = tuple(sorted({int(layer) for layer in layers}))
-        count = len(self._stack.layers)
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < count:
-            raise EngineError(f"switch_to: got layers {list(wanted)}, but the model has layers 0 to {count - 1}")
-        if idle := sorted(set(wanted).intersection(self._frozen.layers)):
-            raise EngineError(f"switch_to: layers {idle} were frozen before the engine was built, got {list(wanted)}")
-        if self._draws.pending:
-            self._draws.go_on()
-            self._history.pop()
-        self._switch(wanted)
+        self._run.switch_to(self, layers)
+        self._log_interval()
 
     def draw_first(self) -> None:
         """Measure the scores of the first draw and draw by them, if that is still to be done.
@@ -164,9 +157,8 @@ class LisaEngine(ResumableEngine):
         The first forward of training does it, and not the building of the engine: a run that is resumed in between has its scores
         in the checkpoint. Call it earlier where forward is no good time for other passes through the model. On every rank.
         """
-        if self._draws.pending:
-            self._history.pop()
-            self._switch(self._draws.at(self.interval, ended=False))
+        if self._run.draw_first(self):
+            self._log_interval()
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         """Refused: DeepSpeed's reload lays the 16-bit weights out anew from the sampled sub-groups alone.
@@ -188,42 +180,36 @@ class LisaEngine(ResumableEngine):
 
     def _configure_zero_optimizer(self, optimizer: Any) -> Any:
         # Here and not earlier: AutoTP replaces parameters before the optimizer is built.
-        compat.check_optimizer(optimizer)
+        supported.check_optimizer(optimizer)
         parallel.check(self)
         if self._fuses:
-            fused.check_optimizer(optimizer, self.state_format)
+            accepted.check_optimizer(optimizer, self.state_format)
         self._stack = LayerStack.from_model(self.module, self._lisa.layers_path)
         self._shape = parallel.model_shape(self._stack, parallel.data_parallel_size(self), frozen=True)
         groups = getattr(optimizer, "param_groups", [])
-        self._frozen = policies.apply(self._stack, self._lisa, {id(p) for group in groups for p in group["params"]})
-        compat.check_leaf_modules(self.module, self._stack)
-        self._sampler = LayerSampler(
+        frozen = policies.apply(self._stack, self._lisa, {id(p) for group in groups for p in group["params"]})
+        supported.check_leaf_modules(self.module, self._stack)
+        self._run = LisaRun(
+            self._lisa,
             num_layers=len(self._stack.layers),
-            config=self._lisa,
-            interval_steps=resolve_interval_steps(self._lisa, self._steps_per_epoch(self)),
-            frozen=self._frozen.layers,
+            tied=self._stack.tied,
+            frozen=frozen,
+            steps_per_epoch=self._steps_per_epoch(self),
         )
-        self._frontier = BackwardFrontier(self.module, self._stack)
+        self._backward_start = BackwardStart(self.module, self._stack)
         self._uninstall_linear = linear.install(self.module.parameters())
-        scores.check(self, self._lisa, self._calibration)
-        first = self._sampler.layers_at(0)
-        self._history.append(first)
+        measure.check(self, self._lisa, self._calibration)
         layout = WindowPlan(
             unit_of=self._stack.unit_of,
-            sampled=first,
-            roles=self._roles_at(0),
+            sampled=self._run.history[0],
+            roles=self._run.roles_at(0),
             lr_scales=policies.lr_scales(self._lisa),
-            care=Care(
-                self._lisa.rewarm_steps,
-                self._lisa.norm_growth_limit,
-                always=policies.always_roles(self._lisa, tied=self._stack.tied),
-            ),
+            rewarm=self._run.rewarm,
+            growth_limit=self._run.growth_limit,
         )
         window: Any = functools.partial(WindowedStage3, plan=layout)
         if self._fuses:
-            window = functools.partial(
-                fused.FusedStage3, plan=layout, state_format=self.state_format, seed=self._lisa.seed
-            )
+            window = functools.partial(FusedStage3, plan=layout, state_format=self.state_format, seed=self._lisa.seed)
         saved = stage3.DeepSpeedZeroOptimizer_Stage3
         stage3.DeepSpeedZeroOptimizer_Stage3 = window
         try:
@@ -265,31 +251,20 @@ class LisaEngine(ResumableEngine):
                 self.draw_first()
             self.optimizer.require_grad_of_window()
             if self._backward_may_stop:
-                self._frontier.refresh()
+                self._backward_start.refresh()
         return super().forward(*inputs, **kwargs)
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
         self._check_gradients()
         super()._take_model_step(*args, **kwargs)
-        if not self._step_applied:  # a skipped (overflow) step is no step
-            return
-        before = self.interval
-        self._step_in_lisa += 1
-        if self.interval != before:
-            self._switch(self._draws.at(self.interval), self._roles_at(self.interval))
+        if self._step_applied and self._run.stepped(self):  # a skipped (overflow) step is no step
+            self._log_interval()
 
     def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
         """See ``DeepSpeedEngine.backward``."""
         if torch.is_tensor(loss) and loss.numel() == 1:
-            self._draws.note_loss(loss)
+            self._run.note_loss(loss)
         return super().backward(loss, *args, **kwargs)
-
-    def _roles_at(self, interval: int) -> tuple[str, ...]:
-        return roles_at(self._lisa, interval, num_layers=len(self._sampler.drawable), tied=self._stack.tied)
-
-    def _scale_rates(self) -> None:
-        drawn = self.sampled_layers == self._sampler.layers_at(self.interval)  # and not chosen by a caller of switch_to
-        self.optimizer.block_lr_scales = self._sampler.lr_scales_of(self.sampled_layers, self.interval) if drawn else {}
 
     def _check_gradients(self) -> None:
         """Refuse to step where a sampled block was cut out of backward: its moments would decay towards nothing."""
@@ -302,15 +277,16 @@ class LisaEngine(ResumableEngine):
                 "embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())"
             )
 
-    def _switch(self, layers: tuple[int, ...], roles: tuple[str, ...] | None = None) -> None:
-        self._point_at(layers, roles)
-        self._scale_rates()
-        self._history.append(layers)
-        self._log_interval()
+    # ---- what the run asks ----------------------------------------------------------------------------------------
 
-    def _point_at(self, layers: tuple[int, ...], roles: tuple[str, ...] | None = None) -> None:
-        """Make these what trains, unless they do already; without ``roles``, those of now."""
-        roles = self.sampled_roles if roles is None else self.optimizer.present(roles)
+    def present(self, roles: Iterable[str]) -> tuple[str, ...]:
+        """Those of ``roles`` of which something can train."""
+        found: tuple[str, ...] = self.optimizer.present(roles)
+        return found
+
+    def train_units(self, layers: Collection[int], roles: Collection[str]) -> None:
+        """Make these what trains, unless they do already; see :class:`lisa_ds.engines.common.protocol.Engine`."""
+        layers, roles = tuple(layers), self.present(roles)
         if (layers, roles) == (self.sampled_layers, self.sampled_roles):
             return
         stopped = self._backward_may_stop
@@ -322,15 +298,82 @@ class LisaEngine(ResumableEngine):
             if not coordinator.is_invalid_trace():
                 coordinator._invalidate_trace()
 
+    def set_lr_scales(self, scales: Mapping[int, float]) -> None:
+        """Learning-rate factor of blocks from the next step on; of those not named, 1."""
+        self.optimizer.block_lr_scales = scales
+
     def _aim_backward(self) -> None:
         """See how far down backward must go now: not to embeddings that their owner, the policy or the interval freezes."""
         self._backward_may_stop = not any(parameter.requires_grad for parameter in self._stack.embeddings)
-        self._frontier.move(self.sampled_layers)
+        self._backward_start.move(self.sampled_layers)
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(self, self._run, self.optimizer, self.module, self.mp_world_size)
+
+    # Without DeepSpeed's exclude_frozen_parameters: it would drop the blocks that are not sampled at the moment. Trainers
+    # that look for the argument (transformers does, for adapters) find that it is not there, and save everything.
+    def save_checkpoint(
+        self, save_dir: Any, tag: Any = None, client_state: dict[str, Any] | None = None, save_latest: bool = True
+    ) -> Any:
+        """See ``DeepSpeedEngine.save_checkpoint``; adds the step, the sampled layers and their history."""
+        state = self._checkpoints.client_state(client_state)
+        return super().save_checkpoint(save_dir, tag=tag, client_state=state, save_latest=save_latest)
+
+    def load_checkpoint(
+        self,
+        load_dir: Any,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> Any:
+        """See ``DeepSpeedEngine.load_checkpoint``; the blocks sampled at the save train again.
+
+        With ``load_module_only`` or without optimizer states it is a warm start: weights are read, from a checkpoint of any
+        number of ranks, the schedule begins anew, and the client state returned is empty.
+
+        Raises:
+            CheckpointError: It is missing, truncated, of another model, world size or policy, or not written by lisa_ds.
+                Nothing has been changed on any rank.
+        """
+        tag = str(tag or files.latest_tag(Path(load_dir)))
+        directory = Path(load_dir) / tag
+        if load_module_only or not load_optimizer_states:
+            self._checkpoints.start_warm(directory)
+            self._log_interval()
+            return str(directory), {}
+        paths = [Path(self._get_ckpt_name(load_dir, tag)), Path(self._get_zero_ckpt_name(load_dir, tag))]
+        progress = self._checkpoints.prepare(paths)
+        result = super().load_checkpoint(
+            load_dir,
+            tag=tag,
+            load_module_strict=load_module_strict,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            custom_load_fn=custom_load_fn,
+        )
+        self._checkpoints.go_on(progress, directory)
+        self._log_interval()
+        return result
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
+        """As DeepSpeed's; frozen means frozen for good, not merely in this interval."""
+        state = super()._zero3_consolidated_16bit_state_dict()
+        if state and exclude_frozen_parameters:
+            owned = self.optimizer.owned()
+            for name, parameter in self.module.named_parameters():
+                if id(parameter) not in owned:
+                    state.pop(name, None)
+        return state
 
     def _log_interval(self) -> None:
         if self.global_rank == 0:
             report = self.memory_report()
-            live = sum(report[kind] for kind in _STATE_KINDS)
+            live = sum(report[kind] for kind in SAMPLED_KINDS)
             logger.info(
                 "interval %d: %s; %.1f MB of gradients and optimizer state live on a rank",
                 self.interval,

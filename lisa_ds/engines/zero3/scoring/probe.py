@@ -21,12 +21,12 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from lisa_ds.engines.zero3.collectors import Collector, Norms, Slopes, Squares, Sums
-from lisa_ds.engines.zero3.detour import detour, partitioned, release
-from lisa_ds.engines.zero3.directions import key_of, mover
-from lisa_ds.engines.zero3.frontier import BackwardFrontier
-from lisa_ds.engines.zero3.partitions import fill
-from lisa_ds.engines.zero3.window import WindowedStage3
+from lisa_ds.engines.common.backward_start import BackwardStart
+from lisa_ds.engines.zero3.optimizer.window import WindowedStage3
+from lisa_ds.engines.zero3.partition import fill
+from lisa_ds.engines.zero3.scoring.collectors import Collector, Norms, Slopes, Squares, Sums
+from lisa_ds.engines.zero3.scoring.rademacher import key_of, mover
+from lisa_ds.engines.zero3.scoring.side_backward import partitioned, release, side_backward
 from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
 
@@ -54,7 +54,7 @@ class Probe:
         optimizer: The engine's.
         module: The partitioned model.
         stack: The same model, taken apart.
-        frontier: The engine's.
+        backward_start: The engine's.
         calibration: See :data:`Calibration`.
         probe_blocks: Blocks scored at a time by ``accumulated`` and ``hutchinson``.
         seed: Of the directions of ``hutchinson``.
@@ -69,7 +69,7 @@ class Probe:
         optimizer: WindowedStage3,
         module: nn.Module,
         stack: LayerStack,
-        frontier: BackwardFrontier,
+        backward_start: BackwardStart,
         calibration: Calibration,
         *,
         probe_blocks: int = 1,
@@ -77,7 +77,7 @@ class Probe:
         epsilon: float | None = None,
     ) -> None:
         check(optimizer)
-        self._optimizer, self._module, self._stack, self._frontier = optimizer, module, stack, frontier
+        self._optimizer, self._module, self._stack, self._backward_start = optimizer, module, stack, backward_start
         self._calibration = calibration
         self._probe_blocks = max(1, min(probe_blocks, len(stack.layers)))
         owned = optimizer.owned()
@@ -150,11 +150,11 @@ class Probe:
         every = list(itertools.chain.from_iterable(parameters))
         batches = 0
         with (
-            detour(
+            side_backward(
                 self._optimizer,
                 self._module,
                 self._stack,
-                self._frontier,
+                self._backward_start,
                 blocks=blocks,
                 parameters=every,
                 arrived=arrive,

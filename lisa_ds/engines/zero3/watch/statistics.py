@@ -17,10 +17,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
-from lisa_ds.engines.zero3 import compat
-from lisa_ds.engines.zero3.norms import Part, UnitSquares, adam_step, is_adam, update_square
-from lisa_ds.engines.zero3.partitions import own_elements
-from lisa_ds.engines.zero3.presence import STEPS
+from lisa_ds.engines.zero3 import supported
+from lisa_ds.engines.zero3.optimizer.missing_gradients import STEPS
+from lisa_ds.engines.zero3.optimizer.unit_norms import Part, UnitSquares, adam_step, is_adam, update_square
+from lisa_ds.engines.zero3.partition import own_elements
 from lisa_ds.layers import LayerStack, Unit
 
 _ATTRIBUTE = "lisa_unit_statistics"
@@ -160,7 +160,7 @@ class UnitStatistics:
                 self._of_gradients.device
             )
             return self._of_gradients.summed(values, [(self._unit_of[id(p)], _share(p)) for p in known])
-        partitions: Mapping[int, Tensor] = getattr(optimizer, compat.GRAD_PARTITIONS)
+        partitions: Mapping[int, Tensor] = getattr(optimizer, supported.GRAD_PARTITIONS)
         return self._of_gradients.of([self._part(p, partitions[p.ds_id]) for p in _trained(optimizer)])
 
     # ---- when it is asked -----------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def watch(optimizer: Any, stack: LayerStack) -> UnitStatistics:
     """
     found: UnitStatistics | None = getattr(optimizer, _ATTRIBUTE, None)
     if found is None:
-        compat.check_attributes(optimizer)
+        supported.check_attributes(optimizer)
         found = UnitStatistics(optimizer, stack)
         found.begin()
         setattr(optimizer, _ATTRIBUTE, found)

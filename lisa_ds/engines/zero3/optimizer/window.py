@@ -12,43 +12,24 @@ Note on the window.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from lisa_ds.engines.zero3 import compat
-from lisa_ds.engines.zero3.care import Care, CarefulStage3
+from lisa_ds.engines.zero3 import supported
+from lisa_ds.engines.zero3.optimizer.gradient_norms import unit_norms
+from lisa_ds.engines.zero3.optimizer.missing_gradients import MissingGradientsStage3
+from lisa_ds.engines.zero3.optimizer.plan import WindowPlan
 from lisa_ds.errors import CheckpointError, EngineError
 from lisa_ds.layers import ROLES, Unit
 
 _STATE_KEY = "lisa"
 
 
-@dataclass(frozen=True)
-class WindowPlan:
-    """What the window must know of the model and the run before Stage 3 lays out its buffers."""
-
-    unit_of: Mapping[int, Unit]
-    """``id(parameter)`` to its unit, for every parameter of the model."""
-
-    sampled: tuple[int, ...]
-    """Blocks of the first interval."""
-
-    lr_scales: Mapping[Unit, float]
-    """Learning-rate factor of a unit; units not named train at the optimizer's own rate."""
-
-    roles: tuple[str, ...] = ROLES
-    """Roles that train in the first interval."""
-
-    care: Care = field(default_factory=Care)
-    """For what comes in at a switch."""
-
-
-class WindowedStage3(CarefulStage3):
+class WindowedStage3(MissingGradientsStage3):
     """ZeRO-3 whose optimizer state, gradients and fp32 partitions exist for the sampled units only.
 
     Args:
@@ -66,7 +47,7 @@ class WindowedStage3(CarefulStage3):
         self._plan = plan
         self._sampled: tuple[int, ...] = plan.sampled
         self._roles: tuple[str, ...] = plan.roles
-        self._care = plan.care
+        self._rewarm, self._growth_limit = plan.rewarm, plan.growth_limit
         self.block_lr_scales: Mapping[int, float] = {}
         """Learning-rate factor of blocks in this interval; those not named train at the optimizer's own rate."""
         self._lr_scales_of_step: list[float] = []
@@ -91,9 +72,9 @@ class WindowedStage3(CarefulStage3):
 
     def _setup_for_real_optimizer(self) -> None:
         """Remember the whole layout, then let the base class allocate state for the first window only."""
-        compat.check_attributes(self)
-        self.check_care()
-        self._all = {name: list(getattr(self, name)) for name in compat.SUB_GROUP_LISTS}
+        supported.check_attributes(self)
+        self._check_growth_limit()
+        self._all = {name: list(getattr(self, name)) for name in supported.SUB_GROUP_LISTS}
         self._param_group_of = dict(self.sub_group_to_group_id)
         self._unit_of_sub_group = [self._plan.unit_of[id(group[0])] for group in self._all["fp16_groups"]]
         self._master: dict[int, Tensor] = {}  # sub-group -> its live fp32 partition
@@ -102,7 +83,7 @@ class WindowedStage3(CarefulStage3):
         window = self._sub_groups((*self._sampled, *self._roles))
         if not window:
             raise EngineError("nothing to train: no block is sampled and every other parameter is frozen")
-        self._care.keep((*self._sampled, *self._roles))
+        self._keep((*self._sampled, *self._roles))
         self._show(window)
         super()._setup_for_real_optimizer()
         self._master = dict(zip(window, self.fp32_partitioned_groups_flat, strict=True))
@@ -193,7 +174,7 @@ class WindowedStage3(CarefulStage3):
         self._retire(sorted(set(old) - set(new)))
         self._materialise(sorted(set(new) - set(old)))
         self._sampled, self._roles = sampled, wanted
-        self._care.keep((*sampled, *wanted))
+        self._keep((*sampled, *wanted))
         self._show(new)
         self._rebuild_gradient_partitions()
         self._mark_window()
@@ -226,7 +207,7 @@ class WindowedStage3(CarefulStage3):
 
     def _release_gradients(self) -> None:
         """Free the gradient buffer, and with it what lies in it, before anything that comes in is allocated."""
-        getattr(self, compat.GRAD_PARTITIONS).clear()
+        getattr(self, supported.GRAD_PARTITIONS).clear()
         self.averaged_gradients = {}
         self._written.clear()
         self.grad_partitions_flat_buffer = None
@@ -238,7 +219,7 @@ class WindowedStage3(CarefulStage3):
         # Zeros: padding after the last element of an odd-sized parameter is never written, but enters the norm.
         buffer = self._pinned(torch.zeros(sum(sizes), dtype=self.gradient_accumulation_dtype, device=self.device))
         self.grad_partitions_flat_buffer, slices = buffer, torch.split(buffer, sizes)
-        getattr(self, compat.GRAD_PARTITIONS).update(
+        getattr(self, supported.GRAD_PARTITIONS).update(
             (parameter.ds_id, part) for parameter, part in zip(parameters, slices, strict=True)
         )
         self.grad_position = {}
@@ -263,6 +244,10 @@ class WindowedStage3(CarefulStage3):
         }
         return tuple(layer for layer in self._sampled if layer not in with_gradient)
 
+    def _keep(self, units: Collection[Unit]) -> None:
+        self._rewarm.keep(units)
+        self._growth_limit.keep(units)
+
     # ---- step -----------------------------------------------------------------------------------------------------
 
     def step(self, closure: Any = None) -> None:
@@ -277,12 +262,13 @@ class WindowedStage3(CarefulStage3):
         """Note that a step was taken, not skipped."""
         self._absent_of_step = self.absent
         self._lr_scales_of_step = [self._lr_scale(position) for position in range(len(self.fp16_groups))]
-        self._care.stepped()
+        self._rewarm.stepped()
+        self._growth_limit.stepped()
 
     def _lr_scale(self, sub_group_id: int) -> float:
         unit = self._shown_units[sub_group_id]
         own = self.block_lr_scales.get(unit, 1.0) if isinstance(unit, int) else self._plan.lr_scales.get(unit, 1.0)
-        return own * self._care.ramp(unit)
+        return own * self._rewarm.share(unit)
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         """One sub-group's update, at its unit's share of the learning rate."""
@@ -298,12 +284,43 @@ class WindowedStage3(CarefulStage3):
         finally:
             group["lr"] = lr
 
+    # ---- norm-growth limit ----------------------------------------------------------------------------------------
+
+    def _check_growth_limit(self) -> None:
+        if self._growth_limit.factor is not None and self.torch_autocast_gradscaler is not None:
+            raise EngineError(
+                f"lisa.norm_growth_limit: got {self._growth_limit.factor}, but torch_autocast with float16 scales the loss by a "
+                "GradScaler of its own, so that norms of two steps cannot be compared; use bf16 or DeepSpeed's fp16, or remove the "
+                "limit"
+            )
+
+    def _get_norm_groups(self) -> list[Any]:
+        """Norms with the loss scale whose squares add up to the whole: of each unit, within its bound, if there are bounds."""
+        stock = super()._get_norm_groups
+        if self._growth_limit.factor is None:
+            return list(stock())
+        order, norms = unit_norms(self, self._shown_units, stock)
+        limited = self._growth_limit.limit(order, norms / self.loss_scale) * self.loss_scale
+        return list(limited.to(self.device).unbind())
+
+    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
+        """See the base class; also holds the gradient to its unit's bound."""
+        super().unscale_and_clip_grads(sub_group_id, total_norm)
+        factor = self._growth_limit.of(self._shown_units[sub_group_id])
+        gradient = self.fp32_partitioned_groups_flat[sub_group_id].grad
+        if factor is not None and gradient is not None:
+            gradient.mul_(factor.to(gradient.device))
+
     # ---- checkpoint -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Stage 3's state of the sampled sub-groups, and which units they belong to."""
         state: dict[str, Any] = super().state_dict()
-        state[_STATE_KEY] = {"sampled": self._sampled, "roles": self._roles, "care": self._care.state_dict()}
+        state[_STATE_KEY] = {
+            "sampled": self._sampled,
+            "roles": self._roles,
+            "care": {"ages": self._rewarm.state_dict(), "norms": self._growth_limit.state_dict()},
+        }
         return state
 
     def _rigid_load_state_dict(self, state_dict: dict[str, Any], load_optimizer_states: bool = True) -> None:
@@ -322,12 +339,16 @@ class WindowedStage3(CarefulStage3):
         # torch's load_state_dict keeps what the file does not have: moments of before the load must not survive it.
         self.forget_moments()
         super()._rigid_load_state_dict(state_dict, load_optimizer_states)
-        self._care.load_state_dict(saved.get("care", {}), get_accelerator().current_device_name())
+        care = saved.get("care", {})
+        self._rewarm.load_state_dict(care.get("ages"))
+        units: tuple[Unit, ...] = (*self._sampled, *self._roles)
+        self._growth_limit.load_state_dict(care.get("norms", {}), units, get_accelerator().current_device_name())
 
     def forget_moments(self) -> None:
         """Drop the moments of every sampled sub-group; they start at zero at the next step."""
         self.optimizer.state.clear()
-        self._care.begin_anew()
+        self._rewarm.begin_anew()
+        self._growth_limit.begin_anew()
 
     def forget_second_copies(self) -> None:
         """Drop what hpZ keeps of every weight, after weights have been read; a step drops that of the window alone."""

@@ -13,7 +13,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-from lisa_ds.engines.zero3.directions import CHUNK, along
+from lisa_ds.engines.zero3.scoring.rademacher import CHUNK, along
 
 
 class Collector(Protocol):

@@ -18,7 +18,7 @@ def memory_report(optimizer: Any, parameters: Iterable[Any]) -> dict[str, int]:
     Every storage counts once and whole, so that a view which keeps a larger buffer alive is seen.
 
     Args:
-        optimizer: The :class:`~lisa_ds.engines.zero3.window.WindowedStage3`.
+        optimizer: The :class:`~lisa_ds.engines.zero3.optimizer.window.WindowedStage3`.
         parameters: All parameters of the model, partitioned.
 
     Returns:

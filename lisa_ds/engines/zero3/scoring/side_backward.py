@@ -2,7 +2,7 @@
 
 Note on what must not be touched.
     Stage 3's gradient hooks hang on every parameter and call four methods of the optimizer by name: one that reduces, three that
-    count hooks until the epilogue is due. For the length of a detour those names lead here. Its buffers, buckets and counters, and
+    count hooks until the epilogue is due. While a side backward runs those names lead here. Its buffers, buckets and counters, and
     the engine's bookkeeping of forward and backward, are as they were afterwards, so that training goes on to the bit.
 """
 
@@ -17,8 +17,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from lisa_ds.engines.zero3.frontier import CHECKPOINT, BackwardFrontier
-from lisa_ds.engines.zero3.window import WindowedStage3
+from lisa_ds.engines.common.backward_start import CHECKPOINT, BackwardStart
+from lisa_ds.engines.zero3.optimizer.window import WindowedStage3
 from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
 
@@ -27,11 +27,11 @@ Arrived = Callable[[Any], None]
 
 
 @contextmanager
-def detour(
+def side_backward(
     optimizer: WindowedStage3,
     module: nn.Module,
     stack: LayerStack,
-    frontier: BackwardFrontier,
+    backward_start: BackwardStart,
     *,
     blocks: Collection[int],
     parameters: Collection[nn.Parameter],
@@ -46,7 +46,7 @@ def detour(
         optimizer: The engine's.
         module: The partitioned model.
         stack: The same model, taken apart.
-        frontier: The engine's, which is moved to ``blocks`` and back.
+        backward_start: The engine's, which is moved to ``blocks`` and back.
         blocks: The blocks that ``parameters`` belong to.
         parameters: What requires grad inside; parameters that the optimizer holds.
         arrived: Takes the gradients.
@@ -60,7 +60,7 @@ def detour(
         undo.enter_context(torch.enable_grad())
         undo.enter_context(_same_random_numbers())
         undo.enter_context(_requiring_grad(module, parameters))
-        undo.enter_context(_moved(frontier, module, blocks, back=optimizer.sampled))
+        undo.enter_context(_moved(backward_start, module, blocks, back=optimizer.sampled))
         undo.enter_context(_evaluating(module, stack))
         undo.enter_context(_diverted(optimizer, arrived))
         undo.enter_context(_own_trace(optimizer))
@@ -118,20 +118,20 @@ def _requiring_grad(module: nn.Module, parameters: Collection[nn.Parameter]) -> 
 
 @contextmanager
 def _moved(
-    frontier: BackwardFrontier, module: nn.Module, blocks: Collection[int], back: Collection[int]
+    backward_start: BackwardStart, module: nn.Module, blocks: Collection[int], back: Collection[int]
 ) -> Iterator[None]:
-    # Transformers' own remedy for reentrant checkpointing, which the frontier replaces by one that reaches less far down.
+    # Transformers' own remedy for reentrant checkpointing, which the backward_start replaces by one that reaches less far down.
     marked: list[Any] = [
         each
         for each in module.modules()
         if getattr(each, "_require_grads_hooks", None) or hasattr(each, "_require_grads_hook")
     ]
     try:
-        frontier.move(blocks)
-        frontier.refresh()
+        backward_start.move(blocks)
+        backward_start.refresh()
         yield
     finally:
-        frontier.move(back)
+        backward_start.move(back)
         for model in marked:
             if not getattr(model, "_require_grads_hooks", None):
                 model.enable_input_require_grads()

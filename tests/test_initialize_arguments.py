@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, Trainer
 
 import lisa_ds
 from lisa_ds.cluster.environment import free_port
-from lisa_ds.engines.zero3 import given
+from lisa_ds.engines.zero3 import arguments
 from tests import tiny
 
 DEEPSPEED = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
@@ -31,7 +31,7 @@ class Engine:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("given", "message"),
     [
         ({"model": None}, f"initialize: there is no model to train; give it, as in {AS_IN}"),
         ({"args": MODEL, "model": None}, f"initialize: the first argument is args, as in deepspeed.initialize; name the model: {AS_IN}"),
@@ -73,7 +73,7 @@ class Engine:
     ],
 )  # fmt: skip
 def test_initialize_names_what_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.json").write_text('{"a": 1')
@@ -81,7 +81,7 @@ def test_initialize_names_what_is_wrong(
     Path("misspelt.json").write_text(json.dumps({**DEEPSPEED, "gradient_clippping": 1}))
     before = dict(os.environ)
     with pytest.raises(lisa_ds.LisaError) as caught:
-        lisa_ds.initialize(**{"model": MODEL, "config": DEEPSPEED, "lisa_config": {}, **arguments})
+        lisa_ds.initialize(**{"model": MODEL, "config": DEEPSPEED, "lisa_config": {}, **given})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert dict(os.environ) == before
@@ -174,8 +174,8 @@ def test_what_clouds_and_mpi4py_know_is_left_to_deepspeed(monkeypatch: pytest.Mo
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AZUREML_EXPERIMENT_ID", "1")
-    given.find_ranks(required=None)
+    arguments.find_ranks(required=None)
     assert "RANK" not in os.environ
     monkeypatch.delenv("AZUREML_EXPERIMENT_ID")
-    given.find_ranks(required=False)
+    arguments.find_ranks(required=False)
     assert "RANK" not in os.environ

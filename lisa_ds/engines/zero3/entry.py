@@ -13,9 +13,9 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from lisa_ds.config import LisaConfig
-from lisa_ds.engines.zero3 import compat, given
+from lisa_ds.engines.zero3 import arguments, supported
 from lisa_ds.engines.zero3.engine import LisaEngine
-from lisa_ds.engines.zero3.scores import Calibration
+from lisa_ds.engines.zero3.scoring.measure import Calibration
 from lisa_ds.errors import EngineError
 
 
@@ -38,7 +38,7 @@ def armed(
             None where unknown. For intervals counted in epochs.
         calibration: As for :func:`initialize`.
     """
-    compat.check_deepspeed()
+    supported.check_deepspeed()
     stock = deepspeed.DeepSpeedEngine
     built = False
 
@@ -104,15 +104,15 @@ def initialize(
         engine, *_ = lisa_ds.initialize(model=model, config="ds_zero3.json", lisa_config={"num_sampled_layers": 2})
     """
     config = LisaConfig.load(lisa_config)
-    given.check(args, model, optimizer, model_parameters, lr_scheduler, calibration)
+    arguments.check(args, model, optimizer, model_parameters, lr_scheduler, calibration)
     if isinstance(model, PipelineModule):
         raise EngineError(
             "model: a PipelineModule does not go with ZeRO-3; use the Megatron engine for pipeline stages"
         )
     first_name = kwargs.pop("config_params", None)  # DeepSpeed's former name of it
     chosen = kwargs.pop("config", None)
-    kwargs["config"] = given.deepspeed_config(args, first_name if chosen is None else chosen)
-    given.find_ranks(required=kwargs.get("dist_init_required"))
+    kwargs["config"] = arguments.deepspeed_config(args, first_name if chosen is None else chosen)
+    arguments.find_ranks(required=kwargs.get("dist_init_required"))
     if optimizer is None and model_parameters is None:
         model_parameters = list(model.parameters())
 

@@ -26,7 +26,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import z3_leaf_parameter
 from torch import Tensor
 
-from lisa_ds.engines.zero3 import compat
+from lisa_ds.engines.zero3 import supported
 
 logger = logging.getLogger("lisa_ds")
 
@@ -34,7 +34,7 @@ STEPS = "steps"
 """In the state of a sub-group beside ``step``: the steps of each of its parameters, ``(parameters,)``, float32; there once they differ."""
 
 
-class PresentStage3(DeepSpeedZeroOptimizer_Stage3):
+class MissingGradientsStage3(DeepSpeedZeroOptimizer_Stage3):
     """Stage 3 in which a parameter without a gradient is not stepped."""
 
     averaged_gradients: dict[int, Any]
@@ -126,7 +126,7 @@ class PresentStage3(DeepSpeedZeroOptimizer_Stage3):
         """Put zeros where these had gradients in an earlier step."""
         if not (stale := self._written & identifiers):
             return
-        partitions: dict[int, Tensor] = getattr(self, compat.GRAD_PARTITIONS)
+        partitions: dict[int, Tensor] = getattr(self, supported.GRAD_PARTITIONS)
         torch._foreach_zero_([partitions[i] for i in sorted(stale)])
         self._written -= stale
         if self.offload_optimizer:
@@ -140,7 +140,7 @@ class PresentStage3(DeepSpeedZeroOptimizer_Stage3):
 
     def _bring_to_host(self, parameters: Sequence[Any]) -> None:
         """Copy what the base class copies only of gradients that come in the last micro-batch."""
-        partitions: dict[int, Tensor] = getattr(self, compat.GRAD_PARTITIONS)
+        partitions: dict[int, Tensor] = getattr(self, supported.GRAD_PARTITIONS)
         for parameter in parameters:
             if parameter.partition_numel() * self._get_param_partition_rank(parameter) < parameter.ds_numel:
                 gradient = partitions[parameter.ds_id].to(get_accelerator().current_device_name())

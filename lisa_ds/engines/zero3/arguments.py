@@ -14,7 +14,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from lisa_ds.cluster import environment, hosts
-from lisa_ds.engines.zero3 import reading
+from lisa_ds.engines.zero3 import config_keys
 from lisa_ds.errors import ConfigError, EngineError
 
 _AS_IN = 'lisa_ds.initialize(model=model, config="ds_zero3.json", lisa_config={"num_sampled_layers": 2})'
@@ -86,7 +86,7 @@ def deepspeed_config(args: Any, given: Any) -> Any:
     if not isinstance(source, (dict, str, Path)):
         raise ConfigError(f"config: should be a dict or the path of a JSON file, got {_shown(source)}")
     fields = source if isinstance(source, dict) else _loaded(source)
-    reading.read(fields, "config" if isinstance(source, dict) else f"config: {source}")
+    config_keys.read(fields, "config" if isinstance(source, dict) else f"config: {source}")
     return fields if named is None else None
 
 

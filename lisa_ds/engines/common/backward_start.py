@@ -20,7 +20,7 @@ from lisa_ds.layers import LayerStack
 CHECKPOINT = "_gradient_checkpointing_func"  # transformers.GradientCheckpointingLayer calls it with the block's inputs
 
 
-class BackwardFrontier:
+class BackwardStart:
     """Keeps the inputs of the lowest sampled block of each stack differentiable under reentrant checkpointing."""
 
     def __init__(self, model: torch.nn.Module, stack: LayerStack) -> None:

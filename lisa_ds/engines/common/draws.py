@@ -8,20 +8,13 @@ by a hash, in one collective of two numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from torch import Tensor
 
-from lisa_ds.config import LisaConfig
-from lisa_ds.engines.zero3 import parallel, scores
-from lisa_ds.engines.zero3.live import precision
-from lisa_ds.engines.zero3.scores import Calibration
-from lisa_ds.engines.zero3.statistics import BlockGradients, watch
+from lisa_ds.engines.common.protocol import Collectives, Observed
 from lisa_ds.errors import EngineError
-from lisa_ds.memory import plan
 from lisa_ds.sampling import LayerSampler, fingerprint
 
 
@@ -33,7 +26,7 @@ class Draws:
         measure: Measures the score of each block; equal on all ranks.
         gradients: Those of training, for a sampler that watches them.
         affords: Whether so many blocks fit into the memory budget of a rank.
-        device: Of collectives.
+        ranks: How they talk to each other.
     """
 
     def __init__(
@@ -41,29 +34,17 @@ class Draws:
         sampler: LayerSampler,
         *,
         measure: Callable[[], Sequence[float]],
-        gradients: BlockGradients | None,
+        gradients: Observed | None,
         affords: Callable[[int], bool],
-        device: torch.device,
+        ranks: Collectives,
     ) -> None:
         self._sampler = sampler
         self._measure, self._gradients, self._affords = measure, gradients, affords
-        self._device = device
+        self._ranks = ranks
         self._at_first = sampler.state_dict()
         self._losses: Tensor | None = None  # their sum and number on this rank in this interval
         self.pending = sampler.needs_scores(0)
         """Whether the first draw waits for scores: the engine is built with a uniform one."""
-
-    @classmethod
-    def of_engine(cls, engine: Any, sampler: LayerSampler, calibration: Calibration | None) -> Draws:
-        """The draws of a LISA engine that has been built."""
-        watched = watch(engine.optimizer, engine._stack) if sampler.watches_gradients else None
-        return cls(
-            sampler,
-            measure=lambda: scores.measure(engine, sampler.config, calibration),
-            gradients=None if watched is None else BlockGradients(watched, sampler.num_layers),
-            affords=lambda count: _affords(engine, sampler.config, count),
-            device=engine.device,
-        )
 
     def note_loss(self, loss: Tensor) -> None:
         """Take note of the loss of a micro-batch, without waiting for it."""
@@ -101,8 +82,8 @@ class Draws:
                     "lisa.growth.patience: watches the loss that engine.backward(loss) is given, and there was none in this "
                     "interval; call engine.backward, or give growth.schedule"
                 )
-            total = self._losses.to(self._device)
-            dist.all_reduce(total)
+            total = self._losses.to(self._ranks.device)
+            self._ranks.add(total)
             self._losses = None
             if total[1] > 0:
                 self._sampler.growth.observe(float(total[0] / total[1]), self._affords)
@@ -114,14 +95,12 @@ class Draws:
             EngineError: It differs. Every rank raises.
         """
         own = fingerprint(fact)
-        extremes = torch.tensor([own, -own], dtype=torch.int64, device=self._device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        extremes = torch.tensor([own, -own], dtype=torch.int64, device=self._ranks.device)
+        self._ranks.maximum(extremes)
         if int(extremes[0]) == -int(extremes[1]):
             return
-        facts: list[Any] = [None] * dist.get_world_size()
-        torch.distributed.all_gather_object(facts, repr(fact))
         by_fact: dict[str, list[int]] = {}
-        for rank, text in enumerate(facts):
+        for rank, text in enumerate(self._ranks.texts(repr(fact))):
             by_fact.setdefault(text, []).append(rank)
         told = "; ".join(f"ranks {ranks}: {text[:300]}" for text, ranks in by_fact.items())
         raise EngineError(
@@ -155,21 +134,7 @@ class Draws:
         """Take up where :meth:`state_dict` was taken."""
         self._sampler.load_state_dict(state["sampler"])
         losses = state["losses"]
-        self._losses = None if losses is None else torch.tensor(losses, dtype=torch.float64, device=self._device)
+        self._losses = None if losses is None else torch.tensor(losses, dtype=torch.float64, device=self._ranks.device)
         if self._gradients is not None and state["gradients"] is not None:
             self._gradients.load_state_dict(state["gradients"])
         self.pending = state["pending"]
-
-
-def _affords(engine: Any, lisa: LisaConfig, count: int) -> bool:
-    """Whether the model state of a rank stays within ``growth.memory_gb`` with ``count`` blocks sampled."""
-    if lisa.growth is None or lisa.growth.memory_gb is None:
-        return True
-    buffers = [bucket.buffer for bucket in engine.optimizer.ipg_buckets.values()]
-    most = plan(
-        engine.model_shape,
-        lisa.model_copy(update={"num_sampled_layers": count, "sampling_ratio": None, "growth": None}),
-        world_size=parallel.data_parallel_size(engine),
-        precision=replace(precision(engine), bucket_bytes=sum(b.numel() * b.element_size() for b in buffers)),
-    ).most
-    return sum(most.values()) <= lisa.growth.memory_gb * 1e9

@@ -8,7 +8,7 @@ import deepspeed
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from lisa_ds.engines.zero3 import reading
+from lisa_ds.engines.zero3 import config_keys
 from lisa_ds.errors import ConfigError
 
 ZERO: dict[str, Any] = {"zero_optimization": {"stage": 3}}
@@ -39,7 +39,7 @@ DOCUMENTED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("section", DOCUMENTED, ids=lambda section: next(iter(section)))
 def test_what_deepspeed_documents_is_read(section: dict[str, Any]) -> None:
-    assert reading.read({**ZERO, **section}, "ds.json").zero_config.stage == 3
+    assert config_keys.read({**ZERO, **section}, "ds.json").zero_config.stage == 3
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_what_deepspeed_documents_is_read(section: dict[str, Any]) -> None:
 )  # fmt: skip
 def test_a_key_that_nobody_reads_is_refused(section: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        reading.read({**ZERO, **section}, "ds.json")
+        config_keys.read({**ZERO, **section}, "ds.json")
     assert str(refusal.value).startswith(message)
 
 
@@ -70,7 +70,7 @@ def test_every_unread_key_is_named_at_once_and_the_config_stays_as_it_was() -> N
     fields = {**ZERO, "gradient_clip": 1, "checkpoint": {"tag": 1}, "train_batch_size": 8}
     before = repr(fields)
     with pytest.raises(ConfigError) as refusal:
-        reading.read(fields, "ds.json")
+        config_keys.read(fields, "ds.json")
     assert [line.split(": ")[1] for line in str(refusal.value).splitlines()] == ["gradient_clip", "checkpoint.tag"]
     assert repr(fields) == before
 

@@ -12,7 +12,7 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
-from lisa_ds.engines.zero3.checkpoint import latest_tag, ranks_that_share_layers
+from lisa_ds.engines.zero3.checkpoint.files import latest_tag, ranks_that_share_layers
 from lisa_ds.errors import CheckpointError
 
 

@@ -1,6 +1,6 @@
 """What this engine needs of DeepSpeed, checked before anything is built on it.
 
-The window (:mod:`lisa_ds.engines.zero3.window`) lives inside Stage 3's own data structures. A DeepSpeed that renamed one
+The window (:mod:`lisa_ds.engines.zero3.optimizer.window`) lives inside Stage 3's own data structures. A DeepSpeed that renamed one
 of them must stop the run with its name, not train something else; an option that keeps state of its own beside those
 structures must be refused by name, not silently ignored.
 """

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lisa_ds.config import LisaConfig
-from lisa_ds.engines.zero3.probe import Calibration, Probe
-from lisa_ds.engines.zero3.statistics import UnitStatistics
+from lisa_ds.engines.zero3.scoring.probe import Calibration, Probe
+from lisa_ds.engines.zero3.watch.statistics import UnitStatistics
 from lisa_ds.errors import ConfigError, EngineError
 
 __all__ = ["Calibration", "check", "measure"]
@@ -46,7 +46,7 @@ def measure(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> l
         engine.optimizer,
         engine.module,
         engine._stack,
-        engine._frontier,
+        engine._backward_start,
         calibration,
         probe_blocks=chosen.probe_blocks,
         seed=lisa.seed,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lisa_ds.engines.zero3.fragments import read_weights
+from lisa_ds.engines.zero3.checkpoint.consolidate import read_weights
 from lisa_ds.errors import CheckpointError
 
 

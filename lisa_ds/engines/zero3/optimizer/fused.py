@@ -8,7 +8,6 @@ Note on whose state it is.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,55 +17,16 @@ from deepspeed import comm as dist
 from deepspeed.runtime.zero.stage3 import OPTIMIZER_STEP_TIMER
 from torch import Tensor
 
-from lisa_ds.engines.zero3 import care, compat, parallel
-from lisa_ds.engines.zero3.presence import STEPS
-from lisa_ds.engines.zero3.window import WindowedStage3
+from lisa_ds.engines.zero3 import parallel, supported
+from lisa_ds.engines.zero3.optimizer.gradient_norms import holds_own_parts
+from lisa_ds.engines.zero3.optimizer.missing_gradients import STEPS
+from lisa_ds.engines.zero3.optimizer.window import WindowedStage3
 from lisa_ds.errors import EngineError
+from lisa_ds.layers import Unit
 from lisa_ds.ops import Hyper, Segment, SegmentTable, default_backend, masked_adamw_, sum_of_squares
 from lisa_ds.ops.reference import dequantise_signed, dequantise_unsigned
 from lisa_ds.ops.segments import QUANT_BLOCK
-from lisa_ds.optim import MaskedAdamW, StateFormat
-
-
-def check_optimizer(optimizer: Any, state_format: StateFormat) -> None:
-    """Refuse an optimizer whose update is not AdamW's.
-
-    Raises:
-        EngineError: Names it and the remedy.
-    """
-    kind = type(optimizer).__name__
-    reason = _not_adamw(optimizer, kind)
-    if reason is None and isinstance(optimizer, MaskedAdamW) and optimizer.format != state_format:
-        reason = f"has {optimizer.format}, but lisa.optimizer says {state_format}; set both alike"
-    if reason is not None:
-        raise EngineError(
-            f"optimizer: {kind} {reason}. lisa.optimizer 'masked_adamw' computes AdamW; give torch.optim.AdamW, or set "
-            "lisa.optimizer to 'adamw' to keep the optimizer that was given"
-        )
-
-
-def _not_adamw(optimizer: Any, kind: str) -> str | None:
-    groups = optimizer.param_groups
-    if any(group.get("amsgrad") or group.get("maximize") for group in groups):
-        return "is set to amsgrad or maximize"
-    if isinstance(optimizer, MaskedAdamW):
-        if optimizer.max_grad_norm is not None:
-            return "clips to max_grad_norm, which under the engine is gradient_clipping of DeepSpeed's config"
-        return None
-    if isinstance(optimizer, torch.optim.Adam):
-        if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(torch.optim.Adam.step):
-            return "has a step of its own"
-        if isinstance(optimizer, torch.optim.AdamW):
-            return None
-    decoupled = isinstance(optimizer, torch.optim.Adam) and all(g.get("decoupled_weight_decay") for g in groups)
-    adam = isinstance(optimizer, torch.optim.Adam) or kind in ("FusedAdam", "DeepSpeedCPUAdam")
-    if not adam:
-        return "is not AdamW"
-    if not all(group.get("bias_correction", True) for group in groups):
-        return "is set to no bias correction"
-    if decoupled or getattr(optimizer, "adam_w_mode", False) or not any(group["weight_decay"] for group in groups):
-        return None
-    return "adds its weight decay to the gradient"
+from lisa_ds.optim import StateFormat
 
 
 class FusedStage3(WindowedStage3):
@@ -166,7 +126,7 @@ class FusedStage3(WindowedStage3):
             self.zero_grad(set_to_none=True)
         bad = (~norm.isfinite()).float()
         if table is not None:
-            for part, factor in self.launches(table, self._factor(norm, scale), self._seed):
+            for part, factor in self._launches(table, self._factor(norm, scale), self._seed):
                 masked_adamw_(part, factor=factor, found_inf=bad)
             self._count_steps()
         self._put_weights_in_place()
@@ -209,11 +169,39 @@ class FusedStage3(WindowedStage3):
         self._table = (places, table)
         return table
 
+    def _launches(self, table: SegmentTable, factor: Tensor, seed: int) -> list[tuple[SegmentTable, Tensor]]:
+        """The launches of a fused step, each with its factor: one, or one for each unit where each has a factor of its own.
+
+        Args:
+            table: Over what of the window has a gradient.
+            factor: What every gradient is multiplied by.
+            seed: Of stochastic rounding.
+        """
+        if self._growth_limit.factor is None:
+            return [(table, factor)]
+        parts: dict[Unit, tuple[list[Segment], list[Hyper]]] = {}
+        units = [
+            unit
+            for unit, group in zip(self._shown_units, self.fp16_groups, strict=True)
+            for parameter in group
+            if parameter.ds_id not in self.absent
+        ]
+        for unit, segment, hyper in zip(units, table.segments, table.hypers, strict=True):
+            segments, hypers = parts.setdefault(unit, ([], []))
+            segments.append(segment)
+            hypers.append(hyper)
+        found = []
+        for unit, (segments, hypers) in parts.items():
+            own = self._growth_limit.of(unit)
+            assert own is not None
+            found.append((SegmentTable(segments, hypers, seed=seed), factor * own.to(table.device, torch.float32)))
+        return found
+
     def _segments(self, position: int) -> list[Segment]:
         """One segment for each partition with a gradient: each has its own 8-bit scales, wherever it lies in the sub-group."""
         master, flat = self.fp32_partitioned_groups_flat[position].detach(), self.fp16_partitioned_groups_flat[position]
         state = self._state_of(position)
-        gradients: Mapping[int, Tensor] = getattr(self, compat.GRAD_PARTITIONS)
+        gradients: Mapping[int, Tensor] = getattr(self, supported.GRAD_PARTITIONS)
         steps = state[STEPS].unbind() if STEPS in state else itertools.repeat(state["step"])
         segments, scales = [], 0
         for (parameter, part), step in zip(self.slices(position), steps, strict=False):
@@ -265,7 +253,7 @@ class FusedStage3(WindowedStage3):
 
     def _scaled_norm(self, table: SegmentTable) -> Tensor:
         """Global norm of the gradients as they are, loss scale and all: ``()``; not finite if one of them is not."""
-        if self._care.growth_limit is None and not self.offload_optimizer and care.holds_own_parts(self):
+        if self._growth_limit.factor is None and not self.offload_optimizer and holds_own_parts(self):
             squares = sum_of_squares(table)
             dist.all_reduce(squares, group=self.sub_group_process_groups[0])
             return squares.sqrt().float()

@@ -1,0 +1,85 @@
+"""Where a LISA run stands, as a checkpoint tells it, and whether another run may go on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. The draws to come follow from the step and the config alone."""
+
+    step: int
+    """Applied optimizer steps."""
+
+    sampled: tuple[int, ...]
+    """Blocks that were training."""
+
+    roles: tuple[str, ...] | None
+    """Roles that were; None of a checkpoint that does not tell, from when they were the same in all intervals."""
+
+    history: tuple[tuple[int, ...], ...]
+    """Every set of blocks so far."""
+
+    num_layers: int
+    policies: dict[str, str]
+    """When embeddings, head and rest train (what never does has no state in the file), and what state is kept in."""
+
+    next_draw: int
+    """Hash of the next interval's draw, to tell a changed schedule."""
+
+    frozen: tuple[str, ...] | None = None
+    """Parameters frozen before the engine was built; None in files of before this was told."""
+
+    draws: dict[str, Any] | None = None
+    """What this rank had seen, where draws depend on that; None in files of before there were such draws."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, so that a checkpoint can be read without this package."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Progress:
+        """What :meth:`as_dict` gave, also by earlier releases."""
+        return cls(
+            step=saved["step"],
+            sampled=tuple(saved["sampled"]),
+            roles=tuple(saved["roles"]) if "roles" in saved else None,
+            history=tuple(tuple(layers) for layers in saved["history"]),
+            num_layers=saved["num_layers"],
+            policies={"optimizer.precision": "mixed", "optimizer.moments": "fp32", **saved["policies"]},  # before these
+            next_draw=saved["next_draw"],
+            frozen=None if saved.get("frozen") is None else tuple(saved["frozen"]),
+            draws=saved.get("draws"),
+        )
+
+    def refusal(self, *, num_layers: int, policies: Mapping[str, str], frozen: Collection[str]) -> str | None:
+        """Why a run with these cannot go on from here, and what to do; None if it can."""
+        if self.num_layers != num_layers:
+            return f"is of a model with {self.num_layers} layers; this one has {num_layers}"
+        if self.policies != policies:
+            changed = ", ".join(
+                f"{role} {was!r} (now {policies.get(role)!r})"
+                for role, was in self.policies.items()
+                if was != policies.get(role)
+            )
+            return f"was saved with lisa.{changed}; resume with the saved policies, or start from its weights alone"
+        if changed := self._other_frozen(frozen):
+            return f"{changed}; freeze the same ones before initialize, or start from its weights alone"
+        return None
+
+    def _other_frozen(self, here: Collection[str]) -> str:
+        if self.frozen is None:
+            return ""
+        parts = []
+        for names, what in (
+            (sorted(set(self.frozen).difference(here)), "were frozen when it was saved, and train here"),
+            (sorted(set(here).difference(self.frozen)), "are frozen here, and trained when it was saved"),
+        ):
+            if names:
+                parts.append(
+                    f"{len(names)} parameters {what} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+                )
+        return "; ".join(parts)

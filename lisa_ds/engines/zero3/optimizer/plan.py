@@ -1,0 +1,33 @@
+"""What the window is laid out by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lisa_ds.engines.common.growth_limit import NormGrowthLimit
+from lisa_ds.engines.common.rewarm import Rewarm
+from lisa_ds.layers import ROLES, Unit
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """What the window must know of the model and the run before Stage 3 lays out its buffers."""
+
+    unit_of: Mapping[int, Unit]
+    """``id(parameter)`` to its unit, for every parameter of the model."""
+
+    sampled: tuple[int, ...]
+    """Blocks of the first interval."""
+
+    lr_scales: Mapping[Unit, float]
+    """Learning-rate factor of a unit; units not named train at the optimizer's own rate."""
+
+    roles: tuple[str, ...] = ROLES
+    """Roles that train in the first interval."""
+
+    rewarm: Rewarm = field(default_factory=Rewarm)
+    """Of the rates of what comes in at a switch."""
+
+    growth_limit: NormGrowthLimit = field(default_factory=NormGrowthLimit)
+    """Of the gradients of units."""
