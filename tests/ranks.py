@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,21 +32,26 @@ def run_ranks(
 ) -> list[T]:
     """Call ``body(*args)`` on ``world_size`` gloo ranks and return what each returned, by rank.
 
-    ``body`` must be a module-level function (ranks are spawned, so it is pickled), and what it returns is pickled
-    too. The process group exists when it is called: ``deepspeed.initialize`` finds it. Ranks meet through a file,
-    so there is no port to collide on. The first rank that fails fails the test with its traceback; a hang fails
-    it with the stack of every thread. With ``gpus`` ranks see what GPUs the test sees: from their start, since CUDA
-    reads which are visible when it is touched first, and an import may touch it.
+    ``body`` must be a module-level function (it is pickled), and what it returns is pickled too. The process group
+    exists when it is called: ``deepspeed.initialize`` finds it. Ranks meet through a file, so there is no port to
+    collide on. The first rank that fails fails the test with its traceback; a hang fails it with the stack of every
+    thread.
+
+    CPU ranks are forked from one process that has imported what they need: importing takes seconds, a fork none, and
+    each rank is still a process of its own that begins with nothing of the one before. With ``gpus`` ranks are started
+    afresh and see what GPUs the test sees: CUDA reads which are visible when it is touched first, an import may touch
+    it, and it does not survive a fork.
     """
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    context = multiprocessing.get_context("spawn")
     port = _free_port()
+    context = multiprocessing.get_context("spawn") if gpus else _fork_context()
     ranks: list[BaseProcess] = []
     try:
         for rank in range(world_size):
-            with _environment(rank, world_size, port, gpus):
+            environment = _environment(rank, world_size, port, gpus)
+            with _set(environment):
                 process: BaseProcess = context.Process(
-                    target=_rank_main, args=(rank, world_size, folder, body, args, timeout_s)
+                    target=_rank_main, args=(rank, world_size, environment, folder, body, args, timeout_s)
                 )
                 process.start()
                 ranks.append(process)
@@ -72,8 +80,16 @@ def _wait(ranks: list[BaseProcess], deadline: float) -> None:
 
 
 def _rank_main(
-    rank: int, world_size: int, folder: Path, body: Callable[..., Any], args: tuple[Any, ...], timeout_s: float
+    rank: int,
+    world_size: int,
+    environment: dict[str, str],
+    folder: Path,
+    body: Callable[..., Any],
+    args: tuple[Any, ...],
+    timeout_s: float,
 ) -> None:
+    os.environ.clear()  # a forked rank has that of the process it was forked from
+    os.environ.update(environment)
     import torch
     import torch.distributed as dist
 
@@ -99,22 +115,41 @@ def _rank_main(
         os._exit(0)  # threads of libraries may abort an orderly exit, with all work done
 
 
-@contextlib.contextmanager
-def _environment(rank: int, world_size: int, port: int, gpus: bool) -> Iterator[None]:
-    """The environment a launcher would give, inherited by a process that is started inside."""
-    before = dict(os.environ)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),  # for code that insists on one; the group itself meets through a file
-        OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cuda" if gpus else "cpu",
-    )
+@functools.cache
+def _fork_context() -> multiprocessing.context.ForkServerContext:
+    """Where CPU ranks are forked, by one process for the whole session, started now."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    # The process looks for modules where this one does. It keeps the environment it is started with, and its ranks get theirs anew.
+    with _set({**_environment(0, 1, 0, gpus=False), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}):
+        forkserver.ensure_running()
+    return context
+
+
+def _environment(rank: int, world_size: int, port: int, gpus: bool) -> dict[str, str]:
+    """The environment a launcher would give."""
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),  # for code that insists on one; the group itself meets through a file
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cuda" if gpus else "cpu",
+    }
     if not gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same test on a machine with one GPU: ranks are CPU ranks
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # the same test on a machine with one GPU: ranks are CPU ranks
+    return environment
+
+
+@contextlib.contextmanager
+def _set(environment: dict[str, str]) -> Iterator[None]:
+    """``environment``, inherited by a process that is started inside."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environment)
     try:
         yield
     finally:
