@@ -1,7 +1,7 @@
 # Everything runs in a virtual environment of its own, .venv, which is built on first use and when its inputs change.
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-slow test-fuzz test-cluster test-gpu proof-gpu test-versions bench ablate ablate-report clean
+.PHONY: help install demo test test-more test-nightly check format test-fuzz test-cluster test-gpu proof-gpu test-versions bench ablate ablate-report clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -53,11 +53,17 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 demo: $(VENV)/installed  ## fine-tune a small language model with LISA on two ranks, and show what came of it
 	$(VENV)/bin/python launch/demo.py
 
-test: $(VENV)/installed  ## all tests but the slow ones
-	$(PYTEST) -m "not slow and not cluster"
+# Tests that share a run of ranks go to the same process, see tests/conftest.py.
+SIDE_BY_SIDE := -n $(or $(WORKERS),auto) --maxprocesses 8 --dist loadgroup
 
-test-slow: $(VENV)/installed  ## the slow tests
-	$(PYTEST) -m "slow and not gpu and not cluster" || [ $$? -eq 5 ]  # 5: there are none
+test: $(VENV)/installed  ## the tests that a change is written with: ten minutes on two cores
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not more and not nightly and not cluster"
+
+test-more: $(VENV)/installed  ## further cases of what `make test` tests; CI runs both
+	$(PYTEST) $(SIDE_BY_SIDE) -m "more and not nightly and not cluster"
+
+test-nightly: $(VENV)/installed  ## what takes minutes each: hours on two cores
+	$(PYTEST) -m "nightly and not gpu and not cluster" || [ $$? -eq 5 ]  # 5: there are none
 
 test-fuzz: $(VENV)/installed  ## thousands of spoiled run files and data files: an hour on two cores
 	$(PYTEST) tests/test_config_fuzz.py tests/test_data_fuzz.py
@@ -71,7 +77,7 @@ test-cluster: $(VENV)/installed  ## real Slurm and ssh on two hosts made of name
 	{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(CLUSTER_PACKAGES); }
 	$(PYTEST) -m cluster
 
-# The slow ones among them too: what needs a GPU has no other target.
+# Those of the night among them too: what needs a GPU has no other target.
 test-gpu: $(VENV)/installed  ## the tests that need a GPU; without one they say so and are skipped
 	$(PYTEST) -m gpu
 

@@ -28,12 +28,12 @@ SANITIZED = ("triton", "cuda")
 
 
 def _functions() -> dict[str, str]:
-    """Tests that are not slow, by name, in words."""
+    """Tests that are not of the night, by name, in words."""
     found = {}
     for node in ast.parse(TESTS.read_text()).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             marks = [ast.unparse(decorator) for decorator in node.decorator_list]
-            if "pytest.mark.slow" not in marks:
+            if "pytest.mark.nightly" not in marks:
                 found[node.name] = node.name.removeprefix("test_").replace("_", " ")
     return found
 
@@ -65,7 +65,7 @@ def main() -> None:
 
 def _run_tests(report: Report, deadline: float, dry_run: bool) -> None:
     log = report.path.with_suffix(".log")
-    command = [sys.executable, "-m", "pytest", str(TESTS), "-m", "gpu and not slow", "-v", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(TESTS), "-m", "gpu and not nightly", "-v", "-p", "no:cacheprovider"]
     start = time.monotonic()
     with log.open("w") as file:
         if dry_run:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from typing import Any
 
 # Before torch is imported: OpenMP reads its thread count once, and several ranks share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,10 +19,35 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find out by itself, with a warning
 
+BUDGET_S = 60
+"""Seconds that the tests of one file may take in one run, set-up included; those that take more are named at the end."""
 
+
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):  # not by keywords, of which the checkout's own folders are some
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _group(item: pytest.Item) -> str:
+    """Where tests run side by side, those of one case of one file run in one process, and share the run of its ranks."""
+    case = getattr(item, "callspec", None) and item.callspec.params.get("case")  # type: ignore[attr-defined]
+    return f"{item.path.stem}:{getattr(case, 'name', '')}"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The files that took longest, and which of them are over their budget."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section(f"seconds by file (budget: {BUDGET_S})")
+    for file, total in seconds.most_common():
+        if total >= BUDGET_S / 4:
+            terminalreporter.write_line(f"{total:7.1f}  {file}{'  OVER BUDGET' if total > BUDGET_S else ''}")

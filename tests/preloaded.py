@@ -6,6 +6,7 @@ Nothing here may start a thread, which a fork would lose, or touch CUDA.
 from __future__ import annotations
 
 import contextlib
+import gc
 
 import deepspeed
 import torch
@@ -26,3 +27,7 @@ torch.set_num_threads(1)
 for _builder in (ShareMemCommBuilder, CPUAdamBuilder):
     with contextlib.suppress(Exception):
         _builder().load()
+
+# DeepSpeed collects garbage at every engine: a rank need not look through what it was born with.
+gc.collect()
+gc.freeze()

@@ -18,11 +18,12 @@ from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pytest
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 START_S = 60  # ranks import torch and DeepSpeed before the clock of the body starts, on a busy machine slowly
 
@@ -68,6 +69,29 @@ def run_ranks(
         text = reports[0].read_text() if reports else "no traceback: killed from outside, or a crash in native code"
         pytest.fail(f"rank {reports[0].stem if reports else '?'} of {world_size} {reason}\n{text}", pytrace=False)
     return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world_size)]
+
+
+class Runs(Generic[K, T]):
+    """What the ranks of a case returned, by the case's key: run when it is first asked for, and once.
+
+    So a test of one case waits for that case alone, and a case that fails fails the tests that ask for it.
+    """
+
+    def __init__(self, run: Callable[[K], T]) -> None:
+        self._run = run
+        self._known: dict[K, T] = {}
+        self._failed: dict[K, BaseException] = {}
+
+    def __getitem__(self, key: K) -> T:
+        if key in self._failed:
+            raise self._failed[key]
+        if key not in self._known:
+            try:
+                self._known[key] = self._run(key)
+            except BaseException as failure:
+                self._failed[key] = failure
+                raise
+        return self._known[key]
 
 
 def _wait(ranks: list[BaseProcess], deadline: float) -> None:

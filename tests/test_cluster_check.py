@@ -189,7 +189,7 @@ def test_a_rank_that_cannot_reach_the_master_says_from_where(folder: Path, addre
     assert done.stderr.startswith(f"lisa-ds: error: gpu7 (rank 1): cannot reach rank 0 at {address}:{port}: {reason}; ")
 
 
-@pytest.mark.parametrize("fate", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fate", ["dies", pytest.param("hangs", marks=pytest.mark.nightly)])
 def test_a_rank_0_that_is_gone_ends_the_others(folder: Path, fate: str) -> None:
     port = free_port()
     job = Job(folder, 3, "--timeout", "8", port=port).start(0, "gpu1").start(1, "gpu7")  # rank 0 waits for the third

@@ -155,13 +155,13 @@ def test_the_hunt_finds_what_it_hunts(folder: Path, monkeypatch: pytest.MonkeyPa
     assert any("left ['out']" in each for each in bad)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(1, 11))
 def test_many_spoiled_runs_are_refused_in_a_line(folder: Path, seed: int) -> None:
     assert hunt(folder, seed, count=int(os.environ.get("LISA_FUZZ_COUNT", "320"))).bad == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.multirank
 @pytest.mark.parametrize("seed", range(5))
 def test_spoiled_runs_under_the_launcher(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:

@@ -254,7 +254,7 @@ def test_a_data_file(file: tuple[str, bytes], chosen: dict[str, Any], task: str)
     is_rows_or_a_mistake(file, chosen, task)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @settings(SETTINGS, max_examples=3000)
 @given(files(), options, tasks)
 def test_many_data_files(file: tuple[str, bytes], chosen: dict[str, Any], task: str) -> None:

@@ -108,7 +108,7 @@ def test_ctrl_c_ends_it_without_a_traceback() -> None:
     assert "demo.py" not in rest
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.multirank
 def test_the_demo_is_never_silent_and_shows_a_difference(tmp_path: Path) -> None:
     smollm2_directory()

@@ -329,7 +329,7 @@ def sanitise(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
 def test_compute_sanitizer_finds_nothing(backend: Backend, tool: str) -> None:
     run = sanitise(tool, backend)
@@ -337,7 +337,7 @@ def test_compute_sanitizer_finds_nothing(backend: Backend, tool: str) -> None:
     assert "all modes have run" in run.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("where", test_ops_cuda.DROPPED_MASK)
 def test_compute_sanitizer_sees_a_dropped_mask_in_cuda(tmp_path: Path, where: str) -> None:
     """Control: what it reads behind the end changes no result."""
@@ -354,7 +354,7 @@ def test_compute_sanitizer_sees_a_dropped_mask_in_cuda(tmp_path: Path, where: st
     assert "Invalid __global__ read" in run.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compute_sanitizer_sees_a_dropped_mask_in_triton(tmp_path: Path) -> None:
     """Control, likewise."""
     from lisa_ds.ops import triton as room

@@ -54,7 +54,7 @@ def write_language_model(folder: Path) -> Path:
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("write", [write_classifier, pytest.param(write_language_model, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("write", [write_classifier, pytest.param(write_language_model, marks=pytest.mark.nightly)])
 def test_the_calibration_recipe_from_end_to_end(write: Any, tmp_path: Path) -> None:
     folder = write(tmp_path / "run")
     done = launch(folder)
@@ -77,7 +77,7 @@ def test_the_calibration_recipe_from_end_to_end(write: Any, tmp_path: Path) -> N
     assert (folder / "out/model/model.safetensors").read_bytes() == whole
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.multirank
 def test_a_profile_is_what_a_run_draws_by(tmp_path: Path) -> None:
     folder = write_language_model(tmp_path / "run")

@@ -230,7 +230,7 @@ def test_a_loss_is_the_models_own(name: str) -> None:
         torch.testing.assert_close(ours, own, rtol=1e-5, atol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_architecture_keeps_its_own_loss() -> None:
     compared, others, unmade = [], set(), []
     for name in causal_models.NAMES:

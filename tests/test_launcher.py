@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LONG = ("training.max_steps=3000", "training.save_steps=9000", "data.eval_fraction=0", "--num-gpus", "2")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.multirank
 def test_a_signal_or_a_closed_pipe_has_the_run_save_and_leave(folder: Path) -> None:
     started = start(folder, *LONG)
@@ -82,7 +82,7 @@ def test_a_signal_or_a_closed_pipe_has_the_run_save_and_leave(folder: Path) -> N
     assert second["step"] > first["step"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.multirank
 def test_ctrl_c_saves_too_and_is_130(folder: Path) -> None:
     started = start(folder, *LONG[:-2], "training.output_dir=interrupted")
@@ -109,7 +109,7 @@ def test_a_second_ctrl_c_ends_it_at_once(folder: Path) -> None:
     assert (started.returncode, err) == (130, "")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.multirank
 def test_a_rank_that_stops_amid_training_is_named_and_the_run_goes_on_with_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -179,7 +179,7 @@ def test_the_interpreters_own_cast_would_be_seen(tmp_path: Path) -> None:
     assert run_isolated(ops_runs.run_truncation, tmp_path, env=INTERPRETED) > 500
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_deepspeeds_fused_adam_corrects_every_tensor_for_one_history() -> None:
     """Control: of two tensors of which one has taken three steps and the other one, it gets the first wrong; ours does not."""
     from deepspeed.ops.adam import FusedAdam

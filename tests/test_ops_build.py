@@ -165,7 +165,7 @@ def test_ops_tells_what_is_there_and_why_not(capsys: pytest.CaptureFixture[str])
         assert "tensors on a GPU: there is none here" in told
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @needs_compiler
 def test_a_wheel_carries_what_was_built_ahead_of_time(tmp_path: Path) -> None:
     """Built without isolation, since the tools are here; then it is used from where it was unpacked, without a compiler."""
@@ -190,7 +190,7 @@ def test_a_wheel_carries_what_was_built_ahead_of_time(tmp_path: Path) -> None:
     assert run.stderr == ""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_unknown_choice_of_kernels_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv*", ".git", "build", "*.egg-info", "runs"))

@@ -97,7 +97,7 @@ def on_ranks(folder: str) -> dict[Any, Any]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.multirank
 def test_a_run_goes_on_with_the_rows_that_come_next(tmp_path: Path) -> None:
     ranks = run_ranks(RANKS, on_ranks, tmp_path, str(tmp_path), timeout_s=400)

@@ -26,7 +26,7 @@ def test_the_page_has_every_stage_from_rows_to_a_served_model() -> None:
     assert all(block.count("\n") == 1 for block in OURS if block.startswith("lisa-ds"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_its_commands_run(tmp_path: Path) -> None:
     tiny.write_model(tmp_path / "tiny")
     script = [f'lisa-ds() {{ "{sys.executable}" -m lisa_ds.cli "$@"; }}', f'python() {{ "{sys.executable}" "$@"; }}']

@@ -58,7 +58,7 @@ def history(output_dir: Path) -> list[dict[str, Any]]:
     return [{key: entry[key] for key in kept if key in entry} for entry in state["log_history"]]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.multirank
 def test_a_run_with_three_preemptions_ends_as_one_with_none(tmp_path: Path) -> None:
     one, many = (write_run(tmp_path / name) for name in ("one", "many"))

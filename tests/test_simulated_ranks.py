@@ -107,7 +107,7 @@ def test_an_unknown_model_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("model", "world_size", "weights"),
     [

@@ -197,7 +197,7 @@ def test_every_key_that_init_writes_has_its_place_in_the_file() -> None:
     assert {dotted.rpartition(".")[2] for dotted in template._COMMENTS} - keys <= {"deepspeed"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.multirank
 def test_a_wheel_trains_outside_of_a_checkout(tmp_path: Path) -> None:
     """Built without isolation, since the tools are here, and installed into an environment that sees this one's packages."""

@@ -9,7 +9,7 @@ import pytest
 from tests.ranks import run_ranks
 from tests.zero3_compile_runs import run_compiled
 
-pytestmark = [pytest.mark.multirank, pytest.mark.slow]
+pytestmark = [pytest.mark.multirank, pytest.mark.nightly]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -12,7 +12,7 @@ from tests.zero3_lifetime_runs import CASES, run_lifetimes
 pytestmark = pytest.mark.multirank
 
 
-@pytest.mark.parametrize(("engines", "switches"), [(10, 5), pytest.param(10, 40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("engines", "switches"), [(10, 5), pytest.param(10, 40, marks=pytest.mark.nightly)])
 def test_engines_come_and_go_and_nothing_stays(tmp_path: Path, engines: int, switches: int) -> None:
     for rank in run_ranks(2, run_lifetimes, tmp_path, engines, switches, timeout_s=500):
         assert rank["alive"] == [[]] * engines

@@ -225,7 +225,7 @@ def test_what_does_not_combine_is_refused_by_name(runs: Any, name: str, parts: l
         assert all(part in message for part in parts), message
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_attached_trainer_with_shared_layers_is_the_one_without(tmp_path: Path, tied: bool) -> None:
     (shared, held_out), *_ = run_ranks(4, run_trainer, tmp_path, tmp_path, 2, tied)
@@ -236,7 +236,7 @@ def test_an_attached_trainer_with_shared_layers_is_the_one_without(tmp_path: Pat
     assert held_out == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_file_with_shared_layers_tells_and_exports_what_one_without_does(tmp_path: Path) -> None:
     told, models = {}, {}
     uneven = {"path": "rows.jsonl", "eval_fraction": 0.3, "max_length": 64}  # 7 rows held out, for two groups

@@ -160,14 +160,14 @@ def beside(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(2, run_beside_training, tmp_path_factory.mktemp("beside"), BESIDE, timeout_s=400)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.versions
 @pytest.mark.parametrize("name", [*(case.name for case in BESIDE), "interrupted"])
 def test_training_goes_on_to_the_bit(beside: list[dict[str, Any]], name: str) -> None:
     assert [rank[name] for rank in beside] == [SAME, SAME]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_weights_that_are_not_put_back_are_seen(beside: list[dict[str, Any]]) -> None:
     assert all(len(rank["unrestored"]["moved"]) > 10 for rank in beside)
 

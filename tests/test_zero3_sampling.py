@@ -70,7 +70,7 @@ def references() -> dict[str, dict[str, Any]]:
     ("world_size", "name"),
     [
         *((size, name) for size in (1, 2) for name in CASES),
-        *(pytest.param(3, name, marks=pytest.mark.slow) for name in RESUMED),
+        *(pytest.param(3, name, marks=pytest.mark.nightly) for name in RESUMED),
     ],
 )
 def test_layers_scores_and_weights_are_those_of_one_process(

@@ -12,9 +12,9 @@ from lisa_ds.config import LisaConfig
 from lisa_ds.memory import ModelShape, Precision, state_bytes
 from lisa_ds.sampling import LayerSampler
 from tests import trajectory
-from tests.ranks import run_ranks
+from tests.ranks import Runs, run_ranks
 from tests.trajectory import Case, Outcome
-from tests.zero3_runs import run_cases
+from tests.zero3_runs import run_alone
 
 pytestmark = [pytest.mark.multirank, pytest.mark.versions]
 
@@ -102,16 +102,14 @@ SIXTEEN_BIT = [
 DROPPED = Case("dropped_update", drop_update_at=4)
 
 
+NAMED = {case.name: case for case in (*EXACT, *SIXTEEN_BIT, DROPPED)}
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[Outcome]]:
-    """Every case, run once: 2 ranks for all of them, 3 ranks for some."""
-    results: dict[tuple[int, str], list[Outcome]] = {}
-    odd = [case for case in EXACT if case.name in ODD]
-    for world_size, cases in ((2, [*EXACT, *SIXTEEN_BIT, DROPPED]), (3, odd)):
-        outcomes = run_ranks(world_size, run_cases, tmp_path_factory.mktemp("runs"), cases, timeout_s=600)
-        for case in cases:
-            results[world_size, case.name] = [rank[case.name] for rank in outcomes]
-    return results
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs[tuple[int, str], list[Outcome]]:
+    """By number of ranks and name of the case, what each rank saw."""
+    folder = tmp_path_factory.mktemp("runs")
+    return Runs(lambda key: run_ranks(key[0], run_alone, folder, NAMED[key[1]], timeout_s=300))
 
 
 @functools.cache
