@@ -35,9 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _group(item: pytest.Item) -> str:
-    """Where tests run side by side, those of one case of one file run in one process, and share the run of its ranks."""
-    case = getattr(item, "callspec", None) and item.callspec.params.get("case")  # type: ignore[attr-defined]
-    return f"{item.path.stem}:{getattr(case, 'name', '')}"
+    """Where tests run side by side, those of a file run in one process; if it says so, those of each case apart from others.
+
+    So tests that share a run of ranks share a process with it.
+    """
+    marker = item.get_closest_marker("by_case")
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    case = parameters.get(marker.args[0], "") if marker else ""
+    return f"{item.path.stem}:{getattr(case, 'name', case)}"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

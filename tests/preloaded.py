@@ -8,18 +8,11 @@ from __future__ import annotations
 import contextlib
 import gc
 
-import deepspeed
 import torch
 import torch._inductor.compile_fx
 import torch.distributed.tensor
-import transformers
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-from transformers import LlamaForCausalLM, Trainer
-
-import lisa_ds
-import lisa_ds.engines.zero3.entry
-import lisa_ds.integrations.hf
 
 torch.set_num_threads(1)
 

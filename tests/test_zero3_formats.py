@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import Runs, run_ranks
 from tests.trajectory import Case, build_model
-from tests.zero3_format_runs import run_formats, run_refusals
+from tests.zero3_format_runs import run_format, run_refusals
 
-pytestmark = pytest.mark.multirank
+pytestmark = [pytest.mark.multirank, pytest.mark.by_case("name")]
 
 FORMATS = {
     "mixed": {"precision": "mixed"},
@@ -27,35 +27,36 @@ CASES.append(Case("int8_accumulation", dtype="bf16", steps=8, accumulation=2, li
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("formats")
-    return run_ranks(2, run_formats, folder, CASES, folder, timeout_s=400)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs[str, list[dict[str, Any]]]:
+    """By name of the case, what each rank saw."""
+    folder, cases = tmp_path_factory.mktemp("formats"), {case.name: case for case in CASES}
+    return Runs(lambda name: run_ranks(2, run_format, folder, cases[name], folder / name))
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES])
 def test_each_step_is_the_specifications(runs: Any, name: str) -> None:
-    for rank in runs:
-        assert rank[name]["wrong"] == []
-        assert rank[name]["frozen_moved"] == []
+    for rank in runs[name]:
+        assert rank["wrong"] == []
+        assert rank["frozen_moved"] == []
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES])
 def test_bytes_are_planned_to_the_byte(runs: Any, name: str) -> None:
-    for rank in runs:
-        assert rank[name]["bytes_checked"] >= 4
-        assert rank[name]["bytes_wrong"] == []
+    for rank in runs[name]:
+        assert rank["bytes_checked"] >= 4
+        assert rank["bytes_wrong"] == []
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES])
 def test_a_resumed_run_is_the_same_to_the_bit(runs: Any, name: str) -> None:
-    for rank in runs:
-        assert rank[name]["resumed_losses"] == rank[name]["losses"][5:]
-        assert rank[name]["resumed_equal"]
+    for rank in runs[name]:
+        assert rank["resumed_losses"] == rank["losses"][5:]
+        assert rank["resumed_equal"]
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES])
 def test_it_learns_as_mixed_does(runs: Any, name: str) -> None:
-    losses, mixed = runs[0][name]["losses"], runs[0]["mixed"]["losses"]
+    losses, mixed = runs[name][0]["losses"], runs["mixed"][0]["losses"]
     assert losses[-1] < losses[0]
     if name not in ("int8_accumulation", "int8_given"):  # another model or other data
         assert losses[-1] == pytest.approx(mixed[-1], abs=0.02)
@@ -63,27 +64,27 @@ def test_it_learns_as_mixed_does(runs: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", [case.name for case in CASES])
 def test_deepspeeds_accessors_and_the_export_read_it(runs: Any, name: str) -> None:
-    for rank in runs:
-        found = rank[name]["accessors"]
+    for rank in runs[name]:
+        found = rank["accessors"]
         assert len(set(found["shapes"])) == 1
         assert found["distance"] < 0.01  # the fp32 weight is the bf16 one, or near it
         assert found["positive"]
         assert found["moments"] > 0
     width = next(case.width for case in CASES if case.name == name)
     expected = {n: tuple(p.shape) for n, p in build_model(width=width).named_parameters()}
-    assert {n: tuple(shape) for n, shape in runs[0][name]["exported"].items()} == expected
+    assert {n: tuple(shape) for n, shape in runs[name][0]["exported"].items()} == expected
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES if case.name != "mixed"])
 def test_another_format_is_refused_by_name(runs: Any, name: str) -> None:
-    message = runs[0][name]["refused"]
+    message = runs[name][0]["refused"]
     assert "was saved with lisa.optimizer." in message
     assert "resume with the saved policies" in message
 
 
 def test_files_are_no_larger_than_the_state(runs: Any) -> None:
     """Without a master copy the checkpoint holds the sampled weights, not the whole buffer that they are views of."""
-    files = {name: runs[0][name]["file"] for name in FORMATS}
+    files = {name: runs[name][0]["file"] for name in FORMATS}
     assert files["int8_sr"] < files["sr_16bit"] < files["sr_fp32_moments"] < files["mixed"]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lisa_ds.engines.zero3.scoring.rademacher import key_of, rademacher
 from tests import trajectory
-from tests.ranks import run_ranks
+from tests.ranks import Runs, run_ranks
 from tests.trajectory import LAYERS, Case
 from tests.zero3_probe_runs import (
     SEED,
@@ -23,7 +23,7 @@ from tests.zero3_probe_runs import (
     run_shared_layers,
 )
 
-pytestmark = pytest.mark.multirank
+pytestmark = [pytest.mark.multirank, pytest.mark.by_case("name")]
 
 PERSISTENT = {"stage3_param_persistence_threshold": 200}
 CASES = [
@@ -96,14 +96,16 @@ def reference(parameters: dict[str, Tensor], world_size: int, kind: str, size: i
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[dict[str, Any]]]:
-    results = {}
-    odd = [case for case in CASES if case.name in ODD]
-    for world_size, cases, sizes in ((2, CASES, SIZES), (3, odd, {})):
-        outcomes = run_ranks(world_size, run_scores, tmp_path_factory.mktemp("scores"), cases, sizes, timeout_s=400)
-        for case in cases:
-            results[world_size, case.name] = [rank[case.name] for rank in outcomes]
-    return results
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs[tuple[int, str], list[dict[str, Any]]]:
+    """By number of ranks and name of the case, what each rank saw."""
+    folder, cases = tmp_path_factory.mktemp("scores"), {case.name: case for case in CASES}
+
+    def run(key: tuple[int, str]) -> list[dict[str, Any]]:
+        world_size, name = key
+        sizes = SIZES.get(name, [3]) if world_size == 2 else [3]
+        return run_ranks(world_size, run_scores, folder, cases[name], sizes, timeout_s=400)
+
+    return Runs(run)
 
 
 ALL = [(2, case.name) for case in CASES] + [(3, name) for name in ODD]

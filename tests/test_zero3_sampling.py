@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from lisa_ds.config import LisaConfig
 from lisa_ds.sampling import LayerSampler
 from tests import trajectory
-from tests.ranks import run_ranks
+from tests.ranks import Runs, run_ranks
 from tests.trajectory import EPS, LAYERS
 from tests.zero3_sampling_runs import (
     BATCHES,
@@ -25,10 +23,10 @@ from tests.zero3_sampling_runs import (
     run_corners,
     run_mistakes,
     run_resumed,
-    run_samplers,
+    run_sampler,
 )
 
-pytestmark = pytest.mark.multirank
+pytestmark = [pytest.mark.multirank, pytest.mark.by_case("name")]
 
 CASES: dict[str, dict[str, Any]] = {
     "weight_norm": {"sampler": {"name": "weight_norm", "temperature": 0.05}},
@@ -43,22 +41,14 @@ CASES: dict[str, dict[str, Any]] = {
 RESUMED = ("recipe", "two_blocks_at_a_time", "ema", "growth")
 
 
-Runs = Callable[[int], list[dict[str, dict[str, Any]]]]
+Found = Runs[tuple[int, str], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """For a number of ranks, what each of them found; run once."""
-
-    @functools.cache
-    def run(size: int) -> list[dict[str, dict[str, Any]]]:
-        cases = {name: CASES[name] for name in CASES if size < 3 or name in RESUMED}
-        found: list[dict[str, dict[str, Any]]] = run_ranks(
-            size, run_samplers, tmp_path_factory.mktemp("runs"), cases, timeout_s=500
-        )
-        return found
-
-    return run
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """By number of ranks and name of the case, what each rank found."""
+    folder = tmp_path_factory.mktemp("runs")
+    return Runs(lambda key: run_ranks(key[0], run_sampler, folder, CASES[key[1]]))
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +64,13 @@ def references() -> dict[str, dict[str, Any]]:
     ],
 )
 def test_layers_scores_and_weights_are_those_of_one_process(
-    runs: Runs, references: dict[str, dict[str, Any]], name: str, world_size: int
+    runs: Found, references: dict[str, dict[str, Any]], name: str, world_size: int
 ) -> None:
     expected = references[name]
-    over_ranks = zip(*(rank[name]["losses"] for rank in runs(world_size)), strict=True)
+    over_ranks = zip(*(rank["losses"] for rank in runs[world_size, name]), strict=True)
     assert [sum(losses) / world_size for losses in over_ranks] == pytest.approx(expected["losses"], abs=1e-5)
-    for rank in runs(world_size):
-        found = rank[name]
+    first = runs[world_size, name][0]
+    for found in runs[world_size, name]:
         assert found["history"] == expected["history"]
         for mine, its in zip(found["scores"], expected["scores"], strict=True):
             assert (mine is None) == (its is None)
@@ -88,8 +78,8 @@ def test_layers_scores_and_weights_are_those_of_one_process(
         for parameter, value in expected["parameters"].items():
             assert (found["parameters"][parameter] - value).abs().max() < 1e-6, parameter
         # Equal on all ranks to the bit, or they would drift apart.
-        assert found["scores"] == runs(world_size)[0][name]["scores"]
-        assert found["probabilities"] == runs(world_size)[0][name]["probabilities"]
+        assert found["scores"] == first["scores"]
+        assert found["probabilities"] == first["probabilities"]
 
 
 def test_the_samplers_are_told_apart(references: dict[str, dict[str, Any]]) -> None:
@@ -100,9 +90,8 @@ def test_the_samplers_are_told_apart(references: dict[str, dict[str, Any]]) -> N
     assert all(a != pytest.approx(b, rel=1e-2) for i, a in enumerate(scores) for b in scores[:i])
 
 
-def test_rates_follow_the_inverse_probability(runs: Runs) -> None:
-    for rank in runs(2):
-        found = rank["mean"]
+def test_rates_follow_the_inverse_probability(runs: Found) -> None:
+    for found in runs[2, "mean"]:
         sampler = LayerSampler(LAYERS, LisaConfig.load({"interval_steps": INTERVAL, **CASES["mean"]}))
         seen = set()
         for scores, scales in zip(found["scores"], found["scales"], strict=True):

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import Runs, run_ranks
 from tests.trajectory import Case
-from tests.zero3_statistics_runs import run_cases, with_shared_layers
+from tests.zero3_statistics_runs import run_full, run_lisa, run_without_reduction, with_shared_layers
 
-pytestmark = [pytest.mark.multirank]
+pytestmark = [pytest.mark.multirank, pytest.mark.by_case("case")]
 
 SIZES = {"steps": 4, "interval_steps": 2}
 LISA = [
@@ -37,19 +37,16 @@ FULL = [
 ]
 ODD = ["lisa_int8", "lisa_tied_bf16", "full_single_sub_groups"]
 
-Runs = dict[tuple[int, str], list[list[dict[str, Any]]]]
+Read = Runs[tuple[int, str], list[list[dict[str, Any]]]]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Every case on 2 ranks, some on 3, which divide no parameter's size: a list of readings for each rank."""
-    results: Runs = {}
-    for world_size in (2, 3):
-        lisa, full = ([case for case in cases if world_size == 2 or case.name in ODD] for cases in (LISA, FULL))
-        ranks = run_ranks(world_size, run_cases, tmp_path_factory.mktemp("runs"), lisa, full, timeout_s=400)
-        for name in ranks[0]:
-            results[world_size, name] = [rank[name] for rank in ranks]
-    return results
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Read:
+    """By number of ranks (2, or 3, which divide no parameter's size) and name of the case: each rank's readings."""
+    folder = tmp_path_factory.mktemp("runs")
+    bodies = {case.name: (run_lisa, case) for case in LISA} | {case.name: (run_full, case) for case in FULL}
+    bodies["control"] = (run_without_reduction, LISA[0])
+    return Runs(lambda key: run_ranks(key[0], bodies[key[1]][0], folder, bodies[key[1]][1]))
 
 
 CASES = [(2, case) for case in (*LISA, *FULL)] + [(3, case) for case in (*LISA, *FULL) if case.name in ODD]
@@ -57,7 +54,7 @@ each = pytest.mark.parametrize(("world_size", "case"), CASES, ids=lambda value: 
 
 
 @each
-def test_norms_are_those_of_whole_tensors(runs: Runs, world_size: int, case: Case) -> None:
+def test_norms_are_those_of_whole_tensors(runs: Read, world_size: int, case: Case) -> None:
     ranks = runs[world_size, case.name]
     intervals = (case.steps - (case.overflow_at is not None)) // case.interval_steps
     for readings in ranks:
@@ -77,13 +74,13 @@ def test_norms_are_those_of_whole_tensors(runs: Runs, world_size: int, case: Cas
 
 
 @each
-def test_ranks_read_the_same(runs: Runs, world_size: int, case: Case) -> None:
+def test_ranks_read_the_same(runs: Read, world_size: int, case: Case) -> None:
     first, *others = ([reading["read"] for reading in readings] for readings in runs[world_size, case.name])
     assert all(other == first for other in others)
 
 
 @pytest.mark.parametrize("name", ["lisa", "full", "lisa_given_optimizer"])
-def test_an_update_is_what_the_weights_moved_by(runs: Runs, name: str) -> None:
+def test_an_update_is_what_the_weights_moved_by(runs: Read, name: str) -> None:
     for reading in runs[2, name][0]:
         moved = reading["moved"]
         assert {unit: norm for unit, norm in reading["read"][2].items() if norm is not None} == pytest.approx(
@@ -91,7 +88,7 @@ def test_an_update_is_what_the_weights_moved_by(runs: Runs, name: str) -> None:
         )
 
 
-def test_gradients_are_averaged_over_the_steps_of_an_interval(runs: Runs) -> None:
+def test_gradients_are_averaged_over_the_steps_of_an_interval(runs: Read) -> None:
     """The mean over the two steps of an interval differs from that of the last one alone."""
     readings = runs[2, "lisa"][0]
     for reading in readings:
@@ -116,7 +113,7 @@ def test_where_ranks_share_layers_a_copy_counts_once(tmp_path: Path) -> None:
     assert {unit: norm for unit, norm in update.items() if norm is not None} == pytest.approx(moved, rel=1e-3)
 
 
-def test_a_reading_of_one_rank_s_part_is_seen(runs: Runs) -> None:
+def test_a_reading_of_one_rank_s_part_is_seen(runs: Read) -> None:
     reading = runs[3, "control"][0][0]
     assert reading["read"][0] != pytest.approx(reading["weight"], rel=1e-2)
     assert {u: n for u, n in reading["read"][1].items() if n is not None} != pytest.approx(

@@ -16,7 +16,7 @@ from tests.ranks import Runs, run_ranks
 from tests.trajectory import Case, Outcome
 from tests.zero3_runs import run_alone
 
-pytestmark = [pytest.mark.multirank, pytest.mark.versions]
+pytestmark = [pytest.mark.multirank, pytest.mark.versions, pytest.mark.by_case("case")]
 
 NEVER = {"embeddings": "never"}
 EVERY = {"embeddings": {"every": 2}, "lm_head": {"every": 3}}

@@ -21,13 +21,9 @@ from tests.trajectory import MICRO_BATCH, Case
 from tests.zero3_runs import build_engine, train
 
 
-def run_formats(cases: list[Case], folder: Path) -> dict[str, dict[str, Any]]:
-    """Each case once, beside the specification stepping the same gradients; then resumed from its middle."""
-    deepspeed.init_distributed(dist_backend="gloo")
-    return {case.name: run_format(case, folder / case.name) for case in cases}
-
-
 def run_format(case: Case, folder: Path) -> dict[str, Any]:
+    """The case once, beside the specification stepping the same gradients; then resumed from its middle."""
+    deepspeed.init_distributed(dist_backend="gloo")
     engine = build_engine(case)
     wrong: list[str] = []
     frozen_moved: list[str] = []

@@ -98,30 +98,27 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     ]
 
 
-def run_scores(cases: list[Case], sizes: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
-    """For each case, the scores after two steps of training, with the weights they belong to and what they disturbed."""
+def run_scores(case: Case, sizes: list[int]) -> dict[str, Any]:
+    """The scores after two steps of training, with the weights they belong to and what they disturbed."""
     deepspeed.init_distributed(dist_backend="gloo")
     zero3_runs.seed_weights()
-    result: dict[str, dict[str, Any]] = {}
-    for case in cases:
-        engine = with_dropout(build_engine(case))
-        zero3_runs.train(engine, case)
-        with side_backward.partitioned(
-            engine.optimizer
-        ):  # train() has looked at every weight: what a step leaves whole is not now
-            pass
-        before = snapshot(engine)
-        wanted = [(kind, size) for kind in KINDS for size in sizes.get(case.name, [3]) if size == 3 or kind in WINDOWED]
-        scores = {(kind, size): make_probe(engine, probe_blocks=size).scores(kind) for kind, size in wanted}
-        result[case.name] = {
-            "scores": scores,
-            "changed": changed(before, snapshot(engine)),
-            "parameters": full_parameters(engine),
-        }
-        if case.name == "plain":
-            with patched(side_backward, "_evaluating", lambda module, stack: contextlib.nullcontext()):
-                result[case.name]["with dropout"] = make_probe(engine).scores("mean")
-        engine.destroy()
+    engine = with_dropout(build_engine(case))
+    zero3_runs.train(engine, case)
+    with side_backward.partitioned(
+        engine.optimizer
+    ):  # train() has looked at every weight: what a step leaves whole is not now
+        pass
+    before = snapshot(engine)
+    wanted = [(kind, size) for kind in KINDS for size in sizes if size == 3 or kind in WINDOWED]
+    result: dict[str, Any] = {
+        "scores": {(kind, size): make_probe(engine, probe_blocks=size).scores(kind) for kind, size in wanted},
+        "changed": changed(before, snapshot(engine)),
+        "parameters": full_parameters(engine),
+    }
+    if case.name == "plain":
+        with patched(side_backward, "_evaluating", lambda module, stack: contextlib.nullcontext()):
+            result["with dropout"] = make_probe(engine).scores("mean")
+    engine.destroy()
     return result
 
 

@@ -95,14 +95,12 @@ def train(engine: Any, first: int = 0, after_step: Callable[[int], None] = lambd
     }
 
 
-def run_samplers(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each sampler from beginning to end."""
+def run_sampler(lisa: dict[str, Any]) -> dict[str, Any]:
+    """A sampler from beginning to end."""
     deepspeed.init_distributed(dist_backend="gloo")
-    found = {}
-    for name, lisa in cases.items():
-        engine = build(lisa)
-        found[name] = train(engine)
-        engine.destroy()
+    engine = build(lisa)
+    found = train(engine)
+    engine.destroy()
     return found
 
 
