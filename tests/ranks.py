@@ -44,13 +44,13 @@ def run_ranks(
     it, and it does not survive a fork.
     """
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    port = _free_port()
-    context = multiprocessing.get_context("spawn") if gpus else _fork_context()
+    port = free_port()
+    context = multiprocessing.get_context("spawn") if gpus else fork_context()
     ranks: list[BaseProcess] = []
     try:
         for rank in range(world_size):
-            environment = _environment(rank, world_size, port, gpus)
-            with _set(environment):
+            environment = rank_environment(rank, world_size, port, gpus)
+            with set_environment(environment):
                 process: BaseProcess = context.Process(
                     target=_rank_main, args=(rank, world_size, environment, folder, body, args, timeout_s)
                 )
@@ -140,17 +140,19 @@ def _rank_main(
 
 
 @functools.cache
-def _fork_context() -> multiprocessing.context.ForkServerContext:
+def fork_context() -> multiprocessing.context.ForkServerContext:
     """Where CPU ranks are forked, by one process for the whole session, started now."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     # The process looks for modules where this one does. It keeps the environment it is started with, and its ranks get theirs anew.
-    with _set({**_environment(0, 1, 0, gpus=False), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}):
+    with set_environment(
+        {**rank_environment(0, 1, 0), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    ):
         forkserver.ensure_running()
     return context
 
 
-def _environment(rank: int, world_size: int, port: int, gpus: bool) -> dict[str, str]:
+def rank_environment(rank: int, world_size: int, port: int, gpus: bool = False) -> dict[str, str]:
     """The environment a launcher would give."""
     environment = {
         **os.environ,
@@ -169,7 +171,7 @@ def _environment(rank: int, world_size: int, port: int, gpus: bool) -> dict[str,
 
 
 @contextlib.contextmanager
-def _set(environment: dict[str, str]) -> Iterator[None]:
+def set_environment(environment: dict[str, str]) -> Iterator[None]:
     """``environment``, inherited by a process that is started inside."""
     before = dict(os.environ)
     os.environ.clear()
@@ -181,7 +183,7 @@ def _set(environment: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

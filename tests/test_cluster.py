@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from lisa_ds.cluster.preemption import MARKER
 from tests import hosts, slurm
-from tests.test_train import ROOT, write_run
+from tests.programs import ROOT
+from tests.training_runs import write_run
 
 pytestmark = pytest.mark.cluster
 

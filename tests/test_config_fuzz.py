@@ -21,7 +21,7 @@ from lisa_ds.config import load_config
 from lisa_ds.errors import LisaError
 from lisa_ds.train import arguments, checks
 from tests import config_fuzz, tiny
-from tests.test_train import launch
+from tests.training_runs import launch
 
 MOST_CPU_SECONDS, MOST_SECONDS = 20, 300
 """Of computing, and of waiting: others may keep the machine busy."""

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from lisa_ds.cli import main
 from lisa_ds.sampling.scores import LayerScores
 from tests import tiny
-from tests.test_train import launch, write_run
+from tests.training_runs import launch, write_run
 
 RECIPE = {"name": "grad_norm", "score": "accumulated", "draw": "successive", "calibration_batches": 2, "every": 1}
 

@@ -21,7 +21,7 @@ from lisa_ds.cluster.preemption import MARKER
 from lisa_ds.errors import ConfigError, LisaError
 from lisa_ds.train.launcher import Where, options
 from lisa_ds.train.remote import check_hosts, exports
-from tests.test_train import write_run
+from tests.training_runs import write_run
 
 LISA_DS = [sys.executable, "-m", "lisa_ds.cli"]
 

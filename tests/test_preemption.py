@@ -22,7 +22,8 @@ from transformers.trainer_utils import SaveStrategy
 
 from lisa_ds.cluster.preemption import MARKER, SIGNALS, Preempted, Preemption, forget
 from lisa_ds.integrations.preemption import PreemptionCallback
-from tests.test_train import ROOT, write_run
+from tests.programs import ROOT
+from tests.training_runs import write_run
 
 
 def run(folder: Path, signalled: str = "", *more: str, ranks: int = 2) -> tuple[list[int], str]:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,53 +18,14 @@ from lisa_ds.memory import catalogue
 from lisa_ds.train import arguments, command
 from lisa_ds.train.summary import Summary
 from tests import tiny
-
-ROOT = Path(__file__).parent.parent
-TRACKER = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
-
-
-def launch(folder: Path, *more: str, launcher: list[str] | None = None) -> subprocess.CompletedProcess[str]:
-    """`deepspeed --num_gpus 2 launch/train.py`: two CPU ranks where there is no GPU."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "LISA_DS_CACHE": str(folder / "cache"),
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "LISA_DS_PEAK_TFLOPS": "0.01",  # no CPU is in the table
-    }
-    command = [*(launcher or deepspeed), str(ROOT / "launch/train.py"), "--lisa_config", "run.yaml", *more]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def write_run(folder: Path, **changes: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    tiny.write_model(folder / "model")
-    tiny.write_rows(folder / "rows.jsonl", tiny.alpaca)
-    run = {
-        "model": {"name_or_path": "model"},
-        "data": {"path": "rows.jsonl", "eval_fraction": 0.25, "max_length": 64},
-        "lisa": {"num_sampled_layers": 1, "interval_steps": 2},
-        "training": {
-            **{"output_dir": "out", "max_steps": 6, "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-2},
-            **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "report_to": TRACKER},
-            **{"bf16": True, "gradient_checkpointing": True, "lr_scheduler_type": "constant"},
-        },
-        **changes,
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(run))
-    return folder
+from tests.training_runs import TRACKER, launch, write_run
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run that has trained, and what it printed."""
     folder = write_run(tmp_path_factory.mktemp("train"))
-    done = launch(folder, "lisa.seed=3")
+    done = launch(folder, "lisa.seed=3", really=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
@@ -226,13 +182,13 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_read(tmp_path: Path
         "meta-llama/Llama-3.1-405B"
     )  # no weights: had they been looked for, that would be the error
     (tmp_path / "model/config.json").write_text(json.dumps(huge))
-    done = launch(tmp_path, "training.report_to=none", launcher=[sys.executable])
+    done = launch(tmp_path, "training.report_to=none", ranks=0)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "error: run.yaml: model.name_or_path: the run needs " in done.stderr
     assert "What to change first" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
-    forced = launch(tmp_path, "training.report_to=none", "--force", launcher=[sys.executable])
+    forced = launch(tmp_path, "training.report_to=none", "--force", ranks=0)
     assert "going on all the same, as --force says: the run needs " in forced.stderr
     assert "holds a config.json and no weights" in forced.stderr  # further than the memory's check
 
@@ -245,7 +201,7 @@ def test_one_rank_classifies_stops_early_and_keeps_the_best_model(tmp_path: Path
     tiny.write_rows(tmp_path / "rows.jsonl", lambda i: {"text": f"{i}", "label": "odd" if i % 2 else "even"})
     more = ["training.early_stopping_patience=1", "training.eval_strategy=steps", "training.eval_steps=1"]
     more += ["training.save_steps=1", "training.max_steps=50", "training.learning_rate=3.0", "training.report_to=none"]
-    done = launch(tmp_path, *more, launcher=[sys.executable])
+    done = launch(tmp_path, *more, ranks=0)
     assert done.returncode == 0, done.stdout + done.stderr
     state = json.loads(
         max((tmp_path / "out").glob("checkpoint-*"), key=_step).joinpath("trainer_state.json").read_text()
@@ -263,7 +219,7 @@ def test_lisa_stops_early_keeps_the_best_model_and_its_patience(tmp_path: Path) 
     write_run(tmp_path)
     more = ["training.early_stopping_patience=3", "training.eval_strategy=steps", "training.eval_steps=1"]
     more += ["training.save_steps=1", "training.max_steps=50", "training.learning_rate=0.3", "training.report_to=none"]
-    done = launch(tmp_path, *more, launcher=[sys.executable])
+    done = launch(tmp_path, *more, ranks=0)
     assert done.returncode == 0, done.stdout + done.stderr
     last = max((tmp_path / "out").glob("checkpoint-*"), key=_step)
     state = json.loads((last / "trainer_state.json").read_text())
@@ -275,7 +231,7 @@ def test_lisa_stops_early_keeps_the_best_model_and_its_patience(tmp_path: Path) 
     (summary,) = [line for line in done.stdout.splitlines() if line.startswith("held-out loss")]
 
     shutil.rmtree(last)
-    again = launch(tmp_path, *more, "--resume", "auto", launcher=[sys.executable])
+    again = launch(tmp_path, *more, "--resume", "auto", ranks=0)
     assert again.returncode == 0, again.stdout + again.stderr
     assert max((tmp_path / "out").glob("checkpoint-*"), key=_step) == last  # and not three evaluations later
     assert summary in again.stdout.splitlines()

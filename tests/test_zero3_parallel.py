@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +20,8 @@ from lisa_ds.errors import CheckpointError
 from lisa_ds.memory import Precision, state_bytes
 from tests import parallel_model, trajectory
 from tests.ranks import run_ranks
-from tests.test_train import launch, write_run
 from tests.test_zero3_trajectory import BOUNDS, differences, layers_of
+from tests.training_runs import launch, write_run
 from tests.trajectory import Case, Outcome
 from tests.zero3_parallel_runs import Shared, run_all, run_trainer
 
@@ -244,7 +242,7 @@ def test_a_run_file_with_shared_layers_tells_and_exports_what_one_without_does(t
         (tmp_path / name).mkdir()
         zero3 = {"train_batch_size": 2 * 2 * 2, "zero_optimization": {"stage": 3}, **sharing}
         write_run(tmp_path / name, data=uneven, deepspeed=zero3)
-        done = launch(tmp_path / name, *IN_FP32, launcher=_on(ranks))
+        done = launch(tmp_path / name, *IN_FP32, ranks=ranks)
         assert done.returncode == 0, done.stdout + done.stderr
         told[name] = [
             line for line in done.stdout.splitlines() if line.startswith("held-out loss") or "  loss " in line
@@ -263,17 +261,10 @@ def test_a_run_file_with_shared_layers_tells_and_exports_what_one_without_does(t
     out = tmp_path / "shared/out"
     for gone in ("model", "checkpoint-6"):
         shutil.rmtree(out / gone)
-    done = launch(tmp_path / "shared", *IN_FP32, "--resume", "auto", launcher=_on(4))
+    done = launch(tmp_path / "shared", *IN_FP32, "--resume", "auto", ranks=4)
     assert done.returncode == 0, done.stdout + done.stderr
     resumed = load_file(out / "model/model.safetensors")
     assert all(torch.equal(value, resumed[name]) for name, value in models["shared"].items())
 
 
 IN_FP32 = ["training.bf16=false", "training.report_to=none", "training.per_device_eval_batch_size=2"]
-
-
-def _on(ranks: int) -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", port]
