@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from transformers.integrations import get_available_reporting_integrations
+from transformers import integrations
 
 from lisa_ds.config.base import Origin, show
 from lisa_ds.errors import ConfigError
@@ -74,13 +74,20 @@ def check(given: Mapping[str, Any], origin: Origin, *, model_type: str | None = 
 
 
 def _check_trackers(report_to: str | list[str] | None, origin: Origin) -> None:
-    asked = {report_to} if isinstance(report_to, str) else set(report_to or ())
-    present = get_available_reporting_integrations()
-    if missing := sorted(asked - {"all", "none", *present}):
+    asked = ({report_to} if isinstance(report_to, str) else set(report_to or ())) - {"all", "none"}
+    if missing := sorted(name for name in asked if not _has_tracker(name)):
+        present = integrations.get_available_reporting_integrations()
         raise ConfigError(
             f"{origin.where('report_to')}: {', '.join(missing)} is not installed or not known to transformers; "
             f"there is {', '.join(present) or 'none'}"
         )
+
+
+def _has_tracker(name: str) -> bool:
+    """Whether transformers knows a tracker and can import it. It asks by importing, which takes seconds: not of others."""
+    function = {"azure_ml": "azureml", "comet_ml": "comet"}.get(name, name)
+    available = getattr(integrations, f"is_{function}_available", None)
+    return available is not None and bool(available())
 
 
 def _check_optimizer(given: Mapping[str, Any], origin: Origin) -> None:
