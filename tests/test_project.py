@@ -61,9 +61,7 @@ def imported(tree: ast.Module) -> list[str]:
     """Modules that are imported anywhere, within functions as well, by their last names."""
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found += [name.name for name in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "benchmarks":
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module == "benchmarks"):
             found += [name.name for name in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.append(node.module)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lisa_ds.config import LisaConfig
+from lisa_ds.config.formats import QUANT_BLOCK
 from lisa_ds.config.roles import ROLES, share_of
 
 KINDS = ("weights", "gradients", "master", "exp_avg", "exp_avg_sq", "parked_host", "parked_nvme", "buckets")
@@ -21,7 +22,6 @@ SAMPLED_KINDS = ("gradients", "master", "exp_avg", "exp_avg_sq")
 
 _FP32 = 4  # gradients on the host, whatever the weights are
 _SMALLEST_BUCKET, _LARGEST_BUCKET = 2**24, 5 * 10**8
-_QUANT_BLOCK = 256  # 8-bit moments that share an fp32 scale; as lisa_ds.ops.segments says
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _partitions(numels: Iterable[int], world_size: int) -> list[int]:
 def _table(trained: Sequence[int], weights: int, precision: Precision) -> dict[str, int]:
     """Bytes of each kind, from the elements of each trained partition and of all weights."""
     elements = sum(trained)
-    scales = 4 * sum(-(-partition // _QUANT_BLOCK) for partition in trained)
+    scales = 4 * sum(-(-partition // QUANT_BLOCK) for partition in trained)
     moment = {"fp32": 4 * elements, "bf16": 2 * elements, "int8": elements + scales}[precision.moments]
     host_gradients = _FP32 * elements if precision.offload_optimizer else 0
     return dict.fromkeys(KINDS, 0) | {

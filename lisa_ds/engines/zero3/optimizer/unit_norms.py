@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lisa_ds.config.formats import QUANT_BLOCK
 from lisa_ds.ops import cpu, unavailable
 from lisa_ds.ops.segments import TYPE_CODES
 from lisa_ds.optim import MaskedAdamW
@@ -17,7 +18,7 @@ from lisa_ds.optim import MaskedAdamW
 # Elements that torch adds up in fp32; their sums are added up in fp64. On the CPU it adds in few lanes, and loses digits sooner.
 _NORM_CHUNK = {"cpu": 2**14}
 _NORM_CHUNK_ELSEWHERE = 2**20
-_UPDATE_CHUNK = 2**18  # elements of an update that exist at a time; a multiple of the 256 that share a scale
+_UPDATE_CHUNK = 1024 * QUANT_BLOCK  # elements of an update that exist at a time
 
 _DEEPSPEED_ADAMS = ("FusedAdam", "DeepSpeedCPUAdam")
 
