@@ -99,12 +99,7 @@ def _candidates(run: RunSettings) -> Iterator[tuple[str, str, Callable[[RunSetti
         yield (
             f"training.per_device_train_batch_size=1 training.gradient_accumulation_steps={run.micro_batch * run.accumulation}",
             "more, smaller steps for the same batch; gradients accumulate in fp32",
-            lambda run: replace(
-                run,
-                micro_batch=1,
-                accumulation=run.micro_batch * run.accumulation,
-                gradient_width=4 if run.method == "lisa" else run.gradient_width,
-            ),
+            lambda run: replace(run, micro_batch=1, accumulation=run.micro_batch * run.accumulation),
         )
     yield (
         "training.gradient_checkpointing=true",

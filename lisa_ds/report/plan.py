@@ -104,7 +104,10 @@ def lines(report: PlanReport) -> list[str]:
 
 def as_json(report: PlanReport) -> dict[str, Any]:
     """The plan as plain values; bytes are those of one rank."""
-    run = asdict(report.run) | {"lisa": report.run.lisa.model_dump(mode="json")}
+    run = asdict(report.run) | {
+        "lisa": report.run.lisa.model_dump(mode="json"),
+        "gradient_width": report.run.gradient_width,
+    }
     return {
         "model": report.name,
         "parameters": report.architecture.num_parameters,

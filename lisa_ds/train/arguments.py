@@ -74,16 +74,15 @@ def check(config: RunConfig) -> dict[str, Any]:
         )
     _check_optimizer(config, given, where)
     _check_combinations(given, where)
-    source = config.where("deepspeed")
-    if isinstance(config.deepspeed, str):
-        source = config.deepspeed
+    ranks = int(os.environ.get("WORLD_SIZE") or 0)  # if the launcher has told
+    shared = config.tensor_parallel(ranks or None)
     # Defaults count, too: a DeepSpeed config that clips at 0.5 contradicts transformers' default of 1.
     check_contradictions(
         {**defaults(), **given},
         config.deepspeed_config(),
         training_source=config.where("training"),
-        deepspeed_source=source,
-        world_size=_data_parallel_size(config, source),
+        deepspeed_source=config.deepspeed_source(),
+        world_size=ranks // shared if ranks else None,
     )
     return given
 
@@ -100,29 +99,6 @@ def defaults() -> dict[str, Any]:
         for field in dataclasses.fields(TrainingArguments)
         if field.default is not dataclasses.MISSING
     }
-
-
-def _data_parallel_size(config: RunConfig, source: str) -> int | None:
-    """Ranks with rows of their own, if the launcher has told how many ranks there are.
-
-    Raises:
-        ConfigError: ``tensor_parallel.autotp_size`` is not a divisor of their number.
-    """
-    ranks = int(os.environ.get("WORLD_SIZE") or 0)
-    shared = autotp_size(config.deepspeed_config())
-    if not isinstance(shared, int) or shared < 1 or ranks % shared:
-        on = f" of this run's {ranks} ranks" if ranks else ""
-        raise ConfigError(
-            f"{source}: tensor_parallel.autotp_size: so many{on} share each layer, got {show(shared)}; choose a number that "
-            "divides them, or leave it out"
-        )
-    return ranks // shared if ranks else None
-
-
-def autotp_size(deepspeed: Mapping[str, Any]) -> Any:
-    """Ranks that share each layer by AutoTP, as a DeepSpeed config says; 1 where it does not."""
-    section = deepspeed.get("tensor_parallel")
-    return section.get("autotp_size", 1) if isinstance(section, Mapping) else 1
 
 
 def _check_optimizer(config: RunConfig, given: Mapping[str, Any], origin: Origin) -> None:
@@ -270,8 +246,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         return {**from_training, "zero_optimization": zero}
     # What the config leaves out DeepSpeed would take from its own defaults: fp32, one micro-batch, no clipping.
     fields = {**from_training, **copy.deepcopy(config.deepspeed_config())}
-    source = config.deepspeed if isinstance(config.deepspeed, str) else config.where("deepspeed")
-    if autotp_size(fields) != 1:
+    source = config.deepspeed_source()
+    if config.tensor_parallel() != 1:
         # It would have to count the ranks that share a layer as if they had rows of their own: let DeepSpeed work it out.
         fields.pop("train_batch_size", None)
     zero = fields.setdefault("zero_optimization", {})

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from lisa_ds.config import RunConfig
+from lisa_ds.config.deepspeed import asked_gradient_bytes, gradient_bytes
 from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.layers import LayerStack
 from lisa_ds.memory import Architecture, ModelShape, Precision, forecast, full_state_bytes, settings
@@ -17,7 +18,6 @@ from lisa_ds.memory.advice import usable
 from lisa_ds.memory.architectures import Module
 from lisa_ds.models import model_config, skeleton
 from lisa_ds.report import plan
-from lisa_ds.train.arguments import autotp_size
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def check_memory(config: RunConfig, *, force: bool = False) -> str | None:
 def _plan(config: RunConfig) -> tuple[str | None, str | None]:
     """The plan in a line, and what is wrong with it."""
     device, memory = _device()
-    if autotp_size(config.deepspeed_config()) != 1:  # it knows no gathered parts of layers, nor their activations
+    if config.tensor_parallel() != 1:  # it knows no gathered parts of layers, nor their activations
         return None, _state_alone(config, memory, device)
     try:
         architecture = _architecture(config)
@@ -101,9 +101,15 @@ def _state_alone(config: RunConfig, memory: int, device: str) -> str | None:
 
 
 def _partitions(shape: ModelShape, ranks: int, config: RunConfig, width: int) -> dict[str, int]:
+    gradient = gradient_bytes(
+        asked_gradient_bytes(config.deepspeed_config(), config.deepspeed_source()),
+        width,
+        accumulates=config.training_values().gradient_accumulation_steps > 1,
+        lisa=config.method == "lisa",
+    )
     if config.method == "full":
-        return full_state_bytes(shape, world_size=ranks, precision=Precision(width, width))
-    precision = Precision.of_lisa(config.lisa, width, width)
+        return full_state_bytes(shape, world_size=ranks, precision=Precision(width, gradient))
+    precision = Precision.of_lisa(config.lisa, width, gradient)
     return plan_state(shape, config.lisa, world_size=ranks, precision=precision).most
 
 
