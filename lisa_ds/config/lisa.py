@@ -153,7 +153,7 @@ class LisaConfig(Section):
                     f"num_sampled_layers is {self.num_sampled_layers}, but sampler.layers names {len(layers)}: "
                     "leave num_sampled_layers out"
                 )
-        if self.growth and self.sampler.name == "fixed":
+        if self.growth and self.sampler.kind.same_all_along:
             raise mistake("growth does not go with sampler 'fixed', whose layers are the same for the whole run")
         for part in ("embeddings", "lm_head", "rest"):
             if getattr(self, part) == "never" and getattr(self, f"{part}_lr_scale") != 1:

@@ -84,11 +84,11 @@ def _scoring(
     architecture: Architecture, run: RunSettings, settings: StepSettings
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What scoring all blocks by their gradients takes: a backward pass of those scored together, and what it keeps."""
-    chosen = run.lisa.sampler
-    kind = chosen.score if chosen.name == "grad_norm" else chosen.estimator
+    chosen, kind = run.lisa.sampler, run.lisa.sampler.kind
+    assert kind.probe is not None
     count = len(architecture.shape.layers)
-    together = min(chosen.probe_blocks, count) if kind in ("accumulated", "hutchinson") else count
-    rows = run.sequence if kind == "empirical" else run.tokens
+    together = min(chosen.probe_blocks, count) if kind.by_windows else count
+    rows = run.sequence if kind.by_row else run.tokens
     # Gradients are taken one by one, and no bucket is filled; from the lowest blocks backward has the longest way. ZeRO-3 does not
     # know the order of such a pass, so it fetches nothing ahead and holds nothing back.
     alone = replace(settings.gather, prefetch_bucket_size=0, max_reuse_distance=0)
@@ -97,7 +97,7 @@ def _scoring(
     ).backward
     own = {part: size for part, size in peaks.items() if part != "gradients in flight"}
     kept = probe_bytes(
-        architecture.shape, kind=kind, probe_blocks=together, world_size=run.world_size, weight_bytes=run.width
+        architecture.shape, kind=kind.probe, probe_blocks=together, world_size=run.world_size, weight_bytes=run.width
     )
     return own, {"scratch": kept}
 
