@@ -18,7 +18,7 @@ from lisa_ds.cli import main
 from lisa_ds.config import LisaConfig, load_config, model_alone
 from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.integrations import hf
-from lisa_ds.memory import Architecture, Forecast, RunSettings, advice, catalogue, forecast, residents, settings
+from lisa_ds.memory import METHODS, Architecture, Forecast, RunSettings, advice, catalogue, forecast, settings
 from lisa_ds.memory.gather import Coordinator, GatherSettings
 from lisa_ds.memory.ledger import Ledger
 from lisa_ds.report import plan
@@ -153,10 +153,12 @@ def test_roles_that_come_and_go_are_planned_for_with_their_way_in() -> None:
     shape = Architecture.from_config(catalogue.require(name)).shape
     # A switch drops their moments, and copies a unit to fp32 that may be the embeddings.
     run = RunSettings(world_size=1, lisa=LisaConfig.load({"embeddings": "sampled"}))
-    held = residents.of(Architecture.from_config(catalogue.require(name)), run, None)
+    held = METHODS["lisa"].residents(Architecture.from_config(catalogue.require(name)), run)
     assert held.switched == sum(shape.embeddings) > sum(shape.layers[0])
     assert held.always_moments == 8 * (sum(shape.lm_head) + sum(shape.rest))
-    steady = residents.of(Architecture.from_config(catalogue.require(name)), replace(run, lisa=LisaConfig()), None)
+    steady = METHODS["lisa"].residents(
+        Architecture.from_config(catalogue.require(name)), replace(run, lisa=LisaConfig())
+    )
     assert steady.switched == sum(shape.layers[0])
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from lisa_ds.config import load_config
-from lisa_ds.memory import Architecture, advice, catalogue, forecast, settings
+from lisa_ds.config import RunConfig, load_config
+from lisa_ds.memory import METHODS, Architecture, RunSettings, advice, catalogue, forecast, settings
 from lisa_ds.report import plan
 
 
@@ -58,3 +58,21 @@ def test_advice_to_accumulate_is_planned_in_the_type_that_it_leads_to(
     assert as_written.gradient_width == {"lisa": of_lisa, "full": of_full}[method]
     assert forecast(GPT2, as_written).peak == advised[place].peak
     assert replace(run, accumulation=8).gradient_width == as_written.gradient_width
+
+
+def test_every_method_is_an_object_of_one_table() -> None:
+    assert [(name, method.name, method.title) for name, method in METHODS.items()] == [
+        (name, name, title)
+        for name, title in (("lisa", "LISA"), ("full", "full"), ("lora", "LoRA"), ("galore", "GaLore"))
+    ]
+    assert set(get_args(RunConfig.model_fields["method"].annotation)) <= set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_stays_at_least_is_in_every_phase_of_a_step(name: str) -> None:
+    """Of a model whose architecture is not known, only that is asked for: it may not refuse what would fit."""
+    run = RunSettings(2, 1, 128, method=name, bucket_size=0)
+    planned = forecast(GPT2, run)
+    least = METHODS[name].least(GPT2.shape, run)
+    assert run.width * sum(-(-n // (2 if METHODS[name].shards else 1)) for n in GPT2.shape.all()) <= least
+    assert least <= sum(planned.phases["forward"].values())

@@ -14,8 +14,6 @@ PARTS = (
 )
 """What the bytes of a phase are: model state that stays, then what comes and goes."""
 
-METHODS = ("lisa", "full", "lora", "galore")
-
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -29,6 +27,8 @@ class RunSettings:
     """Tokens of a row; a batch is planned as full of them."""
 
     method: str = "lisa"
+    """One of :data:`lisa_ds.memory.methods.METHODS`."""
+
     lisa: LisaConfig = field(default_factory=LisaConfig)
     width: int = 2
     """Bytes of an element of weights and activations."""

@@ -13,6 +13,7 @@ from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.memory import catalogue
 from lisa_ds.memory.architectures import Architecture
 from lisa_ds.memory.gather import GatherSettings
+from lisa_ds.memory.methods import METHODS
 from lisa_ds.memory.run_settings import RunSettings
 
 _GATHER_KEYS = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
@@ -74,7 +75,7 @@ def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -
     width = 2 if training.bf16 or training.fp16 else 4
     hidden = architecture.sizes.hidden
     bucket = _number(config, zero, "reduce_bucket_size", hidden**2)
-    if bucket is None and config.method == "full" and config.deepspeed is None:
+    if bucket is None and config.deepspeed is None and not METHODS[config.method].chooses_bucket:
         bucket = hidden**2  # what transformers makes of the "auto" that launch/train.py writes
     # What transformers makes of "auto": see its integrations/deepspeed.py, trainer_config_finalize.
     automatic = {"prefetch_bucket_size": int(0.9 * hidden**2), "param_persistence_threshold": 10 * hidden}

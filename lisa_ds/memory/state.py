@@ -130,8 +130,8 @@ def state_bytes(
     """
     if roles is None:
         roles = shape.roles(config or LisaConfig(), always=True)
-    trained = _partitions(shape.trained(sampled, roles), world_size)
-    return _table(trained, sum(_partitions(shape.all(), world_size)), precision or Precision())
+    trained = partitions(shape.trained(sampled, roles), world_size)
+    return _table(trained, sum(partitions(shape.all(), world_size)), precision or Precision())
 
 
 def full_state_bytes(shape: ModelShape, *, world_size: int, precision: Precision | None = None) -> dict[str, int]:
@@ -158,11 +158,11 @@ def plan(
     """
     config, precision = config or LisaConfig(), precision or Precision()
     count, greatest = config.num_sampled(len(shape.layers)), config.most_sampled(len(shape.layers))
-    weights = sum(_partitions(shape.all(), world_size))
-    always = _table(_partitions(shape.trained([], shape.roles(config, always=True)), world_size), weights, precision)
+    weights = sum(partitions(shape.all(), world_size))
+    always = _table(partitions(shape.trained([], shape.roles(config, always=True)), world_size), weights, precision)
 
     def table(numels: Iterable[int]) -> dict[str, int]:
-        return _table(_partitions(numels, world_size), 0, replace(precision, bucket_bytes=0))
+        return _table(partitions(numels, world_size), 0, replace(precision, bucket_bytes=0))
 
     layers = [table(layer) for layer in shape.layers]
     typical, most = dict(always), dict(always)
@@ -183,7 +183,8 @@ def plan(
     return Plan(typical, most, full_state_bytes(shape, world_size=world_size, precision=precision))
 
 
-def _partitions(numels: Iterable[int], world_size: int) -> list[int]:
+def partitions(numels: Iterable[int], world_size: int) -> list[int]:
+    """Elements on a rank of parameters of so many."""
     return [-(-numel // world_size) for numel in numels]
 
 

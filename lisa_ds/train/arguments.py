@@ -19,6 +19,7 @@ from lisa_ds.config import RunConfig, check_contradictions
 from lisa_ds.config.base import Origin, Section, show, validate
 from lisa_ds.config.training import EARLY_STOPPING, section
 from lisa_ds.errors import ConfigError
+from lisa_ds.memory import METHODS
 
 # Whatever these would do, something else here does it.
 _ELSEWHERE = {
@@ -241,8 +242,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     }
     if config.deepspeed is None:
         zero: dict[str, Any] = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
-        if config.method == "full":
-            zero["reduce_bucket_size"] = auto  # DeepSpeed's 5e8 elements; LISA's engine has a default of its own
+        if not METHODS[config.method].chooses_bucket:
+            zero["reduce_bucket_size"] = auto  # DeepSpeed's own default are 5e8 elements
         return {**from_training, "zero_optimization": zero}
     # What the config leaves out DeepSpeed would take from its own defaults: fp32, one micro-batch, no clipping.
     fields = {**from_training, **copy.deepcopy(config.deepspeed_config())}
