@@ -17,7 +17,7 @@ from transformers import TrainingArguments, get_scheduler
 
 from lisa_ds.config import RunConfig, check_contradictions
 from lisa_ds.config.base import Origin, Section, show, validate
-from lisa_ds.config.training import EARLY_STOPPING, section
+from lisa_ds.config.training import ADAMW, EARLY_STOPPING, section
 from lisa_ds.errors import ConfigError
 from lisa_ds.memory import METHODS
 
@@ -44,7 +44,6 @@ _REFUSALS = (
     OSError,
     AssertionError,
 )
-_ADAMW = ("adamw_torch", "adamw_torch_fused")  # transformers' names for torch's own
 
 
 def check(config: RunConfig) -> dict[str, Any]:
@@ -107,7 +106,7 @@ def _check_optimizer(config: RunConfig, given: Mapping[str, Any], origin: Origin
     if config.method != "lisa" or config.lisa.optimizer.name != "masked_adamw":
         return
     optim = given.get("optim")
-    if optim is not None and optim not in _ADAMW:
+    if optim is not None and optim not in ADAMW:
         raise ConfigError(
             f"{origin.where('optim')}: lisa.optimizer 'masked_adamw' computes AdamW, got {show(optim)}; leave it out, or set "
             "lisa.optimizer to 'adamw' to keep the optimizer that is given"
