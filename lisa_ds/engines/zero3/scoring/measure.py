@@ -36,18 +36,20 @@ def check(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> Non
 
 def measure(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> list[float]:
     """The score of each block, equal on all ranks. Every rank must call it, between optimizer steps."""
-    kind = lisa.sampler.kind.probe
-    if kind is None:
+    chosen = lisa.sampler
+    if not chosen.calibrates:
         norms = UnitStatistics(engine.optimizer, engine._stack).weight_norms()
         return [norms[layer] for layer in range(len(engine._stack.layers))]
     assert calibration is not None  # see check
+    kind = chosen.kind.probe
+    assert kind is not None
     probe = Probe(
         engine.optimizer,
         engine.module,
         engine._stack,
         engine._backward_start,
         calibration,
-        probe_blocks=lisa.sampler.probe_blocks,
+        probe_blocks=chosen.probe_blocks,
         seed=lisa.seed,
     )
     return [max(0.0, score) for score in probe.scores(kind)]  # a trace of the Hessian may be negative

@@ -21,7 +21,6 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from lisa_ds.config.sampler_kinds import PROBES as KINDS
 from lisa_ds.engines.common.backward_start import BackwardStart
 from lisa_ds.engines.zero3.optimizer.window import WindowedStage3
 from lisa_ds.engines.zero3.partition import fill
@@ -39,6 +38,8 @@ Calibration = Callable[[nn.Module], Iterable[Tensor]]
 It is called once a pass, must begin anew each time with the same data, and run forward for a batch only when that is asked for.
 Every rank yields the same number of losses.
 """
+
+KINDS = ("accumulated", "mean", "empirical", "hutchinson")
 
 _EPSILON = {torch.float32: 1e-4, torch.bfloat16: 3e-3, torch.float16: 1e-3}
 
