@@ -76,3 +76,11 @@ def test_what_stays_at_least_is_in_every_phase_of_a_step(name: str) -> None:
     least = METHODS[name].least(GPT2.shape, run)
     assert run.width * sum(-(-n // (2 if METHODS[name].shards else 1)) for n in GPT2.shape.all()) <= least
     assert least <= sum(planned.phases["forward"].values())
+
+
+def test_what_stays_at_least_counts_gradients_in_the_type_that_they_are_added_up_in() -> None:
+    once = RunSettings(2, 1, 128)
+    elements = forecast(GPT2, once).phases["step"]["gradients"] // 2
+    for method, more in (("lisa", 2 * elements), ("full", 0)):
+        one, four = (METHODS[method].least(GPT2.shape, replace(once, method=method, accumulation=n)) for n in (1, 4))
+        assert four - one == more
