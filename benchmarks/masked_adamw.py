@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lisa_ds import ops, records
+from lisa_ds.config.formats import QUANT_BLOCK
 from lisa_ds.ops import Hyper, Segment, SegmentTable
 
 BYTES = {  # read and written for an element
@@ -73,7 +74,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    steps = variants(arguments.numel - arguments.numel % (SEGMENTS * 256), device, arguments.only)
+    steps = variants(arguments.numel - arguments.numel % (SEGMENTS * QUANT_BLOCK), device, arguments.only)
     times = measure(steps, arguments.rounds, device, arguments.threads)
     arguments.out.unlink(missing_ok=True)
     measured = []
@@ -114,7 +115,7 @@ def variants(numel: int, device: str, only: list[str] | None, backend: ops.Backe
     weight, gradient16 = parameter.bfloat16(), gradient.bfloat16()
     moments16 = (exp_avg.bfloat16(), exp_avg_sq.bfloat16())
     codes = (torch.zeros(numel, dtype=torch.int8, device=device), torch.zeros(numel, dtype=torch.uint8, device=device))
-    scales = (torch.zeros(numel // 256, device=device), torch.zeros(numel // 256, device=device))
+    scales = (torch.zeros(numel // QUANT_BLOCK, device=device), torch.zeros(numel // QUANT_BLOCK, device=device))
 
     def ours(*, grad: Tensor, moments: tuple[Tensor, Tensor], only: int = SEGMENTS, **tensors: Tensor | None) -> Step:
         size = numel // SEGMENTS
@@ -126,8 +127,12 @@ def variants(numel: int, device: str, only: list[str] | None, backend: ops.Backe
                     grad=grad[cut],
                     exp_avg=moments[0][cut],
                     exp_avg_sq=moments[1][cut],
-                    exp_avg_scale=scales[0][i * size // 256 : (i + 1) * size // 256] if moments is codes else None,
-                    exp_avg_sq_scale=scales[1][i * size // 256 : (i + 1) * size // 256] if moments is codes else None,
+                    exp_avg_scale=scales[0][i * size // QUANT_BLOCK : (i + 1) * size // QUANT_BLOCK]
+                    if moments is codes
+                    else None,
+                    exp_avg_sq_scale=scales[1][i * size // QUANT_BLOCK : (i + 1) * size // QUANT_BLOCK]
+                    if moments is codes
+                    else None,
                     step=torch.tensor(10.0, device=device),
                     weight=None if tensors["weight"] is None else tensors["weight"][cut],
                     master=None if tensors.get("master") is None else tensors["master"][cut],  # type: ignore[index]

@@ -69,7 +69,6 @@ class Run:
             method=self.method,
             lisa=self.lisa_config,
             width=width,
-            gradient_width=width,
             checkpointing=self.checkpointing,
             bucket_size=self.zero.get("reduce_bucket_size"),
             gather=GatherSettings(**gather),

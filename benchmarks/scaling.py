@@ -18,30 +18,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from scaling_plan import LLAMA_7B, LLAMA_70B, SMALL, TINYLLAMA, planned, shape_of
+
 from lisa_ds import LisaConfig, records
-from lisa_ds.memory import Architecture, ModelShape, full_state_bytes, state_bytes
-from lisa_ds.memory.catalogue import require
+from lisa_ds.memory import SAMPLED_KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the ranks, which share few cores
 
-SMALL = {
-    "model_type": "llama",
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": False,
-}
 REAL = (1, 2, 4, 8)
-TINYLLAMA, LLAMA_7B, LLAMA_70B = (
-    "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-    "meta-llama/Llama-2-7b-hf",
-    "meta-llama/Llama-3.1-70B",
-)
 SIMULATED: dict[tuple[str, str], tuple[int, ...]] = {
     (TINYLLAMA, "lisa"): (64, 128, 256, 512, 1024),
     (TINYLLAMA, "full"): (64, 128, 256, 512, 1024),
@@ -49,7 +35,6 @@ SIMULATED: dict[tuple[str, str], tuple[int, ...]] = {
     (LLAMA_7B, "full"): (64, 256, 1024),
     (LLAMA_70B, "lisa"): (16, 64),  # 16 take 14 GB of memory
 }
-STATE = ("gradients", "master", "exp_avg", "exp_avg_sq")
 LISA = {"num_sampled_layers": 2, "interval_steps": 10**9, "seed": 0}
 
 
@@ -131,7 +116,7 @@ def train_small(method: str) -> dict[str, int]:
             engine.backward(engine(input_ids=rows, labels=rows).loss)
         engine.step()
     report = memory_report(engine.optimizer, engine.module.parameters())
-    return {**{kind: report[kind] for kind in ("weights", *STATE)}, "reduce_scatter": count[0]}
+    return {**{kind: report[kind] for kind in ("weights", *SAMPLED_KINDS)}, "reduce_scatter": count[0]}
 
 
 # --- imagined ranks -------------------------------------------------------------------------------------------------------
@@ -158,7 +143,7 @@ def simulated(path: Path) -> Iterator[records.Record]:
         commits[rank] = record.commit
     for rank, seen in live.items():
         model, method, world_size = rank
-        kinds = {kind: seen[kind] for kind in ("weights", *STATE, "resident", "peak_resident")}
+        kinds = {kind: seen[kind] for kind in ("weights", *SAMPLED_KINDS, "resident", "peak_resident")}
         settings = {"model": model, "ranks": "one, fake group"}
         yield from recorded(method, world_size, kinds, settings, commit=commits[rank])
 
@@ -183,20 +168,6 @@ def recorded(
             x_label="ranks",
             settings=settings | ({"planned": said[kind]} if kind in said else {}),
         )
-
-
-def shape_of(model: str) -> ModelShape:
-    """Elements of each parameter, from the config alone."""
-    return Architecture.from_config(SMALL if model == "small" else require(model)).shape
-
-
-def planned(shape: ModelShape, method: str, world_size: int) -> dict[str, int]:
-    """Bytes of each kind on a rank, and bytes that enter reduce-scatter there: every trained parameter, padded to whole slices."""
-    if method == "full":
-        table = full_state_bytes(shape, world_size=world_size)
-    else:
-        table = state_bytes(shape, sampled=range(2), world_size=world_size)
-    return {kind: table[kind] for kind in ("weights", *STATE)} | {"reduce_scatter": world_size * table["gradients"]}
 
 
 if __name__ == "__main__":

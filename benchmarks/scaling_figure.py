@@ -8,8 +8,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-from scaling import LLAMA_7B, LLAMA_70B, STATE, TINYLLAMA, planned, shape_of
+from scaling_plan import LLAMA_7B, LLAMA_70B, TINYLLAMA, planned, shape_of
 
+from lisa_ds.memory import SAMPLED_KINDS
 from lisa_ds.records import Record
 
 MODELS = {
@@ -30,7 +31,9 @@ def draw(measured: list[Record], path: Path) -> None:
         for method, (_, line) in STYLES.items():
             ranks = [2**power for power in range(11) if first <= 2**power <= last]
             plans = [planned(shape_of(model), method, count) for count in ranks]
-            state.plot(ranks, [sum(plan[kind] for kind in STATE) for plan in plans], line, color=colour, linewidth=1.2)
+            state.plot(
+                ranks, [sum(plan[kind] for kind in SAMPLED_KINDS) for plan in plans], line, color=colour, linewidth=1.2
+            )
             points = _state(measured, model, method)
             state.plot(*points, "o", color=colour, markersize=6, fillstyle="full" if model == "small" else "none")
             if model == "small":
@@ -59,7 +62,7 @@ def draw(measured: list[Record], path: Path) -> None:
 
 
 def _state(measured: list[Record], model: str, method: str) -> tuple[list[float], list[float]]:
-    return _points(measured, model, method, STATE)
+    return _points(measured, model, method, SAMPLED_KINDS)
 
 
 def _points(measured: list[Record], model: str, method: str, kinds: Any) -> tuple[list[float], list[float]]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor
 
+from lisa_ds.config.formats import QUANT_BLOCK, Weights
 from lisa_ds.errors import EngineError
 from lisa_ds.ops import Backend, Hyper, Segment, SegmentTable, masked_adamw_, sum_of_squares
 from lisa_ds.ops.reference import dequantise_signed, dequantise_unsigned, quantise_signed, quantise_unsigned
-from lisa_ds.ops.segments import QUANT_BLOCK, capturing
+from lisa_ds.ops.segments import capturing
 
 _MOMENT_TYPES = {"fp32": (torch.float32,) * 2, "bf16": (torch.bfloat16,) * 2, "int8": (torch.int8, torch.uint8)}
-_PRECISIONS = ("mixed", "stochastic_rounding")
+_PRECISIONS = get_args(Weights)
 _KEPT_TABLES = 8  # of what was frozen and unfrozen in turn; they hold no tensors but their own
 
 

@@ -6,13 +6,25 @@ from typing import Any
 
 import deepspeed
 import pytest
-from deepspeed.runtime.config import DeepSpeedConfig
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
+from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 
-from lisa_ds.engines.zero3 import config_keys
+from lisa_ds.config import RunConfig
+from lisa_ds.config import deepspeed as deepspeed_facts
+from lisa_ds.engines.zero3 import config_keys, parallel
 from lisa_ds.errors import ConfigError
+from lisa_ds.memory import Architecture, catalogue, settings
+from lisa_ds.train import arguments
 
 ZERO: dict[str, Any] = {"zero_optimization": {"stage": 3}}
 UNREAD = f"DeepSpeed {deepspeed.__version__} does not read this key; "
+
+# Ranks that share layers -> a section that says so; a name for one that says no number.
+SHARING: dict[Any, dict[str, Any]] = {
+    **{1: {}, 2: {"autotp_size": 2}, 4: {"autotp_size": 4, "tp_overlap_comm": False}},
+    **{f"no number: {value!r}": {"autotp_size": value} for value in (True, "2", 2.0, -1, None, [2])},
+}
 
 # Sections as DeepSpeed documents them, with each of their keys.
 DOCUMENTED: list[dict[str, Any]] = [
@@ -79,3 +91,48 @@ def test_deepspeed_itself_says_nothing() -> None:
     """Why this room exists; once DeepSpeed refuses such keys, it can go."""
     config = DeepSpeedConfig({**ZERO, "train_micro_batch_size_per_gpu": 1, "gradient_clippping": 0.5})
     assert config.gradient_clipping != 0.5
+
+
+def test_ranks_that_share_layers_are_read_alike_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    sharing = {
+        name: {"zero_optimization": {"stage": 3}, "tensor_parallel": section} for name, section in SHARING.items()
+    }
+    for name, fields in sharing.items():
+        run = RunConfig(model={"name_or_path": "gpt2"}, data={"path": "rows.jsonl"}, deepspeed=fields)
+        readers = [
+            lambda fields=fields: deepspeed_facts.autotp_size(fields),
+            lambda fields=fields: (parallel.problems(fields), deepspeed_facts.autotp_size(fields))[1],
+            lambda run=run: (
+                settings.from_run(run, Architecture.from_config(catalogue.require("gpt2")), num_ranks=4).tensor_parallel
+            ),
+            lambda run=run: (arguments.check(run), run.tensor_parallel())[1],
+        ]
+        for read in readers:
+            if isinstance(name, int):
+                assert read() == name
+                continue
+            with pytest.raises(
+                ConfigError, match=r"tensor_parallel.autotp_size: so many.*, got .*; choose a number that"
+            ):
+                read()
+
+
+def test_names_of_types_are_deepspeeds_and_so_is_what_they_take() -> None:
+    names = {
+        str(name): kind.value.itemsize
+        for kind in DtypeEnum
+        if kind.value != torch.int8
+        for name in kind._all_values[1:]
+    }
+    read = {name: deepspeed_facts.asked_gradient_bytes({"data_types": {"grad_accum_dtype": name}}) for name in names}
+    assert read == names
+    assert deepspeed_facts.asked_gradient_bytes({"data_types": {}}) is None
+    with pytest.raises(
+        ConfigError, match=r"^ds.json: data_types.grad_accum_dtype: should be one of fp32, bf16, fp16, got 'int8'; "
+    ):
+        deepspeed_facts.asked_gradient_bytes({"data_types": {"grad_accum_dtype": "int8"}}, "ds.json")
+
+
+def test_deepspeeds_zero_means_that_no_ranks_share_layers() -> None:
+    assert deepspeed_facts.autotp_size({"tensor_parallel": {"autotp_size": TPTrainingConfig().autotp_size}}) == 1

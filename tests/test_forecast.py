@@ -18,7 +18,7 @@ from lisa_ds.cli import main
 from lisa_ds.config import LisaConfig, load_config, model_alone
 from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.integrations import hf
-from lisa_ds.memory import Architecture, Forecast, RunSettings, advice, catalogue, forecast, residents, settings
+from lisa_ds.memory import METHODS, Architecture, Forecast, RunSettings, advice, catalogue, forecast, settings
 from lisa_ds.memory.gather import Coordinator, GatherSettings
 from lisa_ds.memory.ledger import Ledger
 from lisa_ds.report import plan
@@ -153,10 +153,12 @@ def test_roles_that_come_and_go_are_planned_for_with_their_way_in() -> None:
     shape = Architecture.from_config(catalogue.require(name)).shape
     # A switch drops their moments, and copies a unit to fp32 that may be the embeddings.
     run = RunSettings(world_size=1, lisa=LisaConfig.load({"embeddings": "sampled"}))
-    held = residents.of(Architecture.from_config(catalogue.require(name)), run, None)
+    held = METHODS["lisa"].residents(Architecture.from_config(catalogue.require(name)), run)
     assert held.switched == sum(shape.embeddings) > sum(shape.layers[0])
     assert held.always_moments == 8 * (sum(shape.lm_head) + sum(shape.rest))
-    steady = residents.of(Architecture.from_config(catalogue.require(name)), replace(run, lisa=LisaConfig()), None)
+    steady = METHODS["lisa"].residents(
+        Architecture.from_config(catalogue.require(name)), replace(run, lisa=LisaConfig())
+    )
     assert steady.switched == sum(shape.layers[0])
 
 
@@ -263,7 +265,7 @@ def test_advice_can_be_written_as_it_stands(tmp_path: Path, memory: int) -> None
 
 def test_advice_keeps_the_rows_of_a_step_and_gives_up_growth_before_layers() -> None:
     architecture = Architecture.from_config(catalogue.require("Llama-2-7b-hf"))
-    run = RunSettings(1, micro_batch=8, sequence=2048, accumulation=2, gradient_width=4)
+    run = RunSettings(1, micro_batch=8, sequence=2048, accumulation=2)
     first = advice.changes(architecture, run, 24 * 2**30)[0].write
     assert first == "training.per_device_train_batch_size=1 training.gradient_accumulation_steps=16"
     growing = replace(run, micro_batch=1, lisa=LisaConfig.load({"growth": {"schedule": {3: 8}}}))
@@ -303,7 +305,9 @@ def test_a_run_file_is_read_as_transformers_and_the_engine_read_it(tmp_path: Pat
     assert (run.world_size, run.tensor_parallel, run.micro_batch, run.sequence) == (4, 2, 3, 99)
     assert (run.width, run.gradient_width, run.checkpointing, run.bucket_size) == (2, 4, True, 32 * 32)
     assert run.gather == GatherSettings(int(0.9 * 32 * 32), 320, 500_000_000, 1_000_000_000)
-    with pytest.raises(ConfigError, match=r"tensor_parallel.autotp_size: must divide the 3 ranks, got 2"):
+    with pytest.raises(
+        ConfigError, match=r"tensor_parallel.autotp_size: so many of this run.s 3 ranks share each layer, got 2"
+    ):
         settings.from_run(config, settings.architecture_of(config.model), num_ranks=3)
 
 
@@ -465,7 +469,8 @@ def test_all_that_is_advised_can_be_written_behind_the_same_command(
         ("data.max_length", ["x", "{}", "0", "1e400", f"1{'0' * 400}"]),
         ("deepspeed", ['"a\\0b"', "x" * 300, "/dev/zero", "[1]", "~nobody/x.json"]),
         ("deepspeed.zero_optimization.reduce_bucket_size", [".inf", "x", "{}", "-1", "true", "1e400", f"1{'0' * 400}"]),
-        ("deepspeed.tensor_parallel.autotp_size", ["x", "0", "3", ".nan"]),
+        ("deepspeed.tensor_parallel.autotp_size", ["x", "-1", "3", ".nan", "true", "2.0", "auto"]),
+        ("deepspeed.data_types.grad_accum_dtype", ["x", "32", "[fp32]"]),
         ("model.name_or_path", ["x" * 300, "x/" * 3000, '"a\\0b"', '"\\ud800"', "~nobody/model", "/dev/zero", "run.yaml", "."]),
         ("lisa.sampler", ["[uniform]", "{name: {name: x}}", "3"]),
         ("lisa.num_sampled_layers", ["99", "{}", f"1{'0' * 5000}"]),

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from lisa_ds.engines.common.adam import is_adam, not_adamw
 from lisa_ds.engines.zero3.optimizer import unit_norms
 from lisa_ds.engines.zero3.optimizer.unit_norms import Part, UnitSquares, adam_step, update_square
+from lisa_ds.optim import MaskedAdamW
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -70,3 +72,49 @@ def test_another_optimizer_s_update_is_not_guessed(kind: Any, options: dict[str,
     weight.grad = torch.ones(3)
     optimizer.step()
     assert adam_step(optimizer, optimizer.param_groups[0], optimizer.state[weight]) is None
+
+
+class FusedAdam(torch.optim.SGD):
+    """Stands in for DeepSpeed's or apex's, which are known by name."""
+
+    adam_w_mode = True
+
+
+def both(decoupled: bool) -> Any:
+    """An Adam whose first group decays, and whose second does not."""
+
+    def make(parameters: list[torch.nn.Parameter], lr: float) -> Any:
+        first = {"params": parameters, "weight_decay": 0.1, "decoupled_weight_decay": decoupled}
+        return torch.optim.Adam([first, {"params": [torch.nn.Parameter(torch.ones(2))], "weight_decay": 0.0}], lr=lr)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "adam", "reason"),
+    [
+        (torch.optim.AdamW, True, None),
+        (lambda *args, **more: torch.optim.AdamW(*args, maximize=True, **more), True, "is set to amsgrad or maximize"),
+        (torch.optim.Adam, True, None),  # without decay it is the same
+        (
+            lambda *args, **more: torch.optim.Adam(*args, weight_decay=0.1, **more),
+            True,
+            "adds its weight decay to the gradient",
+        ),
+        (both(decoupled=True), True, None),
+        (both(decoupled=False), True, "adds its weight decay to the gradient"),
+        (FusedAdam, True, None),
+        (MaskedAdamW, True, None),
+        (OwnStep, False, "has a step of its own"),
+        (torch.optim.NAdam, False, "is not AdamW"),
+        (torch.optim.SGD, False, "is not AdamW"),
+    ],
+)
+def test_whether_it_is_adam_is_told_to_all_who_ask(make: Any, adam: bool, reason: str | None) -> None:
+    """An update is replaced by AdamW's if it is that; its norm is worked out of the moments if it is Adam's at all."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = make([weight], lr=1e-2)
+    assert (is_adam(optimizer), not_adamw(optimizer)) == (adam, reason)
+    moments = {"step": 1, "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
+    groups = [{"betas": (0.9, 0.999), "eps": 1e-8, **group} for group in optimizer.param_groups]
+    assert (adam_step(optimizer, groups[0], moments) is None) == (not adam)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lisa_ds import cli
-from lisa_ds.ops import Hyper, SegmentTable, build, dispatch, masked_adamw_
+from lisa_ds.ops import Hyper, SegmentTable, build, dispatch, masked_adamw_, segments
 from tests.adamw_cases import MODES, make_segment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +62,26 @@ def test_ranks_that_start_together_compile_once(tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("source", ["cpu/table.h", "cuda/masked_adamw.cu"])
+def test_the_sources_have_the_sizes_and_the_columns_of_the_tables(source: str) -> None:
+    text = (ROOT / "csrc" / source).read_text()
+    sizes = dict(re.findall(r"constexpr (?:int|int64_t) (k\w*(?:Block|Columns)) = (\d+);", text))
+    assert sizes == {
+        "kBlock": str(segments.BLOCK),
+        "kQuantBlock": str(segments.QUANT_BLOCK),
+        "kAddressColumns": str(segments.ADDRESS_COLUMNS),
+        "kHyperColumns": str(segments.HYPER_COLUMNS),
+    }
+    for kind in ("Address", "HyperColumn"):
+        (names,) = re.findall(rf"enum {kind} {{ ([^}}]*) }};", text)
+        assert [getattr(segments, name) for name in names.split(", ")] == list(range(len(names.split(", "))))
+    (types,) = re.findall(r"enum Type(?: : int64_t)? { ([^}]*) };", text)
+    assert types == "NONE = -1, FP32 = 0, BF16 = 1, FP16 = 2"
+    assert list(segments.TYPE_CODES.values()) == [-1, 0, 1, 2]
+    (moments,) = re.findall(r"enum Moments(?: : int64_t)? { ([^}]*) };", text)
+    assert moments == ", ".join(f"MOMENTS_{name.upper()} = {code}" for name, code in segments.MOMENT_CODES.items())
+
+
 def test_square_roots_are_packed() -> None:
     """A loop that the compiler did not vectorise has ``sqrtss`` in it, one number at a time."""
     if shutil.which("objdump") is None:

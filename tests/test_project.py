@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -46,3 +48,21 @@ def test_deepspeed_s_range_is_that_of_the_engine() -> None:
 def test_files_name_no_machine(name: str) -> None:
     text = (ROOT / name).read_text()
     assert not re.search(r"file://|index-url|/(home|root|work|opt)/", text)
+
+
+def test_no_benchmark_imports_one_that_imports_it() -> None:
+    files = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "benchmarks").rglob("*.py")}
+    imports = {name: set(imported(tree)) & set(files) for name, tree in files.items()}
+    assert imports["scaling"] == {"scaling_plan", "scaling_figure", "simulate_rank"}
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
+
+
+def imported(tree: ast.Module) -> list[str]:
+    """Modules that are imported anywhere, within functions as well, by their last names."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module == "benchmarks"):
+            found += [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+    return [name.rpartition(".")[2] for name in found]

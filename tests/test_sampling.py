@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import random
 import time
 from collections import Counter
 from itertools import combinations, pairwise
 from math import comb, gcd
+from pathlib import Path
+from typing import get_args
 
 import pytest
 
+import lisa_ds
 from lisa_ds.config import LisaConfig
+from lisa_ds.config.sampler import SamplerConfig
+from lisa_ds.config.sampler_kinds import KINDS, MEASURES, PROBES, ByScores, Name
 from lisa_ds.errors import ConfigError
 from lisa_ds.sampling import LayerSampler, draw, resolve_interval_steps
+from lisa_ds.sampling.schedule import _DRAWS
 
 DRAWS = 20_000
 
@@ -232,3 +239,58 @@ def test_more_layers_than_are_not_frozen_are_refused() -> None:
     growing = LisaConfig.load({"num_sampled_layers": 1, "growth": {"schedule": {2: 3}}})
     with pytest.raises(ConfigError, match="of 4, layers \\[0, 2\\] are frozen and do not count"):
         LayerSampler(4, growing, frozen=(0, 2))
+
+
+def test_a_kind_has_its_own_keys_and_every_key_a_kind() -> None:
+    assert tuple(KINDS) == get_args(Name) == get_args(SamplerConfig.model_fields["name"].annotation)
+    keys = {key for kind in KINDS.values() for key in kind.own_keys()}
+    assert keys == set(SamplerConfig.model_fields) - {"name"}
+    for name, kind in KINDS.items():
+        chosen = SamplerConfig(name=name, **({"file": "scores.json"} if "file" in kind.own_keys() else {}))
+        assert chosen.kind == kind(**{key: getattr(chosen, key) for key in kind.own_keys()})
+        assert chosen.by_scores == isinstance(chosen.kind, ByScores) == (name not in _DRAWS)
+
+
+@pytest.mark.parametrize("score", MEASURES)
+def test_what_profile_measures_is_a_sampler_s(score: str) -> None:
+    before = SamplerConfig(name="fisher", estimator="hutchinson", calibration_batches=3, probe_blocks=5)
+    chosen = before.measuring(score)
+    assert chosen.kind.probe == (score if score in PROBES else None)
+    assert chosen.kind.measure == (f"{chosen.name}/{score}" if score in PROBES else "weight_norm")
+    assert chosen.calibration_batches == (3 if score in PROBES else 8)
+    assert chosen.probe_blocks == (5 if chosen.kind.by_windows else 1)
+    assert before.measuring(None) is before
+    assert SamplerConfig().measuring(None) == SamplerConfig(name="grad_norm")
+
+
+@pytest.mark.parametrize(
+    ("config", "rule"),
+    [
+        ({"sampler": "grad_norm"}, 8146113443467477852),
+        ({"sampler": {"name": "fisher", "estimator": "hutchinson", "every": 3}, "seed": 7}, 1136876857700862607),
+        (
+            {"sampler": {"name": "weight_norm", "draw": "successive"}, "growth": {"schedule": {3: 4}}},
+            7033178470410121251,
+        ),
+    ],
+)
+def test_the_rule_of_a_run_is_that_of_older_checkpoints(config: dict[str, object], rule: int) -> None:
+    """A resume compares it; other numbers here would have every older run by scores told that it draws by another rule."""
+    assert sampler(8, **config).rule() == rule
+
+
+def test_nobody_but_the_kinds_themselves_compares_their_names() -> None:
+    words = {*KINDS, *MEASURES, "ema", "systematic", "successive"}
+    package = Path(lisa_ds.__file__).parent
+    found = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare) and getattr(node.left, "attr", "") in (
+                "name",
+                "draw",
+                "score",
+                "estimator",
+            ):
+                constants = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
+                found |= {str(path.relative_to(package))} if constants & words else set()
+    assert found == {"config/sampler_kinds.py"}

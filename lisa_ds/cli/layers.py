@@ -10,10 +10,8 @@ from pathlib import Path
 from lisa_ds.cli import values
 from lisa_ds.cluster import environment
 from lisa_ds.config import load_config
+from lisa_ds.config.sampler_kinds import MEASURES
 from lisa_ds.errors import ConfigError
-
-SCORES = ("accumulated", "mean", "empirical", "hutchinson", "weight_norm")
-"""What `profile` measures: norms of gradients in two ways, the curvature of the loss in two, and norms of weights."""
 
 
 def add(commands: values.Commands) -> None:
@@ -23,9 +21,9 @@ def add(commands: values.Commands) -> None:
     profile.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new file, such as scores.json")
     profile.add_argument(
         "--score",
-        choices=SCORES,
+        choices=tuple(MEASURES),
         metavar="KIND",
-        help=f"{', '.join(SCORES)}; default: what the run's sampler measures, else the first",
+        help=f"{', '.join(MEASURES)}; default: what the run's sampler measures, else the first",
     )
     profile.set_defaults(command=_profile)
 

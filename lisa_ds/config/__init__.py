@@ -1,7 +1,7 @@
 """A run, described by one file: read once, checked whole, never changed afterwards.
 
 ``lisa`` holds the method, ``run`` the file with all its sections, ``base`` what makes a mistake readable,
-``files`` YAML and JSON, ``contradictions`` the facts that two files could tell differently.
+``files`` YAML and JSON, ``deepspeed`` what is read of its config, ``contradictions`` the facts that two files could tell differently.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lisa_ds.config.base import NOT_BUILT, Origin, Section, mistake, not_built, show, validate
 from lisa_ds.config.files import read_mapping
+from lisa_ds.config.formats import Moments, Weights
 from lisa_ds.config.roles import Fixed, Policy
 from lisa_ds.config.sampler import Count, GrowthConfig, SamplerConfig, named
 from lisa_ds.errors import ConfigError
@@ -51,11 +52,11 @@ class OptimizerConfig(Section):
     """``masked_adamw``: AdamW in one launch over all sampled layers, whichever AdamW the engine is given. ``adamw``: the
     optimizer that it is given, of any kind, a sub-group at a time."""
 
-    precision: Literal["mixed", "stochastic_rounding"] = "mixed"
+    precision: Weights = "mixed"
     """``mixed``: 16-bit weights with an fp32 master copy (plain fp32 if the model is fp32). ``stochastic_rounding``: bf16
     weights without one, rounded at random."""
 
-    moments: Literal["fp32", "bf16", "int8"] = "fp32"
+    moments: Moments = "fp32"
     """What the two moments are kept in: ``fp32``, ``bf16`` (with stochastic rounding only), or ``int8``."""
 
     @model_validator(mode="after")
@@ -152,7 +153,7 @@ class LisaConfig(Section):
                     f"num_sampled_layers is {self.num_sampled_layers}, but sampler.layers names {len(layers)}: "
                     "leave num_sampled_layers out"
                 )
-        if self.growth and self.sampler.name == "fixed":
+        if self.growth and self.sampler.kind.same_all_along:
             raise mistake("growth does not go with sampler 'fixed', whose layers are the same for the whole run")
         for part in ("embeddings", "lm_head", "rest"):
             if getattr(self, part) == "never" and getattr(self, f"{part}_lr_scale") != 1:

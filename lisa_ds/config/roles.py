@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BeforeValidator, Field
 
 from lisa_ds.config.base import Section, mistake, show
-
-if TYPE_CHECKING:
-    from lisa_ds.config.lisa import LisaConfig
 
 ROLES = ("embeddings", "lm_head", "rest")
 """What of a model is in no block, in the order of every list of them."""
@@ -60,7 +57,26 @@ Policy = Annotated[Literal["always", "never", "sampled"] | Every, BeforeValidato
 """When a role trains; ``{every: 1}`` is read as ``always``."""
 
 
-def policy_of(config: LisaConfig, role: str, *, tied: bool) -> str | Every:
+class Policies(Protocol):
+    """What of the ``lisa`` section, which is made of the types here, decides when a role trains."""
+
+    @property
+    def embeddings(self) -> str | Every:
+        """When the embeddings train."""
+
+    @property
+    def lm_head(self) -> str | Every:
+        """When the head trains."""
+
+    @property
+    def rest(self) -> str:
+        """Whether the rest trains."""
+
+    def num_sampled(self, num_layers: int) -> int:
+        """Layers drawn in one interval of a model of ``num_layers``."""
+
+
+def policy_of(config: Policies, role: str, *, tied: bool) -> str | Every:
     """When ``role`` trains. What is left of a tied head, such as a bias, trains with the embeddings.
 
     Args:
@@ -72,7 +88,7 @@ def policy_of(config: LisaConfig, role: str, *, tied: bool) -> str | Every:
     return policy
 
 
-def share_of(config: LisaConfig, role: str, *, tied: bool, num_layers: int) -> Fraction:
+def share_of(config: Policies, role: str, *, tied: bool, num_layers: int) -> Fraction:
     """Share of the intervals in which ``role`` trains, on average: exactly, from 0 to 1.
 
     Raises:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import BeforeValidator, Field, model_validator
 
 from lisa_ds.config.base import Origin, PathName, Section, fits_a_path, mistake, not_built, show, unfit, validate
+from lisa_ds.config.deepspeed import autotp_size
 from lisa_ds.config.files import parse_yaml, read_mapping
 from lisa_ds.config.lisa import LisaConfig, rename_aliases
 from lisa_ds.config.sampler import named
@@ -204,6 +205,21 @@ class RunConfig(Section):
         if problems := unfit(fields, origin, text_keys=True):
             raise ConfigError("\n".join(problems))
         return fields
+
+    def deepspeed_source(self) -> str:
+        """How messages call DeepSpeed's config: its own file, or the section of this one."""
+        return self.deepspeed if isinstance(self.deepspeed, str) else self.where("deepspeed")
+
+    def tensor_parallel(self, num_ranks: int | None = None) -> int:
+        """Ranks that share each layer.
+
+        Args:
+            num_ranks: All ranks, where their number is known.
+
+        Raises:
+            ConfigError: It is no number of ranks, or does not divide them.
+        """
+        return autotp_size(self.deepspeed_config(), self.deepspeed_source(), num_ranks=num_ranks)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

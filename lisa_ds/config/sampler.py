@@ -7,24 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictInt, model_validator
 
 from lisa_ds.config.base import PathName, Section, mistake
+from lisa_ds.config.sampler_kinds import KINDS, MEASURES, Kind, Name
 
 Count = Annotated[int, Field(ge=1)]
-
-_BY_SCORES = ("fixed_scores", "weight_norm", "grad_norm", "fisher")
-# Which samplers a key means something to.
-_GOES_WITH: dict[str, tuple[str, ...]] = {
-    "layers": ("fixed",),
-    "file": ("fixed_scores",),
-    "lora_norms": ("weight_norm",),
-    "full_norms": ("weight_norm",),
-    "score": ("grad_norm",),
-    "ema_decay": ("grad_norm",),
-    "estimator": ("fisher",),
-    "calibration_batches": ("grad_norm", "fisher"),
-    "probe_blocks": ("grad_norm", "fisher"),
-    "every": ("weight_norm", "grad_norm", "fisher"),
-    **dict.fromkeys(("temperature", "floor", "draw", "inverse_probability_cap"), _BY_SCORES),
-}
 
 
 def named(value: Any) -> Any:
@@ -35,9 +20,7 @@ def named(value: Any) -> Any:
 class SamplerConfig(Section):
     """How the layers of an interval are drawn."""
 
-    name: Literal["uniform", "cyclic", "bernoulli", "fixed", "fixed_scores", "weight_norm", "grad_norm", "fisher"] = (
-        "uniform"
-    )
+    name: Name = "uniform"
     """``uniform``: without replacement in a draw. ``cyclic``: every layer once a cycle, reshuffled each cycle.
     ``bernoulli``: each layer with probability num_sampled_layers / layers, the paper's Algorithm 1. ``fixed``: the
     same layers for the whole run, those of ``layers`` or drawn once. The others draw by scores of the layers:
@@ -96,51 +79,55 @@ class SamplerConfig(Section):
     @model_validator(mode="after")
     def _keys_belong_to_the_name(self) -> SamplerConfig:
         # A file that spells out every key may have the defaults of those that mean nothing to its sampler.
-        given = [key for key in _GOES_WITH if getattr(self, key) != type(self).model_fields[key].default]
+        keys = {key: field.default for key, field in type(self).model_fields.items() if key != "name"}
+        given = [key for key, default in keys.items() if getattr(self, key) != default]
         for key in given:
-            if self.name not in (names := _GOES_WITH[key]):
-                raise mistake(f"{key} goes with name {' or '.join(map(repr, names))} only, but name is {self.name!r}")
-        if self.layers == ():
-            raise mistake("layers is empty: name at least one, or leave it out to draw them once")
-        if self.layers is not None and len(set(self.layers)) != len(self.layers):
-            raise mistake(f"layers names a layer twice: {list(self.layers)}")
-        if self.name == "fixed_scores" and self.file is None:
-            raise mistake("name 'fixed_scores' needs a file of scores; `lisa-ds profile` writes one")
-        if (self.lora_norms is None) != (self.full_norms is None):
-            raise mistake("lora_norms and full_norms go together: the scores are their ratio")
-        if self.lora_norms is not None and "every" in given:
-            raise mistake("every has no effect on norms that were recorded once; remove it")
-        for key, reads in (
-            ("ema_decay", self.score == "ema"),
-            ("calibration_batches", self.score != "ema"),
-            (
-                "probe_blocks",
-                self.score == "accumulated" if self.name == "grad_norm" else self.estimator == "hutchinson",
-            ),
-            ("every", self.score != "ema"),
-            ("floor", self.draw != "successive"),
-        ):
-            if key in given and not reads:
-                kind = {"floor": f"draw {self.draw!r}"}.get(
-                    key, f"score {self.score!r}" if self.name == "grad_norm" else f"estimator {self.estimator!r}"
-                )
-                raise mistake(f"{key} has no effect with {kind}; remove it")
+            if key not in self.kind.own_keys():
+                names = " or ".join(repr(name) for name, kind in KINDS.items() if key in kind.own_keys())
+                raise mistake(f"{key} goes with name {names} only, but name is {self.name!r}")
+        if (problem := self.kind.problem()) is not None:
+            raise mistake(problem)
+        for key, why in self.kind.unread():
+            if key in given:
+                raise mistake(f"{key} has no effect {why}; remove it")
         return self
+
+    @property
+    def kind(self) -> Kind:
+        """The sampler that is named, with its own keys: what others ask."""
+        kind = KINDS[self.name]
+        return kind(**{key: getattr(self, key) for key in kind.own_keys()})
 
     @property
     def by_scores(self) -> bool:
         """Whether layers are drawn by scores."""
-        return self.name in _BY_SCORES
+        return self.kind.by_scores
 
     @property
     def varies(self) -> bool:
         """Whether the number of layers varies from draw to draw, down to none."""
-        return self.name == "bernoulli" or (self.by_scores and self.draw == "bernoulli")
+        return self.kind.varies
 
     @property
     def calibrates(self) -> bool:
         """Whether scores are measured on calibration data."""
-        return self.name == "fisher" or (self.name == "grad_norm" and self.score != "ema")
+        return self.kind.calibrates
+
+    def measuring(self, score: str | None) -> SamplerConfig:
+        """A sampler that has scores measured, on as much data as this one where it says.
+
+        Args:
+            score: One of :data:`~lisa_ds.config.sampler_kinds.MEASURES`; None for what this one measures, or else the first.
+        """
+        if score is None and self.kind.measure is not None:
+            return self
+        keys = MEASURES[score or next(iter(MEASURES))]
+        read = SamplerConfig(**keys).kind
+        unread = dict(read.unread())
+        amounts = [
+            key for key in ("calibration_batches", "probe_blocks") if key in read.own_keys() and key not in unread
+        ]
+        return SamplerConfig(**keys, **{key: getattr(self, key) for key in amounts})
 
 
 class GrowthConfig(Section):

@@ -24,6 +24,12 @@ EARLY_STOPPING: dict[str, tuple[type, str]] = {
 }
 """Keys of ``training`` that are ours: transformers has them in a callback only."""
 
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+"""Names that transformers has for torch's AdamW, for ``optim``; without any it is one of them."""
+
+WITHOUT_BETAS = ("sgd", "adagrad", "rmsprop", "adafactor")
+"""Names of those to which ``adam_beta1`` and the like mean nothing."""
+
 FORMER = {
     "adafactor": "set optim: adafactor",
     "dispatch_batches": "set accelerator_config: {dispatch_batches: ...}",

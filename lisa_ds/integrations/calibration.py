@@ -68,8 +68,7 @@ class CalibrationBatches:
 
 def rows_in_batch(config: LisaConfig, batch_size: int) -> int:
     """Rows of a calibration batch: as for training, but one by one for the empirical Fisher information."""
-    by_row = config.sampler.name == "fisher" and config.sampler.estimator == "empirical"
-    return 1 if by_row else batch_size
+    return 1 if config.sampler.kind.by_row else batch_size
 
 
 def choose_rows(config: LisaConfig, num_rows: int, size: int, ranks: int) -> list[int]:

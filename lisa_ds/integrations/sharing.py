@@ -11,13 +11,13 @@ from accelerate.utils import recursively_apply
 from torch import Tensor
 from transformers.integrations.deepspeed import deepspeed_config
 
-from lisa_ds.engines.zero3 import parallel
+from lisa_ds.config.deepspeed import autotp_size
 
 
 def tensor_parallel_size(args: Any) -> int:
     """Ranks that share each layer of the model, by a trainer's arguments."""
     plugin = args.deepspeed_plugin
-    return 1 if plugin is None else parallel.tensor_parallel_size(plugin.hf_ds_config.config)
+    return 1 if plugin is None else autotp_size(plugin.hf_ds_config.config)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lisa_ds.memory.architectures import Architecture as Architecture
 from lisa_ds.memory.forecast import forecast as forecast
+from lisa_ds.memory.methods import METHODS as METHODS
 from lisa_ds.memory.probe import probe_bytes as probe_bytes
 from lisa_ds.memory.run_settings import Forecast as Forecast
 from lisa_ds.memory.run_settings import RunSettings as RunSettings
@@ -19,6 +20,7 @@ from lisa_ds.memory.state import state_bytes as state_bytes
 
 __all__ = [
     "KINDS",
+    "METHODS",
     "SAMPLED_KINDS",
     "Architecture",
     "Forecast",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from lisa_ds.errors import LisaError
 from lisa_ds.memory.architectures import Architecture
 from lisa_ds.memory.forecast import forecast
+from lisa_ds.memory.methods import METHODS, Candidate
 from lisa_ds.memory.run_settings import RunSettings
 
 RESERVE = 0.06
@@ -62,7 +62,8 @@ def changes(architecture: Architecture, run: RunSettings, memory: int) -> list[C
 def fewest_ranks(architecture: Architecture, run: RunSettings, memory: int) -> int | None:
     """The least power of two of data-parallel ranks with which a run fits, as it is; None if there is none up to 4096."""
     ranks = 1
-    weights = 0 if run.offload_param or run.method == "galore" else run.width * architecture.num_parameters
+    divided = METHODS[run.method].shards and not run.offload_param
+    weights = run.width * architecture.num_parameters if divided else 0
     while weights // (ranks * run.tensor_parallel) > memory:  # not worth following a step for
         ranks *= 2
     while ranks <= MOST_RANKS:
@@ -72,23 +73,16 @@ def fewest_ranks(architecture: Architecture, run: RunSettings, memory: int) -> i
     return None
 
 
-def _candidates(run: RunSettings) -> Iterator[tuple[str, str, Callable[[RunSettings], RunSettings]]]:
-    def with_lisa(**fields: Any) -> Callable[[RunSettings], RunSettings]:
-        return lambda run: replace(run, lisa=run.lisa.model_copy(update=fields))
-
-    def with_optimizer(**fields: Any) -> Callable[[RunSettings], RunSettings]:
-        def change(run: RunSettings) -> RunSettings:
-            optimizer = run.lisa.optimizer.model_copy(update=fields)
-            return replace(run, lisa=run.lisa.model_copy(update={"optimizer": optimizer}))
-
-        return change
+def _candidates(run: RunSettings) -> Iterator[Candidate]:
+    method = METHODS[run.method]
 
     def gather(run: RunSettings) -> RunSettings:
         return replace(run, gather=replace(run.gather, max_reuse_distance=0, prefetch_bucket_size=10_000_000))
 
     zero = "deepspeed.zero_optimization"
     stage = f"{zero}.stage=3"  # a run that has no deepspeed section does not say it yet
-    if run.method == "full" and run.bucket_size is not None:  # nor this, which has a section get DeepSpeed's default
+    if not method.chooses_bucket and run.bucket_size is not None:
+        # Nor this: a section without it would get DeepSpeed's default.
         stage += f" {zero}.reduce_bucket_size={run.bucket_size}"
     yield (
         f"{stage} {zero}.stage3_max_reuse_distance=0 {zero}.stage3_prefetch_bucket_size=10000000",
@@ -96,55 +90,31 @@ def _candidates(run: RunSettings) -> Iterator[tuple[str, str, Callable[[RunSetti
         gather,
     )
     if run.micro_batch > 1:
+        accumulation = run.micro_batch * run.accumulation
+        wider = replace(run, accumulation=accumulation).gradient_width > run.gradient_width
         yield (
-            f"training.per_device_train_batch_size=1 training.gradient_accumulation_steps={run.micro_batch * run.accumulation}",
-            "more, smaller steps for the same batch; gradients accumulate in fp32",
-            lambda run: replace(
-                run,
-                micro_batch=1,
-                accumulation=run.micro_batch * run.accumulation,
-                gradient_width=4 if run.method == "lisa" else run.gradient_width,
-            ),
+            f"training.per_device_train_batch_size=1 training.gradient_accumulation_steps={accumulation}",
+            "more, smaller steps for the same batch" + ("; gradients accumulate in fp32" if wider else ""),
+            lambda run: replace(run, micro_batch=1, accumulation=run.micro_batch * run.accumulation),
         )
     yield (
         "training.gradient_checkpointing=true",
         "blocks run twice: about a third more computing",
         lambda run: replace(run, checkpointing=True),
     )
-    fuses = run.method == "lisa" and run.lisa.optimizer.name == "masked_adamw"
-    if fuses:
-        yield "lisa.optimizer.moments=int8", "moments in 8 bits", with_optimizer(moments="int8")
-    if run.method == "lisa":
-        for role, what in (("embeddings", "the embeddings do not train"), ("lm_head", "the head does not train")):
-            rate = "" if getattr(run.lisa, f"{role}_lr_scale") == 1 else f" lisa.{role}_lr_scale=1"
-            yield f"lisa.{role}=never{rate}", what, with_lisa(**{role: "never", f"{role}_lr_scale": 1.0})
-        if run.lisa.growth is not None:
-            yield "lisa.growth=null", "no more layers are added later", with_lisa(growth=None)
-        if not run.lisa.sampler.layers and run.lisa.num_sampled_layers > 1 and run.lisa.sampling_ratio is None:
-            yield "lisa.num_sampled_layers=1", "one block at a time trains", with_lisa(num_sampled_layers=1)
-    if fuses and run.bf16:
-        yield (
-            "lisa.optimizer.precision=stochastic_rounding",
-            "no fp32 master copy; weights are rounded at random",
-            with_optimizer(precision="stochastic_rounding"),
-        )
+    yield from method.changes(run)
     yield (
         f"{stage} {zero}.offload_optimizer.device=cpu",
         "the update is computed by the host",
-        lambda run: replace(run, offload_optimizer=not _rounds(run)),
+        lambda run: replace(run, offload_optimizer=method.offloads(run)),
     )
     yield (
         f"{stage} {zero}.offload_param.device=cpu",
         "weights come from the host at every use",
-        lambda run: replace(run, offload_param=not _rounds(run)),
+        lambda run: replace(run, offload_param=method.offloads(run)),
     )
     yield (
         f"data.max_length={run.sequence // 2}",
         "shorter rows",
         lambda run: replace(run, sequence=run.sequence // 2),
     )
-
-
-def _rounds(run: RunSettings) -> bool:
-    """Stochastic rounding updates the weights where the gradients are, and so goes with no offload."""
-    return run.method == "lisa" and run.lisa.optimizer.precision == "stochastic_rounding"

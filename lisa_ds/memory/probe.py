@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lisa_ds.config.formats import SCORING_CHUNK
 from lisa_ds.memory.state import ModelShape
 
 _FP32, _FP64 = 4, 8
-_CHUNK = (
-    2**20
-)  # elements of a gradient that signs are drawn for at a time; as lisa_ds.engines.zero3.scoring.rademacher says
 
 
 def probe_bytes(shape: ModelShape, *, kind: str, world_size: int, probe_blocks: int = 1, weight_bytes: int = 2) -> int:
@@ -56,7 +54,7 @@ def probe_bytes(shape: ModelShape, *, kind: str, world_size: int, probe_blocks: 
         return max(
             weight_bytes * _parts(window, world_size)
             + _FP64 * (len(window) + 1)
-            + max(weight_bytes * n + 2 * _FP64 * min(n, _CHUNK) for n in _flat(window))
+            + max(weight_bytes * n + 2 * _FP64 * min(n, SCORING_CHUNK) for n in _flat(window))
             for window in _windows(layers, probe_blocks)
         )
     raise ValueError(f"kind: got {kind!r}; expected accumulated, mean, empirical or hutchinson")

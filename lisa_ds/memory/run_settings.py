@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lisa_ds.config import LisaConfig
+from lisa_ds.config.deepspeed import gradient_bytes
 from lisa_ds.memory.gather import GatherSettings
 
 PARTS = (
@@ -12,8 +13,6 @@ PARTS = (
     *("buckets", "gathered", "prefetched", "activations", "logits", "gradients in flight", "scratch"),
 )
 """What the bytes of a phase are: model state that stays, then what comes and goes."""
-
-METHODS = ("lisa", "full", "lora", "galore")
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,8 @@ class RunSettings:
     """Tokens of a row; a batch is planned as full of them."""
 
     method: str = "lisa"
+    """One of :data:`lisa_ds.memory.methods.METHODS`."""
+
     lisa: LisaConfig = field(default_factory=LisaConfig)
     width: int = 2
     """Bytes of an element of weights and activations."""
@@ -35,8 +36,8 @@ class RunSettings:
     bf16: bool = True
     """Of 2: whether they are bf16, not fp16."""
 
-    gradient_width: int = 2
-    """Bytes of an element of the gradient that waits for the step."""
+    gradient_asked: int | None = None
+    """Bytes of the type that the DeepSpeed config asks gradients to be added up in; None if it asks for none."""
 
     accumulation: int = 1
     """Micro-batches of a step."""
@@ -61,6 +62,13 @@ class RunSettings:
     sub_group_size: int = 1_000_000_000
     lora_rank: int = 16
     galore_rank: int = 256
+
+    @property
+    def gradient_width(self) -> int:
+        """Bytes of an element of the gradient that waits for the step."""
+        return gradient_bytes(
+            self.gradient_asked, self.width, accumulates=self.accumulation > 1, lisa=self.method == "lisa"
+        )
 
     @property
     def tokens(self) -> int:

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lisa_ds.config import ModelConfig, RunConfig
+from lisa_ds.config.deepspeed import asked_gradient_bytes, section
 from lisa_ds.config.files import read_mapping
 from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.memory import catalogue
 from lisa_ds.memory.architectures import Architecture
 from lisa_ds.memory.gather import GatherSettings
+from lisa_ds.memory.methods import METHODS
 from lisa_ds.memory.run_settings import RunSettings
 
 _GATHER_KEYS = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
@@ -68,13 +70,12 @@ def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -
         ConfigError: ``tensor_parallel`` does not divide the ranks, or a size is no number.
     """
     training, deepspeed = config.training_values(), config.deepspeed_config()
-    zero = deepspeed.get("zero_optimization")
-    zero = zero if isinstance(zero, Mapping) else {}
-    ways = _tensor_parallel(config, deepspeed, num_ranks)
+    zero = section(deepspeed, "zero_optimization")
+    ways = config.tensor_parallel(num_ranks)
     width = 2 if training.bf16 or training.fp16 else 4
     hidden = architecture.sizes.hidden
     bucket = _number(config, zero, "reduce_bucket_size", hidden**2)
-    if bucket is None and config.method == "full" and config.deepspeed is None:
+    if bucket is None and config.deepspeed is None and not METHODS[config.method].chooses_bucket:
         bucket = hidden**2  # what transformers makes of the "auto" that launch/train.py writes
     # What transformers makes of "auto": see its integrations/deepspeed.py, trainer_config_finalize.
     automatic = {"prefetch_bucket_size": int(0.9 * hidden**2), "param_persistence_threshold": 10 * hidden}
@@ -87,7 +88,7 @@ def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -
         lisa=config.lisa,
         width=width,
         bf16=training.bf16,
-        gradient_width=_gradient_width(config, deepspeed, width),
+        gradient_asked=asked_gradient_bytes(deepspeed, config.deepspeed_source()),
         accumulation=training.gradient_accumulation_steps,
         checkpointing=training.checkpointing,
         fused_loss=training.fused_loss
@@ -102,25 +103,6 @@ def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -
     )
 
 
-def _tensor_parallel(config: RunConfig, deepspeed: Mapping[str, Any], num_ranks: int) -> int:
-    section = deepspeed.get("tensor_parallel")
-    ways = section.get("autotp_size", 1) if isinstance(section, Mapping) else 1
-    if not isinstance(ways, int) or isinstance(ways, bool) or ways < 1 or num_ranks % ways:
-        raise ConfigError(
-            f"{config.where('deepspeed')}: tensor_parallel.autotp_size: must divide the {num_ranks} ranks, got {ways!r}"
-        )
-    return ways
-
-
-def _gradient_width(config: RunConfig, deepspeed: Mapping[str, Any], width: int) -> int:
-    types = deepspeed.get("data_types")
-    asked = types.get("grad_accum_dtype") if isinstance(types, Mapping) else None
-    if asked is not None:
-        return 4 if asked in ("fp32", "float32") else 2
-    accumulates = config.training_values().gradient_accumulation_steps > 1
-    return 4 if config.method == "lisa" and accumulates else width
-
-
 def _number(config: RunConfig, zero: Mapping[str, Any], key: str, automatic: int | None) -> int | None:
     value = zero.get(key)
     if value is None or value == "auto":
@@ -131,11 +113,10 @@ def _number(config: RunConfig, zero: Mapping[str, Any], key: str, automatic: int
         number = -1
     if isinstance(value, bool) or not 0 <= number < 2**63:
         raise ConfigError(
-            f"{config.where('deepspeed')}: zero_optimization.{key}: should be a number, 0 or more, got {value!r}"
+            f"{config.deepspeed_source()}: zero_optimization.{key}: should be a number, 0 or more, got {value!r}"
         )
     return number
 
 
 def _device(zero: Mapping[str, Any], key: str) -> Any:
-    section = zero.get(key)
-    return section.get("device", "none") if isinstance(section, Mapping) else "none"
+    return section(zero, key).get("device", "none")

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lisa_ds.config import LisaConfig
+from lisa_ds.config.formats import QUANT_BLOCK
 from lisa_ds.config.roles import ROLES, share_of
 
 KINDS = ("weights", "gradients", "master", "exp_avg", "exp_avg_sq", "parked_host", "parked_nvme", "buckets")
@@ -21,7 +22,6 @@ SAMPLED_KINDS = ("gradients", "master", "exp_avg", "exp_avg_sq")
 
 _FP32 = 4  # gradients on the host, whatever the weights are
 _SMALLEST_BUCKET, _LARGEST_BUCKET = 2**24, 5 * 10**8
-_QUANT_BLOCK = 256  # 8-bit moments that share an fp32 scale; as lisa_ds.ops.segments says
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def state_bytes(
     """
     if roles is None:
         roles = shape.roles(config or LisaConfig(), always=True)
-    trained = _partitions(shape.trained(sampled, roles), world_size)
-    return _table(trained, sum(_partitions(shape.all(), world_size)), precision or Precision())
+    trained = partitions(shape.trained(sampled, roles), world_size)
+    return _table(trained, sum(partitions(shape.all(), world_size)), precision or Precision())
 
 
 def full_state_bytes(shape: ModelShape, *, world_size: int, precision: Precision | None = None) -> dict[str, int]:
@@ -158,11 +158,11 @@ def plan(
     """
     config, precision = config or LisaConfig(), precision or Precision()
     count, greatest = config.num_sampled(len(shape.layers)), config.most_sampled(len(shape.layers))
-    weights = sum(_partitions(shape.all(), world_size))
-    always = _table(_partitions(shape.trained([], shape.roles(config, always=True)), world_size), weights, precision)
+    weights = sum(partitions(shape.all(), world_size))
+    always = _table(partitions(shape.trained([], shape.roles(config, always=True)), world_size), weights, precision)
 
     def table(numels: Iterable[int]) -> dict[str, int]:
-        return _table(_partitions(numels, world_size), 0, replace(precision, bucket_bytes=0))
+        return _table(partitions(numels, world_size), 0, replace(precision, bucket_bytes=0))
 
     layers = [table(layer) for layer in shape.layers]
     typical, most = dict(always), dict(always)
@@ -183,14 +183,15 @@ def plan(
     return Plan(typical, most, full_state_bytes(shape, world_size=world_size, precision=precision))
 
 
-def _partitions(numels: Iterable[int], world_size: int) -> list[int]:
+def partitions(numels: Iterable[int], world_size: int) -> list[int]:
+    """Elements on a rank of parameters of so many."""
     return [-(-numel // world_size) for numel in numels]
 
 
 def _table(trained: Sequence[int], weights: int, precision: Precision) -> dict[str, int]:
     """Bytes of each kind, from the elements of each trained partition and of all weights."""
     elements = sum(trained)
-    scales = 4 * sum(-(-partition // _QUANT_BLOCK) for partition in trained)
+    scales = 4 * sum(-(-partition // QUANT_BLOCK) for partition in trained)
     moment = {"fp32": 4 * elements, "bf16": 2 * elements, "int8": elements + scales}[precision.moments]
     host_gradients = _FP32 * elements if precision.offload_optimizer else 0
     return dict.fromkeys(KINDS, 0) | {

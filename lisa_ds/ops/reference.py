@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lisa_ds.ops.segments import QUANT_BLOCK, SEED, Hyper, Segment, SegmentTable
+from lisa_ds.config.formats import QUANT_BLOCK
+from lisa_ds.ops.segments import SEED, Hyper, Segment, SegmentTable
 
 _MASK = 0xFFFFFFFF
 

@@ -13,18 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lisa_ds.config.formats import QUANT_BLOCK as QUANT_BLOCK  # a fact of the tables, too
+from lisa_ds.config.formats import Moments
 from lisa_ds.errors import EngineError
 
 BLOCK = 2048
 """Elements of a block: the unit of the GPU grid. A multiple of :data:`QUANT_BLOCK`."""
-
-QUANT_BLOCK = 256
-"""Elements of 8-bit moments that share a scale. Blocks begin with their segment."""
 
 ALIGNMENT = 16
 """Bytes. A segment whose weights, gradients and moments begin at a multiple is read in 128-bit words; others by the element."""
@@ -42,7 +40,6 @@ HYPER_COLUMNS = 12
 TYPE_CODES = {None: -1, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOMENT_CODES = {"fp32": 0, "bf16": 1, "int8": 2}
 
-Moments = Literal["fp32", "bf16", "int8"]
 _MOMENTS: dict[torch.dtype, Moments] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lisa_ds.config.roles import policy_of
 from lisa_ds.errors import ConfigError
 from lisa_ds.memory.advice import RESERVE, Change, changes, fewest_ranks, usable
 from lisa_ds.memory.architectures import Architecture
 from lisa_ds.memory.forecast import forecast
-from lisa_ds.memory.other_methods import described
-from lisa_ds.memory.run_settings import METHODS, PARTS, Forecast, RunSettings
+from lisa_ds.memory.methods import METHODS
+from lisa_ds.memory.run_settings import PARTS, Forecast, RunSettings
 
 _COLOURS = {
     "weights": "#4c566a",
@@ -28,7 +27,6 @@ _COLOURS = {
     "gradients in flight": "#b48ead",
     "scratch": "#d8dee9",
 }
-_METHOD_NAMES = {"lisa": "LISA", "full": "full", "lora": "LoRA", "galore": "GaLore"}
 
 
 @dataclass(frozen=True)
@@ -99,12 +97,16 @@ def lines(report: PlanReport) -> list[str]:
     text += _activations(report)
     host = [f"{part} {_gb(size)}" for part, size in report.own.host.items()]
     text.append(f"on the host, in GB: {', '.join(host)}")
-    return [*text, *described(run), "", *_verdict(report)]
+    notes = [note for method in METHODS.values() for note in method.notes(run)]
+    return [*text, *notes, "", *_verdict(report)]
 
 
 def as_json(report: PlanReport) -> dict[str, Any]:
     """The plan as plain values; bytes are those of one rank."""
-    run = asdict(report.run) | {"lisa": report.run.lisa.model_dump(mode="json")}
+    run = asdict(report.run) | {
+        "lisa": report.run.lisa.model_dump(mode="json"),
+        "gradient_width": report.run.gradient_width,
+    }
     return {
         "model": report.name,
         "parameters": report.architecture.num_parameters,
@@ -142,7 +144,7 @@ def figure(report: PlanReport, path: Path) -> None:
     own = report.own
     bars = [(phase, parts) for phase, parts in own.phases.items()]
     bars += [
-        (_METHOD_NAMES[method], plan.phases[plan.peak_phase])
+        (METHODS[method].title, plan.phases[plan.peak_phase])
         for method, plan in report.forecasts.items()
         if method != report.run.method
     ]
@@ -162,7 +164,7 @@ def figure(report: PlanReport, path: Path) -> None:
     axes.axvline(len(own.phases) - 0.2, color="0.6", linewidth=0.8)
     axes.set_ylabel("GB on one rank")
     axes.set_ylim(top=1.08 * max(*bottoms, (report.memory or 0) / 1e9))
-    method = _METHOD_NAMES[report.run.method]
+    method = METHODS[report.run.method].title
     setting, what = _settings(report.run, report.architecture.tied).split("; ")
     title = f"{report.name}: phases of a {method} run, and the peaks of other methods\n{setting}"
     axes.set_title(title if what == method else f"{title}\n{what}", fontsize=10)
@@ -194,31 +196,11 @@ def _settings(run: RunSettings, tied: bool) -> str:
     checkpointing = "activation checkpointing" if run.checkpointing else "no activation checkpointing"
     rows = f"{run.micro_batch} x {run.sequence} tokens a micro-batch"
     fused = ", head and loss fused by Liger" if run.fused_loss else ""
-    return f"{ranks}{split}, {rows}, {number}, {checkpointing}{fused}; " + _method(run, tied)
-
-
-def _method(run: RunSettings, tied: bool) -> str:
-    lisa = run.lisa
-    if run.method != "lisa":
-        return _METHOD_NAMES[run.method]
-    trains = []
-    for role in ("embeddings", "lm_head", "rest"):
-        policy = policy_of(lisa, role, tied=tied)
-        if policy != "never" and not (tied and role == "lm_head"):
-            trains.append(role if policy == "always" else f"{role} ({policy})")
-    if lisa.sampler.layers:
-        drawn = f"layers {list(lisa.sampler.layers)}"
-    elif lisa.sampling_ratio is not None:
-        drawn = f"{lisa.sampling_ratio:.0%} of the layers"
-    else:
-        drawn = f"{lisa.num_sampled_layers} layers at a time"
-    if lisa.growth is not None:
-        drawn += f", later up to {lisa.growth.largest()[1]}"
-    return f"LISA: {drawn}" + (f" and {', '.join(trains)}" if trains else "")
+    return f"{ranks}{split}, {rows}, {number}, {checkpointing}{fused}; {METHODS[run.method].summary(run, tied=tied)}"
 
 
 def _table(report: PlanReport) -> list[str]:
-    rows = [["GB on one rank, at the peak", *(_METHOD_NAMES[method] for method in report.forecasts)]]
+    rows = [["GB on one rank, at the peak", *(METHODS[method].title for method in report.forecasts)]]
     peaks = [plan.phases[plan.peak_phase] for plan in report.forecasts.values()]
     for part in PARTS:
         if any(part in parts for parts in peaks):
@@ -231,7 +213,7 @@ def _table(report: PlanReport) -> list[str]:
 def _phases(report: PlanReport) -> list[str]:
     names = list(report.own.phases)
     rows = [["GB on one rank, by phase", *names]]
-    rows.append([_METHOD_NAMES[report.run.method], *(_gb(sum(report.own.phases[name].values())) for name in names)])
+    rows.append([METHODS[report.run.method].title, *(_gb(sum(report.own.phases[name].values())) for name in names)])
     return _aligned(rows)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lisa_ds.config import LisaConfig
+from lisa_ds.config.sampler_kinds import ByScores
 from lisa_ds.errors import ConfigError
 from lisa_ds.sampling import probabilities, scores, statistics
 from lisa_ds.sampling.growth import Growth
@@ -101,16 +102,17 @@ class LayerSampler:
     def layers_at(self, interval: int) -> tuple[int, ...]:
         """Return the blocks that train in ``interval`` (from 0), ascending."""
         chosen, seed, count = self.config.sampler, self.config.seed, self.num_sampled_at(interval)
+        kind = chosen.kind
         if chosen.layers is not None:
             return tuple(sorted(chosen.layers))
-        if not chosen.by_scores:
+        if not isinstance(kind, ByScores):
             places = draw(chosen.name, seed=seed, interval=interval, num_layers=len(self.drawable), num_sampled=count)
         else:
             places = draw_by_probability(
-                chosen.draw,
+                kind.draw,
                 seed=seed,
                 interval=interval,
-                probabilities=() if chosen.draw == "successive" else self._chances(count),
+                probabilities=() if kind.by_shares else self._chances(count),
                 shares=self._shares(),
                 num_sampled=count,
             )
@@ -122,7 +124,7 @@ class LayerSampler:
         For ``fixed`` they are 0 and 1. For ``cyclic`` they are those of an interval by itself, nothing known of the others.
         """
         chosen, count = self.config.sampler, self.num_sampled_at(interval)
-        if chosen.name == "fixed":
+        if chosen.kind.same_all_along:
             fixed = self.layers_at(interval)
             return tuple(float(layer in fixed) for layer in range(self.num_layers))
         known = self._chances(count) if chosen.by_scores else (count / len(self.drawable),) * len(self.drawable)
@@ -131,13 +133,14 @@ class LayerSampler:
 
     def _chances(self, count: int) -> tuple[float, ...]:
         """Probabilities of what can be drawn, by scores."""
-        chosen = self.config.sampler
+        kind = self.config.sampler.kind
+        assert isinstance(kind, ByScores)
         key = (self._scores, count)
         if self._known is None or self._known[0] != key:
-            if chosen.draw == "successive":
+            if kind.by_shares:
                 found = probabilities.successive_inclusion_probabilities(self._shares(), count)
             else:
-                found = probabilities.inclusion_probabilities(self._shares(), count, chosen.floor)
+                found = probabilities.inclusion_probabilities(self._shares(), count, kind.floor)
             self._known = (key, found)
         result: tuple[float, ...] = self._known[1]
         return result
@@ -153,7 +156,7 @@ class LayerSampler:
 
     def needs_scores(self, interval: int) -> bool:
         """Whether scores are to be measured, and set, before ``interval`` is drawn."""
-        if self._measure is None:
+        if self.config.sampler.kind.measure is None:
             return False
         return self._scores is None or not self._scored_at <= interval < self._scored_at + self.config.sampler.every
 
@@ -169,19 +172,9 @@ class LayerSampler:
         self._scores, self._scored_at = tuple(scores), interval
 
     @property
-    def _measure(self) -> str | None:
-        """What scores are measured by, for samplers that have them measured."""
-        chosen = self.config.sampler
-        if chosen.name == "weight_norm":
-            return chosen.name if chosen.lora_norms is None else None
-        if not chosen.calibrates:
-            return None
-        return f"{chosen.name}/{chosen.score if chosen.name == 'grad_norm' else chosen.estimator}"
-
-    @property
     def watches_gradients(self) -> bool:
         """Whether :meth:`observe` is to be told of gradients at the end of each interval."""
-        return self.config.sampler.name == "grad_norm" and self.config.sampler.score == "ema"
+        return self.config.sampler.kind.watches_gradients
 
     def observe(self, norms: Sequence[float | None], interval: int) -> None:
         """Take note of the gradient norms of an interval's blocks; None for blocks that did not train.
@@ -214,7 +207,7 @@ class LayerSampler:
     def state_dict(self) -> dict[str, Any]:
         """What the draws to come depend on besides the config: plain values."""
         return {
-            "measure": self._measure,
+            "measure": self.config.sampler.kind.measure,
             "scores": self._scores,
             "scored_at": self._scored_at,
             "seen": list(self._seen),
@@ -223,10 +216,10 @@ class LayerSampler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where :meth:`state_dict` was taken."""
-        given = self.config.sampler.file or self.config.sampler.lora_norms
+        kind = self.config.sampler.kind
         if (
-            not given and state["measure"] == self._measure
-        ):  # scores of a file are the file's; of another measure, its own
+            not kind.reads_file and state["measure"] == kind.measure
+        ):  # a file's scores, or another measure's, are its own
             self._scores = None if state["scores"] is None else tuple(state["scores"])
             self._scored_at, self._seen = state["scored_at"], list(state["seen"])
         self.growth.load_state_dict(state["growth"])

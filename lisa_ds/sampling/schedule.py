@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+
+from lisa_ds.config.sampler_kinds import Bernoulli, Cyclic, Fixed, Uniform
 
 _BITS = 40  # of a probability in a systematic draw
 
@@ -43,15 +45,11 @@ def draw(
     """
     if interval < 0 or not 0 < num_sampled <= num_layers:
         raise ValueError(f"draw: interval={interval}, num_sampled={num_sampled} of num_layers={num_layers}")
-    if sampler == "uniform":
-        return _uniform(f"uniform/{seed}/{interval}", num_layers, num_sampled)
-    if sampler == "bernoulli":
-        return _bernoulli(f"bernoulli/{seed}/{interval}", num_layers, num_sampled)
-    if sampler == "cyclic":
-        return _cyclic(seed, interval, num_layers, num_sampled)
-    if sampler == "fixed":
-        return tuple(sorted(layers)) if layers is not None else _uniform(f"fixed/{seed}", num_layers, num_sampled)
-    raise ValueError(f"draw: no sampler named {sampler!r}")
+    if sampler not in _DRAWS:
+        raise ValueError(f"draw: no sampler named {sampler!r}")
+    if sampler == Fixed.name and layers is not None:
+        return tuple(sorted(layers))
+    return _DRAWS[sampler](seed, interval, num_layers, num_sampled)
 
 
 def draw_by_probability(
@@ -118,17 +116,25 @@ def _successive(stream: random.Random, shares: Sequence[float], num_sampled: int
     return tuple(sorted(taken))
 
 
-def _uniform(seed: str, num_layers: int, num_sampled: int) -> tuple[int, ...]:
+def _sample(seed: str, num_layers: int, num_sampled: int) -> tuple[int, ...]:
     """Draw a set of fixed size; every set of that size is equally likely."""
     return tuple(sorted(_shuffled(random.Random(seed), range(num_layers), num_sampled)))
 
 
-def _bernoulli(seed: str, num_layers: int, num_sampled: int) -> tuple[int, ...]:
+def _uniform(seed: int, interval: int, num_layers: int, num_sampled: int) -> tuple[int, ...]:
+    return _sample(f"uniform/{seed}/{interval}", num_layers, num_sampled)
+
+
+def _fixed(seed: int, interval: int, num_layers: int, num_sampled: int) -> tuple[int, ...]:
+    return _sample(f"fixed/{seed}", num_layers, num_sampled)
+
+
+def _bernoulli(seed: int, interval: int, num_layers: int, num_sampled: int) -> tuple[int, ...]:
     """Draw every block on its own with probability ``num_sampled / num_layers``; the set may be empty.
 
     This is Algorithm 1 of the LISA paper to the letter: the *expected* size of the set is ``num_sampled``.
     """
-    stream = random.Random(seed)
+    stream = random.Random(f"bernoulli/{seed}/{interval}")
     return tuple(layer for layer in range(num_layers) if stream.random() * num_layers < num_sampled)
 
 
@@ -166,3 +172,12 @@ def _shuffled(stream: random.Random, items: Sequence[int], count: int) -> list[i
         other = place + int(stream.random() * (len(pool) - place))
         pool[place], pool[other] = pool[other], pool[place]
     return pool[:count]
+
+
+_DRAWS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
+    Uniform.name: _uniform,
+    Cyclic.name: _cyclic,
+    Bernoulli.name: _bernoulli,
+    Fixed.name: _fixed,
+}
+"""By the samplers that draw layers alike: blocks from seed, interval, number of blocks and number to draw."""

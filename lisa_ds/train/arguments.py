@@ -17,8 +17,9 @@ from transformers import TrainingArguments, get_scheduler
 
 from lisa_ds.config import RunConfig, check_contradictions
 from lisa_ds.config.base import Origin, Section, show, validate
-from lisa_ds.config.training import EARLY_STOPPING, section
+from lisa_ds.config.training import ADAMW, EARLY_STOPPING, section
 from lisa_ds.errors import ConfigError
+from lisa_ds.memory import METHODS
 
 # Whatever these would do, something else here does it.
 _ELSEWHERE = {
@@ -43,7 +44,6 @@ _REFUSALS = (
     OSError,
     AssertionError,
 )
-_ADAMW = ("adamw_torch", "adamw_torch_fused")  # transformers' names for torch's own
 
 
 def check(config: RunConfig) -> dict[str, Any]:
@@ -74,16 +74,15 @@ def check(config: RunConfig) -> dict[str, Any]:
         )
     _check_optimizer(config, given, where)
     _check_combinations(given, where)
-    source = config.where("deepspeed")
-    if isinstance(config.deepspeed, str):
-        source = config.deepspeed
+    ranks = int(os.environ.get("WORLD_SIZE") or 0)  # if the launcher has told
+    shared = config.tensor_parallel(ranks or None)
     # Defaults count, too: a DeepSpeed config that clips at 0.5 contradicts transformers' default of 1.
     check_contradictions(
         {**defaults(), **given},
         config.deepspeed_config(),
         training_source=config.where("training"),
-        deepspeed_source=source,
-        world_size=_data_parallel_size(config, source),
+        deepspeed_source=config.deepspeed_source(),
+        world_size=ranks // shared if ranks else None,
     )
     return given
 
@@ -102,35 +101,12 @@ def defaults() -> dict[str, Any]:
     }
 
 
-def _data_parallel_size(config: RunConfig, source: str) -> int | None:
-    """Ranks with rows of their own, if the launcher has told how many ranks there are.
-
-    Raises:
-        ConfigError: ``tensor_parallel.autotp_size`` is not a divisor of their number.
-    """
-    ranks = int(os.environ.get("WORLD_SIZE") or 0)
-    shared = autotp_size(config.deepspeed_config())
-    if not isinstance(shared, int) or shared < 1 or ranks % shared:
-        on = f" of this run's {ranks} ranks" if ranks else ""
-        raise ConfigError(
-            f"{source}: tensor_parallel.autotp_size: so many{on} share each layer, got {show(shared)}; choose a number that "
-            "divides them, or leave it out"
-        )
-    return ranks // shared if ranks else None
-
-
-def autotp_size(deepspeed: Mapping[str, Any]) -> Any:
-    """Ranks that share each layer by AutoTP, as a DeepSpeed config says; 1 where it does not."""
-    section = deepspeed.get("tensor_parallel")
-    return section.get("autotp_size", 1) if isinstance(section, Mapping) else 1
-
-
 def _check_optimizer(config: RunConfig, given: Mapping[str, Any], origin: Origin) -> None:
     """What the engine would refuse once the weights are loaded."""
     if config.method != "lisa" or config.lisa.optimizer.name != "masked_adamw":
         return
     optim = given.get("optim")
-    if optim is not None and optim not in _ADAMW:
+    if optim is not None and optim not in ADAMW:
         raise ConfigError(
             f"{origin.where('optim')}: lisa.optimizer 'masked_adamw' computes AdamW, got {show(optim)}; leave it out, or set "
             "lisa.optimizer to 'adamw' to keep the optimizer that is given"
@@ -265,13 +241,13 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     }
     if config.deepspeed is None:
         zero: dict[str, Any] = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
-        if config.method == "full":
-            zero["reduce_bucket_size"] = auto  # DeepSpeed's 5e8 elements; LISA's engine has a default of its own
+        if not METHODS[config.method].chooses_bucket:
+            zero["reduce_bucket_size"] = auto  # DeepSpeed's own default are 5e8 elements
         return {**from_training, "zero_optimization": zero}
     # What the config leaves out DeepSpeed would take from its own defaults: fp32, one micro-batch, no clipping.
     fields = {**from_training, **copy.deepcopy(config.deepspeed_config())}
-    source = config.deepspeed if isinstance(config.deepspeed, str) else config.where("deepspeed")
-    if autotp_size(fields) != 1:
+    source = config.deepspeed_source()
+    if config.tensor_parallel() != 1:
         # It would have to count the ranks that share a layer as if they had rows of their own: let DeepSpeed work it out.
         fields.pop("train_batch_size", None)
     zero = fields.setdefault("zero_optimization", {})

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lisa_ds.config.training import ADAMW, WITHOUT_BETAS
+
 _DDP = "it is an option of DDP, and ZeRO-3 is at work instead"
 _METRICS = "a run measures the loss of its held-out data, and nothing that is computed from logits"
 
@@ -104,12 +106,12 @@ _EFFECTIVE: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
         ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_in_order"),
         (_loads_apart, "it takes dataloader_num_workers"),
     ),
-    "optim_args": (_set("optim", "adamw_torch", "adamw_torch_fused"), "torch's AdamW takes its settings from adam_beta1 and the like"),
+    "optim_args": (_set("optim", *ADAMW), "torch's AdamW takes its settings from adam_beta1 and the like"),
     "optim_target_modules": (_never, "it is for optimizers that do not work under ZeRO-3"),
     **dict.fromkeys(
         ("adam_beta1", "adam_beta2", "adam_epsilon"),
         (
-            lambda given: given.get("optim", "adamw_torch") not in ("sgd", "adagrad", "rmsprop", "adafactor"),
+            lambda given: given.get("optim", ADAMW[0]) not in WITHOUT_BETAS,
             "the optimizer that optim names has no such setting",
         ),
     ),

@@ -9,15 +9,14 @@ from dataclasses import replace
 import torch
 
 from lisa_ds.config import RunConfig
+from lisa_ds.config.deepspeed import asked_gradient_bytes
 from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.layers import LayerStack
-from lisa_ds.memory import Architecture, ModelShape, Precision, forecast, full_state_bytes, settings
-from lisa_ds.memory import plan as plan_state
+from lisa_ds.memory import METHODS, Architecture, ModelShape, RunSettings, forecast, settings
 from lisa_ds.memory.advice import usable
 from lisa_ds.memory.architectures import Module
 from lisa_ds.models import model_config, skeleton
 from lisa_ds.report import plan
-from lisa_ds.train.arguments import autotp_size
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def check_memory(config: RunConfig, *, force: bool = False) -> str | None:
 def _plan(config: RunConfig) -> tuple[str | None, str | None]:
     """The plan in a line, and what is wrong with it."""
     device, memory = _device()
-    if autotp_size(config.deepspeed_config()) != 1:  # it knows no gathered parts of layers, nor their activations
+    if config.tensor_parallel() != 1:  # it knows no gathered parts of layers, nor their activations
         return None, _state_alone(config, memory, device)
     try:
         architecture = _architecture(config)
@@ -88,23 +87,22 @@ def _architecture(config: RunConfig) -> Architecture:
 def _state_alone(config: RunConfig, memory: int, device: str) -> str | None:
     stack = LayerStack.from_model(skeleton(config.model), config.lisa.layers_path)
     shape = ModelShape.from_numels(stack.numels(), tied=stack.tied)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     training = config.training_values()
-    width = 2 if training.bf16 or training.fp16 else 4
-    needed = sum(_partitions(shape, ranks, config, width).values())
+    run = RunSettings(
+        int(os.environ.get("WORLD_SIZE", "1")),
+        method=config.method,
+        lisa=config.lisa,
+        width=2 if training.bf16 or training.fp16 else 4,
+        gradient_asked=asked_gradient_bytes(config.deepspeed_config(), config.deepspeed_source()),
+        accumulation=training.gradient_accumulation_steps,
+    )
+    needed = METHODS[run.method].least(shape, run)
     if needed <= usable(memory):
         return None
     return (
         f"weights and optimizer state alone are {needed / 1e9:.2f} GB on a rank, and {device} has {memory / 1e9:.2f} GB; "
         "use more ranks\nTo try it all the same: --force"
     )
-
-
-def _partitions(shape: ModelShape, ranks: int, config: RunConfig, width: int) -> dict[str, int]:
-    if config.method == "full":
-        return full_state_bytes(shape, world_size=ranks, precision=Precision(width, width))
-    precision = Precision.of_lisa(config.lisa, width, width)
-    return plan_state(shape, config.lisa, world_size=ranks, precision=precision).most
 
 
 def _device() -> tuple[str, int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lisa_ds
 from lisa_ds import data, records
-from lisa_ds.config import LisaConfig, RunConfig, SamplerConfig
+from lisa_ds.config import LisaConfig, RunConfig
 from lisa_ds.engines.zero3.scoring.measure import measure
 from lisa_ds.errors import ConfigError
 from lisa_ds.integrations import hf, sharing
@@ -63,7 +63,7 @@ def profile(config: RunConfig, *, out: Path, score: str | None = None) -> LayerS
         calibration=batches,
     )
     found = LayerScores(
-        score=_name(config.lisa.sampler),
+        score=str(config.lisa.sampler.kind.measure),
         scores=tuple(measure(engine, config.lisa, batches)),
         model=config.model.name_or_path,
         settings={
@@ -86,18 +86,8 @@ def profile(config: RunConfig, *, out: Path, score: str | None = None) -> LayerS
 
 def _measuring(lisa: LisaConfig, score: str | None) -> LisaConfig:
     """The same section with a sampler that measures what is asked for."""
-    before = lisa.sampler
-    once = {"interval_steps": 1, "growth": None}  # nothing trains
-    if score is None and (before.calibrates or (before.name == "weight_norm" and before.lora_norms is None)):
-        return lisa.model_copy(update=once)
-    name = {"empirical": "fisher", "hutchinson": "fisher", "weight_norm": "weight_norm"}.get(score or "", "grad_norm")
-    keys: dict[str, Any] = {"name": name}
-    if name != "weight_norm":
-        keys["score" if name == "grad_norm" else "estimator"] = score or "accumulated"
-        keys["calibration_batches"] = before.calibration_batches
-    if score in (None, "accumulated", "hutchinson"):
-        keys["probe_blocks"] = before.probe_blocks
-    return lisa.model_copy(update={**once, "sampler": SamplerConfig(**keys)})
+    # Nothing trains.
+    return lisa.model_copy(update={"interval_steps": 1, "growth": None, "sampler": lisa.sampler.measuring(score)})
 
 
 def _check_target(out: Path) -> None:
@@ -136,12 +126,6 @@ def _finished(args: Any, model: nn.Module) -> dict[str, Any]:
     finished.pop("optimizer", None)
     finished.pop("scheduler", None)
     return finished
-
-
-def _name(sampler: SamplerConfig) -> str:
-    return {"grad_norm": f"grad_norm/{sampler.score}", "fisher": f"fisher/{sampler.estimator}"}.get(
-        sampler.name, sampler.name
-    )
 
 
 def _lines(found: LayerScores, out: Path) -> list[str]:

@@ -13,6 +13,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import stage3
 
 from lisa_ds.config import LisaConfig
+from lisa_ds.config.deepspeed import accumulates_in_fp32
 from lisa_ds.engines.common import policies
 from lisa_ds.engines.common.backward_start import BackwardStart
 from lisa_ds.engines.common.run import LisaRun
@@ -227,7 +228,7 @@ class LisaEngine(DeepSpeedEngine):
         """
         model, accumulation = super().get_data_types()
         accumulates = self.gradient_accumulation_steps() > 1 or not self.managed_gradient_accumulation()
-        if self._config.grad_accum_dtype is None and accumulates:
+        if accumulates_in_fp32(self._config.grad_accum_dtype, accumulates=accumulates):
             accumulation = torch.float32
         return model, accumulation
 

@@ -17,6 +17,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 
+from lisa_ds.config.deepspeed import autotp_size, section
 from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
 from lisa_ds.memory import ModelShape
@@ -29,24 +30,21 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
 
     Args:
         fields: The config's own keys; values may still be ``auto``.
+
+    Raises:
+        ConfigError: ``tensor_parallel.autotp_size`` is no number of ranks.
     """
     found = []
-    if _section(fields, "expert_parallel").get("enabled"):
+    if section(fields, "expert_parallel").get("enabled"):
         found.append(
             f"expert_parallel.enabled: AutoEP keeps experts in groups of ranks of their own; set it to false, or {_MEGATRON}"
         )
     if "sequence_parallel_size" in fields and "data_parallel_size" in fields:
         found.append(f"sequence_parallel_size, data_parallel_size: {_MESH}")
-    hpz = _section(fields, "zero_optimization").get("zero_hpz_partition_size", 1)
-    if tensor_parallel_size(fields) > 1 and isinstance(hpz, int) and hpz > 1:
-        found.append(_hpz_problem(hpz, f"tensor_parallel.autotp_size {tensor_parallel_size(fields)}"))
+    hpz = section(fields, "zero_optimization").get("zero_hpz_partition_size", 1)
+    if autotp_size(fields) > 1 and isinstance(hpz, int) and hpz > 1:
+        found.append(_hpz_problem(hpz, f"tensor_parallel.autotp_size {autotp_size(fields)}"))
     return found
-
-
-def tensor_parallel_size(fields: Mapping[str, Any]) -> int:
-    """Ranks that share each layer by DeepSpeed's AutoTP, as a DeepSpeed config says; 1 where it does not."""
-    size = _section(fields, "tensor_parallel").get("autotp_size", 1)
-    return size if isinstance(size, int) and size > 1 else 1
 
 
 def check(engine: Any) -> None:
@@ -135,11 +133,6 @@ def _share(parameter: Any, numel: int, world_size: int) -> int:
     if group is None or dist.get_world_size(group) == world_size:
         return numel
     return -(-numel // int(dist.get_world_size(group))) * world_size  # partitioned over others: see zero.Init above
-
-
-def _section(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    section = fields.get(key)
-    return section if isinstance(section, Mapping) else {}
 
 
 def _hpz_problem(size: int, beside: str) -> str:

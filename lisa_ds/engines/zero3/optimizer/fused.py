@@ -17,6 +17,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.zero.stage3 import OPTIMIZER_STEP_TIMER
 from torch import Tensor
 
+from lisa_ds.config.formats import QUANT_BLOCK
 from lisa_ds.engines.zero3 import parallel, supported
 from lisa_ds.engines.zero3.optimizer.gradient_norms import holds_own_parts
 from lisa_ds.engines.zero3.optimizer.missing_gradients import STEPS
@@ -25,7 +26,6 @@ from lisa_ds.errors import EngineError
 from lisa_ds.layers import Unit
 from lisa_ds.ops import Hyper, Segment, SegmentTable, default_backend, masked_adamw_, sum_of_squares
 from lisa_ds.ops.reference import dequantise_signed, dequantise_unsigned
-from lisa_ds.ops.segments import QUANT_BLOCK
 from lisa_ds.optim import StateFormat
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lisa_ds.config.formats import QUANT_BLOCK
+from lisa_ds.engines.common.adam import decouples, is_adam
 from lisa_ds.ops import cpu, unavailable
 from lisa_ds.ops.segments import TYPE_CODES
-from lisa_ds.optim import MaskedAdamW
 
 # Elements that torch adds up in fp32; their sums are added up in fp64. On the CPU it adds in few lanes, and loses digits sooner.
 _NORM_CHUNK = {"cpu": 2**14}
 _NORM_CHUNK_ELSEWHERE = 2**20
-_UPDATE_CHUNK = 2**18  # elements of an update that exist at a time; a multiple of the 256 that share a scale
-
-_DEEPSPEED_ADAMS = ("FusedAdam", "DeepSpeedCPUAdam")
+_UPDATE_CHUNK = 1024 * QUANT_BLOCK  # elements of an update that exist at a time
 
 
 @dataclass(frozen=True)
@@ -129,26 +127,14 @@ def adam_step(optimizer: Any, group: Any, state: Any, *, lr_scale: float = 1.0) 
         return None
     if not group.get("bias_correction", True):
         return None
-    decoupled = (
-        isinstance(optimizer, (torch.optim.AdamW, MaskedAdamW))
-        or group.get("decoupled_weight_decay", False)
-        or getattr(optimizer, "adam_w_mode", False)
-    )
     return AdamStep(
         step=step,
         lr=float(group["lr"]) * group.get("lr_scale", 1.0) * lr_scale,
         beta1=float(group["betas"][0]),
         beta2=float(group["betas"][1]),
         eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]) if decoupled else 0.0,
+        weight_decay=float(group["weight_decay"]) if decouples(optimizer, group) else 0.0,
     )
-
-
-def is_adam(optimizer: Any) -> bool:
-    """Whether the update of ``optimizer`` follows from its moments as Adam's or AdamW's does."""
-    if isinstance(optimizer, torch.optim.Adam):  # not a subclass with a step of its own
-        return inspect.unwrap(type(optimizer).step) is inspect.unwrap(torch.optim.Adam.step)
-    return isinstance(optimizer, MaskedAdamW) or type(optimizer).__name__ in _DEEPSPEED_ADAMS
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-from lisa_ds.engines.zero3.scoring.rademacher import CHUNK, along
+from lisa_ds.config.formats import SCORING_CHUNK as CHUNK
+from lisa_ds.engines.zero3.scoring.rademacher import along
 
 
 class Collector(Protocol):

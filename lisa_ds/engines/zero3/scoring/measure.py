@@ -37,11 +37,12 @@ def check(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> Non
 def measure(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> list[float]:
     """The score of each block, equal on all ranks. Every rank must call it, between optimizer steps."""
     chosen = lisa.sampler
-    if chosen.name == "weight_norm":
+    if not chosen.calibrates:
         norms = UnitStatistics(engine.optimizer, engine._stack).weight_norms()
         return [norms[layer] for layer in range(len(engine._stack.layers))]
     assert calibration is not None  # see check
-    kind = chosen.score if chosen.name == "grad_norm" else chosen.estimator
+    kind = chosen.kind.probe
+    assert kind is not None
     probe = Probe(
         engine.optimizer,
         engine.module,

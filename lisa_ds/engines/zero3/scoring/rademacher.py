@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-CHUNK = 2**20
-"""Elements worked on at a time, as lisa_ds.memory.probe says."""
+from lisa_ds.config.formats import SCORING_CHUNK as CHUNK
 
 
 def rademacher(key: int, start: int, count: int, device: torch.device) -> Tensor:

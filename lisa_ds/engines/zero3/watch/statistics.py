@@ -17,9 +17,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
+from lisa_ds.engines.common.adam import is_adam
 from lisa_ds.engines.zero3 import supported
 from lisa_ds.engines.zero3.optimizer.missing_gradients import STEPS
-from lisa_ds.engines.zero3.optimizer.unit_norms import Part, UnitSquares, adam_step, is_adam, update_square
+from lisa_ds.engines.zero3.optimizer.unit_norms import Part, UnitSquares, adam_step, update_square
 from lisa_ds.engines.zero3.partition import own_elements
 from lisa_ds.layers import LayerStack, Unit
 
