@@ -14,6 +14,7 @@ from lisa_ds.errors import ConfigError
 from lisa_ds.train import command
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = next(action.choices for action in parser.build()._actions if action.choices)
 TEXTS = [
     path
     for pattern in ("*.md", "docs/*.md", "configs/**/*.yaml", "launch/*", "lisa_ds/**/*.py", "containers/*")
@@ -61,7 +62,7 @@ def test_a_command_that_is_named_exists(program: str, words: list[str], whole: b
     if program == "lisa-ds" and words[:1] == ["COMMAND"]:
         return
     if program == "lisa-ds" and not words[0].startswith("-"):
-        assert words[0] in parser.names()
+        assert words[0] in COMMANDS
     one = parser.build() if program == "lisa-ds" else command.build_parser()
     try:
         arguments, rest = one.parse_known_args(words)
