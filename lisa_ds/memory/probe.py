@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from lisa_ds.memory.state import ModelShape
 
 _FP32, _FP64 = 4, 8
-_CHUNK = (
-    2**20
-)  # elements of a gradient that signs are drawn for at a time; as lisa_ds.engines.zero3.scoring.rademacher says
+_CHUNK = 2**20  # elements of a gradient that signs are drawn for at a time; as lisa_ds.engines.common.rademacher says
 
 
 def probe_bytes(shape: ModelShape, *, kind: str, world_size: int, probe_blocks: int = 1, weight_bytes: int = 2) -> int:

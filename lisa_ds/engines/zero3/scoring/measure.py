@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lisa_ds.config import LisaConfig
+from lisa_ds.engines.common import scores
 from lisa_ds.engines.zero3.scoring.probe import Calibration, Probe
 from lisa_ds.engines.zero3.watch.statistics import UnitStatistics
 from lisa_ds.errors import ConfigError, EngineError
@@ -39,9 +40,8 @@ def measure(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> l
     chosen = lisa.sampler
     if chosen.name == "weight_norm":
         norms = UnitStatistics(engine.optimizer, engine._stack).weight_norms()
-        return [norms[layer] for layer in range(len(engine._stack.layers))]
+        return scores.of_weights(norms, len(engine._stack.layers))
     assert calibration is not None  # see check
-    kind = chosen.score if chosen.name == "grad_norm" else chosen.estimator
     probe = Probe(
         engine.optimizer,
         engine.module,
@@ -51,4 +51,4 @@ def measure(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> l
         probe_blocks=chosen.probe_blocks,
         seed=lisa.seed,
     )
-    return [max(0.0, score) for score in probe.scores(kind)]  # a trace of the Hessian may be negative
+    return scores.drawable(probe.scores(scores.kind_of(chosen)))
