@@ -72,7 +72,7 @@ class Life:
             state_format=StateFormat(precision, moments),
             rewarm=self.rewarm,
             growth_limit=self.limit,
-            release=release,
+            release=release or Drop(),
             **more,
         )
 

@@ -27,7 +27,8 @@ class LisaEngine(LisaConstruction):
     """``DeepSpeedEngine`` under LISA; built by :func:`lisa_ds.initialize` or by an armed trainer.
 
     Args:
-        **kwargs: As :class:`~lisa_ds.engines.zero3.construction.LisaConstruction` takes them.
+        **kwargs: As :class:`~lisa_ds.engines.zero3.construction.LisaConstruction` takes them: ``lisa``, ``steps_per_epoch``,
+            ``calibration``, and what ``deepspeed.initialize`` hands to ``DeepSpeedEngine``.
 
     Raises:
         EngineError: DeepSpeed, or an option of its config, cannot be combined with LISA.

@@ -78,7 +78,7 @@ class FusedStage3(WindowedStage3):
         )  # compiled now, if it must be
         super()._setup_for_real_optimizer()
         # Each parameter's place in the whole layout: the same in a resumed run, as ds_id need not be.
-        everything = self.sub_groups.parameters()
+        everything = self.layout.parameters()
         self._number_of = {parameter.ds_id: number for number, (_, parameter) in enumerate(everything)}
 
     def _create_fp32_partitions(self) -> None:
@@ -96,7 +96,7 @@ class FusedStage3(WindowedStage3):
 
     def _moments_of(self, position: int) -> dict[str, Any]:
         """The moments of a sub-group of the window; zero where it has none yet."""
-        return self.unit_state.moments_of(self.sub_groups.shown[position], self._sizes(position))
+        return self.unit_state.moments_of(self.layout.shown[position], self._sizes(position))
 
     def _sizes(self, position: int) -> list[int]:
         return [parameter.partition_numel() for parameter in self.fp16_groups[position]]

@@ -28,6 +28,8 @@ class SubGroups:
         """The 16-bit partition of each, ``(numel,)``."""
         self.shown: list[int] = []
         """Those that the lists show now."""
+        self.shown_units: list[Unit] = []
+        """The unit of each of those."""
 
     def show(self, stage3: Any, sub_groups: Sequence[int], masters: list[Tensor]) -> None:
         """Point every list of ``stage3`` at ``sub_groups`` alone, whose live fp32 partitions are ``masters``."""
@@ -35,7 +37,7 @@ class SubGroups:
             setattr(stage3, name, [entries[i] for i in sub_groups])
         stage3.sub_group_to_group_id = {position: self._param_group_of[i] for position, i in enumerate(sub_groups)}
         stage3.fp32_partitioned_groups_flat = masters
-        self.shown = list(sub_groups)
+        self.shown, self.shown_units = list(sub_groups), [self.units[i] for i in sub_groups]
 
     def parameters(self) -> Iterator[tuple[int, Any]]:
         """Every parameter, after its sub-group."""

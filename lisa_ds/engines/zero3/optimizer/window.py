@@ -79,17 +79,18 @@ class WindowedStage3(GradientBufferStage3):
         """Remember the whole layout, then let the base class allocate state for the first window only."""
         supported.check_attributes(self)
         self._check_growth_limit()
-        self.sub_groups = SubGroups(self, self._plan.unit_of)
+        self.layout = SubGroups(self, self._plan.unit_of)
         """The whole layout."""
         self.unit_state = UnitState(
             self.optimizer,
-            self.sub_groups.units,
-            self.sub_groups.weights,
+            self.layout.units,
+            self.layout.weights,
             create=self._create_partitions_of,
             host_gradient=self._host_gradient if self.offload_optimizer else None,
             state_format=self._format_of_moments,
             rewarm=self._rewarm,
             growth_limit=self._growth_limit,
+            release=self._plan.release,
         )
         self.watch_gradients()
         self._roles = self.present(self._roles)
@@ -102,7 +103,7 @@ class WindowedStage3(GradientBufferStage3):
 
     def _create_partitions_of(self, sub_groups: Sequence[int]) -> list[Tensor]:
         """Have the base class build the fp32 partitions of ``sub_groups`` from their 16-bit weights."""
-        self.sub_groups.show(self, sub_groups, masters=[])
+        self.layout.show(self, sub_groups, masters=[])
         self._create_fp32_partitions()
         return self.fp32_partitioned_groups_flat
 
@@ -111,10 +112,10 @@ class WindowedStage3(GradientBufferStage3):
 
     def create_reduce_and_remove_grad_hooks(self) -> None:
         """Register the gradient hooks of every unit, once: a frozen leaf gets no gradient, so its hook never fires."""
-        self._show(range(len(self.sub_groups.units)))
+        self._show(range(len(self.layout.units)))
         super().create_reduce_and_remove_grad_hooks()
         self._show(self._window)
-        self.sub_groups.mark(self._window)
+        self.layout.mark(self._window)
         self.require_grad_of_window()
 
     @property
@@ -129,14 +130,14 @@ class WindowedStage3(GradientBufferStage3):
     @property
     def _shown_units(self) -> list[Unit]:
         """The unit of each sub-group that the lists show."""
-        return [self.sub_groups.units[i] for i in self.sub_groups.shown]
+        return self.layout.shown_units
 
     def _show(self, sub_groups: Sequence[int]) -> None:
-        self.sub_groups.show(self, sub_groups, self.unit_state.masters(sub_groups))
+        self.layout.show(self, sub_groups, self.unit_state.masters(sub_groups))
 
     def require_grad_of_window(self) -> None:
         """Let exactly the window's parameters require grad, whatever others (an adapter's on and off) made of it."""
-        self.sub_groups.require_grad(self._window)
+        self.layout.require_grad(self._window)
 
     # ---- switch ---------------------------------------------------------------------------------------------------
 
@@ -162,7 +163,7 @@ class WindowedStage3(GradientBufferStage3):
 
     def present(self, roles: Iterable[str]) -> tuple[str, ...]:
         """Those of ``roles`` of which something can train."""
-        wanted = set(self.sub_groups.units).intersection(roles)
+        wanted = set(self.layout.units).intersection(roles)
         return tuple(role for role in ROLES if role in wanted)
 
     @torch.no_grad()
@@ -189,7 +190,7 @@ class WindowedStage3(GradientBufferStage3):
         self._sampled, self._roles = sampled, wanted
         self._show(new)
         self.rebuild_gradient_partitions()
-        self.sub_groups.mark(new)
+        self.layout.mark(new)
         self.require_grad_of_window()
 
     def sampled_without_gradient(self) -> tuple[int, ...]:
@@ -315,4 +316,4 @@ class WindowedStage3(GradientBufferStage3):
 
     def owned(self) -> set[int]:
         """``id`` of every parameter that trains when its unit is sampled."""
-        return {id(parameter) for _, parameter in self.sub_groups.parameters()}
+        return {id(parameter) for _, parameter in self.layout.parameters()}

@@ -11,7 +11,7 @@ from torch import Tensor
 from lisa_ds.engines.common.growth_limit import NormGrowthLimit
 from lisa_ds.engines.common.rewarm import Rewarm
 from lisa_ds.engines.zero3.state.count import own_masters, state_bytes
-from lisa_ds.engines.zero3.state.release import Drop, Release
+from lisa_ds.engines.zero3.state.release import Release
 from lisa_ds.layers import Unit
 from lisa_ds.optim import StateFormat
 
@@ -48,12 +48,12 @@ class UnitState:
         state_format: StateFormat | None = None,
         rewarm: Rewarm,
         growth_limit: NormGrowthLimit,
-        release: Release | None = None,
+        release: Release,
     ) -> None:
         self._optimizer, self._units, self._weights = optimizer, tuple(units), tuple(weights)
         self._create, self._host_gradient, self._state_format = create, host_gradient, state_format
         self._rewarm, self._growth_limit = rewarm, growth_limit
-        self._release: Release = release or Drop()
+        self._release = release
         self._masters: dict[int, Tensor] = {}  # of the sub-groups that are live
 
     # ---- who has state --------------------------------------------------------------------------------------------
