@@ -122,11 +122,11 @@ class Said:
     switched: Switched
 
 
-def run_what_engines_say(cases: list[Case]) -> dict[tuple[str, str], Said]:
+def run_what_engines_say(of_both: list[Case], of_zero3: list[Case]) -> dict[tuple[str, str], Said]:
     deepspeed.init_distributed(dist_backend="gloo")
     said = {}
-    for case in cases:
-        for name, drive in (("ddp", drive_ddp), ("zero3", drive_zero3)):
+    for name, drive, cases in (("ddp", drive_ddp, of_both), ("zero3", drive_zero3, of_both + of_zero3)):
+        for case in cases:
             driven = drive(case)
             said[name, case.name] = Said(_steps(driven, case), _switched(driven.engine))
             getattr(driven.engine, "destroy", lambda: None)()

@@ -59,12 +59,14 @@ def test_every_case_is_there() -> None:
 
 
 BOTH = [case for case in CASES if case.name in ("accumulation", "roles_every", "with_all_care")]
-UNITS: tuple[Any, ...] = (*range(LAYERS), *ROLES)
+# A loss scale, and gradients on the host: what the engine of ZeRO-3 alone can have.
+SCALED = Case("scaled", dtype="fp16", steps=4)
+OF_ZERO3 = [SCALED, *(case for case in EXACT if case.name == "cpu_offload_accumulation")]
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Said]]:
-    return run_ranks(2, run_what_engines_say, tmp_path_factory.mktemp("said"), BOTH, timeout_s=300)
+    return run_ranks(2, run_what_engines_say, tmp_path_factory.mktemp("said"), BOTH, OF_ZERO3, timeout_s=300)
 
 
 @pytest.mark.parametrize("case", BOTH, ids=lambda case: case.name)
@@ -107,6 +109,12 @@ def test_a_switch_releases_what_leaves(said: list[dict[tuple[str, str], Said]], 
         assert last[goes] > 0 < last[stays]
         assert switched.after == {stays: last[stays], comes: 0}
         assert switched.again == {goes: 0, stays: last[stays]}
-        assert switched.present == tuple(role for role in ROLES)
+        assert switched.present == ROLES
         assert switched.exp_avg[1] < switched.exp_avg[0]  # bytes before and after
         assert switched.exp_avg[2] == switched.exp_avg[1]  # what has come back has no moments yet
+
+
+@pytest.mark.parametrize("case", OF_ZERO3, ids=lambda case: case.name)
+def test_squares_are_those_of_the_whole_gradient(said: list[dict[tuple[str, str], Said]], case: Case) -> None:
+    for step in said[0]["zero3", case.name].steps:
+        assert sum(step.squares.values()) ** 0.5 == pytest.approx(step.norm, rel=1e-6)
