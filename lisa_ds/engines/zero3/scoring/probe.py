@@ -40,8 +40,6 @@ It is called once a pass, must begin anew each time with the same data, and run 
 Every rank yields the same number of losses.
 """
 
-_COLLECTORS: dict[str, type[Collector]] = {"accumulated": Sums, "mean": Norms, "empirical": Squares}
-
 
 class Probe:
     """Scores every block of a model under ZeRO-3, between two optimizer steps.
@@ -109,12 +107,15 @@ class Probe:
         Raises:
             EngineError: The ranks yield different numbers of losses, a loss depends on no block, or a score is not finite.
         """
+        collectors: dict[str, type[Collector]] = {"accumulated": Sums, "mean": Norms, "empirical": Squares}
         found: list[float] = []
         windows = scores.passes(len(self._stack.layers), kind, self._probe_blocks)
         for number, blocks in enumerate(windows, start=1):
             label = f"pass {number} of {len(windows)}"
-            collector = _COLLECTORS.get(kind)
-            found += self._pass(kind, label, blocks, collector) if collector else self._curvature(label, blocks)
+            if kind == "hutchinson":
+                found += self._curvature(label, blocks)
+            else:
+                found += self._pass(kind, label, blocks, collectors[kind])
         return self._agreed(found, kind)
 
     # ---- one pass over the data -----------------------------------------------------------------------------------
