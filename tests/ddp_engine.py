@@ -14,11 +14,11 @@ from lisa_ds.config import LisaConfig
 from lisa_ds.engines.common import policies
 from lisa_ds.engines.common.backward_start import BackwardStart
 from lisa_ds.engines.common.draws import Draws
-from lisa_ds.engines.common.protocol import Collectives, Engine
+from lisa_ds.engines.common.protocol import Collectives
 from lisa_ds.engines.common.run import LisaRun
 from lisa_ds.layers import ROLES, LayerStack, Unit
 from tests import trajectory
-from tests.trajectory import MICRO_BATCH, Case, Outcome
+from tests.trajectory import Case
 
 
 class DdpEngine:
@@ -44,9 +44,9 @@ class DdpEngine:
         self._roles: tuple[str, ...] = ()
         self.train_units(self.run.history[0], self.run.roles_at(0))
         add, maximum = dist.all_reduce, lambda tensor: dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        ranks = Collectives(add, maximum, texts, device=torch.device("cpu"))
+        self.ranks = Collectives(add, maximum, texts, device=torch.device("cpu"))
         fed: Any = {"measure": lambda: [1.0] * layers, "gradients": None, "affords": lambda count: True}
-        self.run.begin(Draws(self.run.sampler, **fed, ranks=ranks))
+        self.run.begin(Draws(self.run.sampler, **fed, ranks=self.ranks))
         self.run.scale_rates(self)
 
     @property
@@ -79,6 +79,17 @@ class DdpEngine:
         moments = [state["exp_avg"] for o in self._optimizers.values() for state in o.state.values()]
         return {"exp_avg": sum(moment.numel() * moment.element_size() for moment in moments)}
 
+    def unit_squares(self) -> dict[Unit, Tensor]:
+        whole = {unit: torch.cat([g.flatten() for g in self._gradients(unit)]) for unit in self._optimizers}
+        return {unit: gradient.norm().double().square() for unit, gradient in whole.items()}
+
+    def state_of(self, unit: Unit) -> list[dict[str, Any]]:
+        optimizer = self._optimizers.get(unit)
+        return [optimizer.state.get(parameter, {}) for parameter in self._trainable[unit]] if optimizer else []
+
+    def _gradients(self, unit: Unit) -> list[Tensor]:
+        return [parameter.grad for parameter in self._trainable[unit] if parameter.grad is not None]
+
     def _optimizer(self, unit: Unit) -> torch.optim.AdamW:
         groups = [{"params": [p], "weight_decay": 0.1 if p.dim() > 1 else 0.0} for p in self._trainable[unit]]
         return torch.optim.AdamW(groups, lr=1e-3, eps=trajectory.EPS, foreach=False)
@@ -92,9 +103,8 @@ class DdpEngine:
 
     @torch.no_grad()
     def step(self) -> float:
-        order = list(self._optimizers)
-        gradients = {unit: [p.grad for p in self._trainable[unit] if p.grad is not None] for unit in order}
-        norms = torch.stack([torch.cat([g.flatten() for g in gradients[unit]]).norm().double() for unit in order])
+        squares = self.unit_squares()
+        order, norms = list(squares), torch.stack(list(squares.values())).sqrt()
         if self.run.growth_limit.factor is not None:
             norms = self.run.growth_limit.limit(order, norms)
         norm = float(norms.norm())
@@ -102,7 +112,7 @@ class DdpEngine:
         rate = 1e-3 / (1 + self.run.step) if self._case.scheduler else 1e-3
         for unit, optimizer in self._optimizers.items():
             factor = self.run.growth_limit.of(unit)
-            torch._foreach_mul_(gradients[unit], clip * (1.0 if factor is None else float(factor)))
+            torch._foreach_mul_(self._gradients(unit), clip * (1.0 if factor is None else float(factor)))
             own = self._lr_scales.get(unit, 1.0) if isinstance(unit, int) else self._role_scales[unit]
             for group in optimizer.param_groups:
                 group["lr"] = rate * own * self.run.rewarm.share(unit)
@@ -118,27 +128,3 @@ def texts(own: str) -> list[str]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     return found
-
-
-def run_case(case: Case) -> Outcome:
-    model = trajectory.build_model(case.tied).train()
-    if case.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})  # type: ignore[operator]
-    engine = DdpEngine(model, case)
-    as_protocol: Engine = engine
-    losses, norms, layers, rank = [], [], [], dist.get_rank()
-    for micro in trajectory.micro_batches(case, dist.get_world_size()):
-        layers.append(as_protocol.sampled_layers)
-        own = [engine.backward(batch[rank * MICRO_BATCH : (rank + 1) * MICRO_BATCH]) for batch in micro]
-        mean = torch.tensor([sum(own) / len(own) / dist.get_world_size()])
-        dist.all_reduce(mean)
-        losses.append(float(mean))
-        norms.append(engine.step())
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    return Outcome(
-        losses, norms, weights, layers, {"history": engine.run.history, "report": as_protocol.memory_report()}
-    )
-
-
-def run_cases(cases: list[Case]) -> dict[str, Outcome]:
-    return {case.name: run_case(case) for case in cases}

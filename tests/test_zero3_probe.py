@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lisa_ds.engines.zero3.scoring.rademacher import key_of, rademacher
+from lisa_ds.engines.common.rademacher import key_of, rademacher
 from tests import trajectory
 from tests.ranks import Runs, run_ranks
 from tests.trajectory import LAYERS, Case

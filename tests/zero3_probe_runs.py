@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.live_bytes import LiveBytes
+from lisa_ds.engines.common.scores import KINDS
 from lisa_ds.engines.zero3.scoring import probe, side_backward
-from lisa_ds.engines.zero3.scoring.probe import KINDS, Probe
+from lisa_ds.engines.zero3.scoring.probe import Probe
 from lisa_ds.errors import EngineError
 from lisa_ds.memory import probe_bytes
 from tests import zero3_runs

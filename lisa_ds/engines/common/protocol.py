@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from lisa_ds.layers import Unit
 
 
 class Engine(Protocol):
@@ -38,6 +40,25 @@ class Engine(Protocol):
 
     def memory_report(self) -> dict[str, int]:
         """Bytes of live model-state tensors on this rank, by kind."""
+
+    def unit_squares(self) -> Mapping[Unit, Tensor]:
+        """Squared 2-norm of the gradient of each unit that trains: ``()``, float64, by unit, equal on all ranks.
+
+        They are of the whole gradient, as a step would use it: averaged over ranks, accumulated, without the loss scale, and neither
+        clipped nor limited. Called on all ranks alike, between the last backward of a step and the step.
+        """
+
+    def state_of(self, unit: Unit) -> Sequence[Mapping[str, Any]]:
+        """The live optimizer state of ``unit`` on this rank, itself and no copy; nothing where it does not train.
+
+        Returns:
+            A table for each piece that the engine keeps state in (a parameter, or several in one), which holds ``exp_avg``,
+            ``exp_avg_sq`` and ``step`` by the names of ``torch.optim.AdamW`` once the unit has taken a step.
+        """
+
+    @property
+    def ranks(self) -> Collectives:
+        """How all ranks of the run talk to each other."""
 
 
 class Observed(Protocol):

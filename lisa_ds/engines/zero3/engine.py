@@ -2,71 +2,43 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import stage3
+from torch import Tensor
 
-from lisa_ds.config import LisaConfig
-from lisa_ds.config.deepspeed import accumulates_in_fp32
-from lisa_ds.engines.common import policies
-from lisa_ds.engines.common.backward_start import BackwardStart
-from lisa_ds.engines.common.run import LisaRun
-from lisa_ds.engines.zero3 import linear, parallel, supported
 from lisa_ds.engines.zero3.checkpoint import files
 from lisa_ds.engines.zero3.checkpoint.save_load import Checkpoints
-from lisa_ds.engines.zero3.optimizer import accepted
-from lisa_ds.engines.zero3.optimizer.fused import FusedStage3
-from lisa_ds.engines.zero3.optimizer.plan import WindowPlan
-from lisa_ds.engines.zero3.optimizer.window import WindowedStage3
+from lisa_ds.engines.zero3.construction import LisaConstruction
 from lisa_ds.engines.zero3.release import let_go_of
-from lisa_ds.engines.zero3.scoring import measure
 from lisa_ds.engines.zero3.scoring.draws import draws_of
 from lisa_ds.engines.zero3.watch.memory_report import memory_report
 from lisa_ds.errors import EngineError
-from lisa_ds.layers import LayerStack
-from lisa_ds.memory import SAMPLED_KINDS, ModelShape, default_bucket
-from lisa_ds.optim import StateFormat
+from lisa_ds.layers import Unit
+from lisa_ds.memory import SAMPLED_KINDS
 
 logger = logging.getLogger("lisa_ds")
 
 
-class LisaEngine(DeepSpeedEngine):
+class LisaEngine(LisaConstruction):
     """``DeepSpeedEngine`` under LISA; built by :func:`lisa_ds.initialize` or by an armed trainer.
 
     Args:
-        lisa: The run's LISA section.
-        steps_per_epoch: Given this engine, the optimizer steps in one pass over the data, for ``interval_steps: 1epoch``;
-            None where unknown.
-        calibration: The batches on which samplers by gradients measure their scores; see :mod:`lisa_ds.engines.zero3.scoring`.
-        **kwargs: As ``deepspeed.initialize`` hands them to ``DeepSpeedEngine``.
+        **kwargs: As :class:`~lisa_ds.engines.zero3.construction.LisaConstruction` takes them: ``lisa``, ``steps_per_epoch``,
+            ``calibration``, and what ``deepspeed.initialize`` hands to ``DeepSpeedEngine``.
 
     Raises:
         EngineError: DeepSpeed, or an option of its config, cannot be combined with LISA.
         ConfigError: The LISA section does not fit the model.
     """
 
-    def __init__(
-        self,
-        *,
-        lisa: LisaConfig,
-        steps_per_epoch: Callable[[Any], int | None] = lambda engine: None,
-        calibration: measure.Calibration | None = None,
-        **kwargs: Any,
-    ) -> None:
-        supported.check_deepspeed()
-        supported.check_options(kwargs["config_class"])
-        self._lisa = lisa
-        self._steps_per_epoch = steps_per_epoch
-        self._calibration = calibration
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._aim_backward()
-        self._run.begin(draws_of(self, self._run.sampler, calibration))
+        self._run.begin(draws_of(self, self._run.sampler, self._calibration))
         self._run.scale_rates(self)
         if self.global_rank == 0:
             for notice in self._run.notices:
@@ -114,31 +86,29 @@ class LisaEngine(DeepSpeedEngine):
         return list(self._run.history)
 
     @property
-    def model_shape(self) -> ModelShape:
-        """Elements of each parameter by unit on this rank, for the planner; what was frozen beforehand is apart.
-
-        Where ranks share layers, ``world_size`` of the planner is the number of those that hold the same ones.
-        """
-        return self._shape
-
-    @property
-    def state_format(self) -> StateFormat:
-        """What optimizer state is kept in."""
-        return StateFormat(self._lisa.optimizer.precision, self._lisa.optimizer.moments)
-
-    @property
     def has_moments(self) -> bool:
         """Whether everything that trains has taken a step: moments come with the first."""
-        states, masters = self.optimizer.optimizer.state, self.optimizer.fp32_partitioned_groups_flat
-        return all(states.get(master) for master in masters)
-
-    @property
-    def _fuses(self) -> bool:
-        return self._lisa.optimizer.name == "masked_adamw"
+        found: bool = self.optimizer.unit_state.has_moments
+        return found
 
     def memory_report(self) -> dict[str, int]:
         """Bytes of live model-state tensors on this rank; see :func:`lisa_ds.engines.zero3.watch.memory_report.memory_report`."""
         return memory_report(self.optimizer, self.module.parameters())
+
+    def state_of(self, unit: Unit) -> list[dict[str, Any]]:
+        """The live optimizer state of one unit on this rank; see :class:`lisa_ds.engines.common.protocol.Engine`.
+
+        Moments are flat, ``(numel,)``, this rank's partition of every sub-group of the unit with its padding, in the format that they
+        are kept in: with ``moments: int8`` ``exp_avg`` and ``exp_avg_sq`` are codes, and ``exp_avg_scale`` and ``exp_avg_sq_scale``
+        their scales. ``master`` is there where weights have a master copy.
+        """
+        found: list[dict[str, Any]] = self.optimizer.unit_state.of(unit)
+        return found
+
+    def unit_squares(self) -> dict[Unit, Tensor]:
+        """Squared gradient norm of each unit that trains; see :class:`lisa_ds.engines.common.protocol.Engine`."""
+        squares: dict[Unit, Tensor] = self.optimizer.unit_squares()
+        return squares
 
     def switch_to(self, layers: Iterable[int]) -> None:
         """Train exactly ``layers`` from the next forward on, until the next boundary of the schedule.
@@ -176,72 +146,6 @@ class LisaEngine(DeepSpeedEngine):
         self._uninstall_linear()
         super().destroy()
         let_go_of(self.module)
-
-    # ---- what DeepSpeed asks while it is built --------------------------------------------------------------------
-
-    def _configure_zero_optimizer(self, optimizer: Any) -> Any:
-        # Here and not earlier: AutoTP replaces parameters before the optimizer is built.
-        supported.check_optimizer(optimizer)
-        parallel.check(self)
-        if self._fuses:
-            accepted.check_optimizer(optimizer, self.state_format)
-        self._stack = LayerStack.from_model(self.module, self._lisa.layers_path)
-        self._shape = parallel.model_shape(self._stack, parallel.data_parallel_size(self), frozen=True)
-        groups = getattr(optimizer, "param_groups", [])
-        frozen = policies.apply(self._stack, self._lisa, {id(p) for group in groups for p in group["params"]})
-        supported.check_leaf_modules(self.module, self._stack)
-        self._run = LisaRun(
-            self._lisa,
-            num_layers=len(self._stack.layers),
-            tied=self._stack.tied,
-            frozen=frozen,
-            steps_per_epoch=self._steps_per_epoch(self),
-        )
-        self._backward_start = BackwardStart(self.module, self._stack)
-        self._uninstall_linear = linear.install(self.module.parameters())
-        measure.check(self, self._lisa, self._calibration)
-        layout = WindowPlan(
-            unit_of=self._stack.unit_of,
-            sampled=self._run.history[0],
-            roles=self._run.roles_at(0),
-            lr_scales=policies.lr_scales(self._lisa),
-            rewarm=self._run.rewarm,
-            growth_limit=self._run.growth_limit,
-        )
-        window: Any = functools.partial(WindowedStage3, plan=layout)
-        if self._fuses:
-            window = functools.partial(FusedStage3, plan=layout, state_format=self.state_format, seed=self._lisa.seed)
-        saved = stage3.DeepSpeedZeroOptimizer_Stage3
-        stage3.DeepSpeedZeroOptimizer_Stage3 = window
-        try:
-            return super()._configure_zero_optimizer(optimizer)
-        except BaseException:
-            self._uninstall_linear()
-            raise
-        finally:
-            stage3.DeepSpeedZeroOptimizer_Stage3 = saved
-
-    def get_data_types(self) -> tuple[Any, Any]:
-        """Model and gradient-accumulation dtypes: fp32 accumulation by default when gradients are accumulated at all.
-
-        DeepSpeed's own default adds 16-bit micro-batch gradients in 16 bits. ``data_types.grad_accum_dtype`` overrides.
-        """
-        model, accumulation = super().get_data_types()
-        accumulates = self.gradient_accumulation_steps() > 1 or not self.managed_gradient_accumulation()
-        if accumulates_in_fp32(self._config.grad_accum_dtype, accumulates=accumulates):
-            accumulation = torch.float32
-        return model, accumulation
-
-    def zero_force_ds_cpu_optimizer(self) -> bool:
-        """Whether an offloaded optimizer must be DeepSpeed's: not where the update is not the optimizer's own anyway."""
-        return not self._fuses and bool(super().zero_force_ds_cpu_optimizer())
-
-    def zero_reduce_bucket_size(self) -> int:
-        """Elements of a reduce bucket: the config's, or one that fits what LISA reduces where the config names none."""
-        zero = self._config.zero_config
-        if "reduce_bucket_size" in zero.model_fields_set:
-            return int(zero.reduce_bucket_size)
-        return default_bucket(ModelShape.from_numels(self._stack.numels()))
 
     # ---- training -------------------------------------------------------------------------------------------------
 

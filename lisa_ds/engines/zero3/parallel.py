@@ -18,6 +18,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 
 from lisa_ds.config.deepspeed import autotp_size, section
+from lisa_ds.engines.common.protocol import Collectives
 from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
 from lisa_ds.memory import ModelShape
@@ -95,6 +96,22 @@ def _check_autotp(engine: Any) -> None:
 def data_parallel_size(engine: Any) -> int:
     """Ranks that ZeRO-3 partitions over."""
     return int(dist.get_world_size(engine.seq_data_parallel_group))
+
+
+def collectives(device: torch.device) -> Collectives:
+    """How all ranks of the process group talk to each other, with tensors on ``device``."""
+    return Collectives(
+        add=dist.all_reduce,
+        maximum=lambda tensor: dist.all_reduce(tensor, op=dist.ReduceOp.MAX),
+        texts=_texts,
+        device=device,
+    )
+
+
+def _texts(own: str) -> list[str]:
+    texts: list[Any] = [None] * dist.get_world_size()
+    torch.distributed.all_gather_object(texts, own)
+    return texts
 
 
 def stream_rank(parameter: Any) -> int:

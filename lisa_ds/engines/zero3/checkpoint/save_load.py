@@ -82,4 +82,4 @@ class Checkpoints:
             load_weights(self._module, directory)
         self._run.begin_anew(self._engine)
         self._optimizer.refresh_fp32_params()
-        self._optimizer.forget_moments()
+        self._optimizer.unit_state.forget_moments()

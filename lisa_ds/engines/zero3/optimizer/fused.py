@@ -45,7 +45,7 @@ class FusedStage3(WindowedStage3):
         self.state_format = state_format
         self._seed = seed
         self._table: tuple[Any, SegmentTable] | None = None
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, state_format=state_format, **kwargs)
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
@@ -78,8 +78,8 @@ class FusedStage3(WindowedStage3):
         )  # compiled now, if it must be
         super()._setup_for_real_optimizer()
         # Each parameter's place in the whole layout: the same in a resumed run, as ds_id need not be.
-        everything = itertools.chain.from_iterable(self._all["fp16_groups"])
-        self._number_of = {parameter.ds_id: number for number, parameter in enumerate(everything)}
+        everything = self.layout.parameters()
+        self._number_of = {parameter.ds_id: number for number, (_, parameter) in enumerate(everything)}
 
     def _create_fp32_partitions(self) -> None:
         """See the base class. Without a master copy the partition to update is the 16-bit one itself."""
@@ -94,13 +94,9 @@ class FusedStage3(WindowedStage3):
         for group in self.optimizer.param_groups:
             group["params"] = []
 
-    def _state_of(self, position: int) -> dict[str, Any]:
-        """The state of a sub-group of the window; zero moments where it has none yet."""
-        master = self.fp32_partitioned_groups_flat[position]
-        state: dict[str, Any] = self.optimizer.state[master]
-        if not state:
-            state.update(self.state_format.new_moments(master.detach(), self._sizes(position)))
-        return state
+    def _moments_of(self, position: int) -> dict[str, Any]:
+        """The moments of a sub-group of the window; zero where it has none yet."""
+        return self.unit_state.moments_of(self.layout.shown[position], self._sizes(position))
 
     def _sizes(self, position: int) -> list[int]:
         return [parameter.partition_numel() for parameter in self.fp16_groups[position]]
@@ -149,7 +145,7 @@ class FusedStage3(WindowedStage3):
         """The table over what has a gradient; the last one, if everything lies where it did. None if nothing has one."""
         places, hypers = [], []
         for position, master in enumerate(self.fp32_partitioned_groups_flat):
-            state = self._state_of(position)
+            state = self._moments_of(position)
             present = [parameter.ds_id not in self.absent for parameter in self.fp16_groups[position]]
             if any(present) and not all(present) and STEPS not in state:
                 state[STEPS] = state["step"].repeat(len(present))
@@ -200,7 +196,7 @@ class FusedStage3(WindowedStage3):
     def _segments(self, position: int) -> list[Segment]:
         """One segment for each partition with a gradient: each has its own 8-bit scales, wherever it lies in the sub-group."""
         master, flat = self.fp32_partitioned_groups_flat[position].detach(), self.fp16_partitioned_groups_flat[position]
-        state = self._state_of(position)
+        state = self._moments_of(position)
         gradients: Mapping[int, Tensor] = getattr(self, supported.GRAD_PARTITIONS)
         steps = state[STEPS].unbind() if STEPS in state else itertools.repeat(state["step"])
         segments, scales = [], 0
@@ -233,7 +229,7 @@ class FusedStage3(WindowedStage3):
     def _count_steps(self) -> None:
         """Where parameters count their own steps, let the sub-group's be the most of them."""
         for position in range(len(self.fp16_groups)):
-            state = self._state_of(position)
+            state = self._moments_of(position)
             if STEPS in state:
                 state["step"].copy_(state[STEPS].amax())
 
@@ -293,21 +289,11 @@ class FusedStage3(WindowedStage3):
         without_state = {**state_dict, "optimizer_state_dict": {**saved, "state": {}}}
         super()._rigid_load_state_dict(without_state, load_optimizer_states)
         if load_optimizer_states:
-            self._restore_exactly(saved)
+            self._set_fp32_optimizer_param_groups()
+            masters = [master for group in self.optimizer.param_groups for master in group["params"]]
+            self._clear_fp32_optimizer_param_groups()
+            self.unit_state.restore(saved, masters)
         self._table = None
-
-    def _restore_exactly(self, saved: Mapping[str, Any]) -> None:
-        """Torch casts loaded state to the parameter's type, which 8-bit codes and fp32 moments beside bf16 would not survive."""
-        identifiers = [i for group in saved["param_groups"] for i in group["params"]]
-        self._set_fp32_optimizer_param_groups()
-        masters = [master for group in self.optimizer.param_groups for master in group["params"]]
-        self._clear_fp32_optimizer_param_groups()
-        for identifier, master in zip(identifiers, masters, strict=True):
-            if identifier in saved["state"]:
-                state = {
-                    k: torch.as_tensor(v).to(master.device, copy=True) for k, v in saved["state"][identifier].items()
-                }
-                self.optimizer.state[master] = state | {"step": state["step"].float().reshape(())}
 
     def _get_fp32_opt_state_partition(
         self, param: Any, release_swap_buffers: bool, optim_state_key: str | None = None
@@ -319,7 +305,7 @@ class FusedStage3(WindowedStage3):
                 param, release_swap_buffers, optim_state_key
             )
             return result
-        state = self._state_of(position)
+        state = self._moments_of(position)
         before = sum(-(-size // QUANT_BLOCK) for size in self._sizes(position)[: self._place_in_group(param, position)])
         scales = state[f"{optim_state_key}_scale"][before : before - -size // QUANT_BLOCK]
         decode = dequantise_signed if optim_state_key == "exp_avg" else dequantise_unsigned

@@ -1,4 +1,4 @@
-"""Norms of the gradients of each unit under ZeRO-3, over all ranks, as a step would use them."""
+"""Squared norms of the gradients of each unit under ZeRO-3, over all ranks, as a step would use them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def holds_own_parts(optimizer: Any) -> bool:
 
 
 @torch.no_grad()
-def unit_norms(
+def unit_squares(
     optimizer: Any, units: Sequence[Unit], norms_of_groups: Callable[[], Sequence[Any]]
 ) -> tuple[list[Unit], Tensor]:
-    """Norm of each unit's gradient over all ranks, with the loss scale.
+    """Squared 2-norm of each unit's gradient over all ranks, with the loss scale squared.
 
     Args:
         optimizer: The window.
@@ -55,7 +55,7 @@ def unit_norms(
     )
     if holds_own_parts(optimizer):
         dist.all_reduce(of_units, group=optimizer.sub_group_process_groups[0])
-    return order, of_units.sqrt()
+    return order, of_units
 
 
 def _own_squares(optimizer: Any, group: Sequence[Any], device: str) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from lisa_ds.engines.common.growth_limit import NormGrowthLimit
 from lisa_ds.engines.common.rewarm import Rewarm
+from lisa_ds.engines.zero3.state.release import Drop, Release
 from lisa_ds.layers import ROLES, Unit
 
 
@@ -31,3 +32,6 @@ class WindowPlan:
 
     growth_limit: NormGrowthLimit = field(default_factory=NormGrowthLimit)
     """Of the gradients of units."""
+
+    release: Release = field(default_factory=Drop)
+    """What becomes of the state of units that leave."""

@@ -6,13 +6,14 @@ Note on the window.
     overflow, step, state_dict) run over those lists. Here a sub-group is the part of one unit that lies in one parameter
     group. All sub-groups are laid out once in the 16-bit flat buffer; the lists then show only those of the sampled
     units, so that fp32 partitions, moments and gradients exist for these alone, and Stage 3's own code sees nothing else.
-    A switch retires the sub-groups that leave, materialises those that come, and re-points the lists.
+    A switch re-points the lists, and has the state of what leaves released and of what comes in built by
+    :class:`lisa_ds.engines.zero3.state.unit_state.UnitState`, which alone knows how.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,31 +21,35 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from lisa_ds.engines.zero3 import supported
-from lisa_ds.engines.zero3.optimizer.gradient_norms import unit_norms
-from lisa_ds.engines.zero3.optimizer.missing_gradients import MissingGradientsStage3
+from lisa_ds.engines.zero3.optimizer.gradient_buffer import GradientBufferStage3
+from lisa_ds.engines.zero3.optimizer.gradient_norms import unit_squares
 from lisa_ds.engines.zero3.optimizer.plan import WindowPlan
+from lisa_ds.engines.zero3.optimizer.sub_groups import SubGroups
+from lisa_ds.engines.zero3.state.unit_state import UnitState
 from lisa_ds.errors import CheckpointError, EngineError
 from lisa_ds.layers import ROLES, Unit
+from lisa_ds.optim import StateFormat
 
 _STATE_KEY = "lisa"
 
 
-class WindowedStage3(MissingGradientsStage3):
+class WindowedStage3(GradientBufferStage3):
     """ZeRO-3 whose optimizer state, gradients and fp32 partitions exist for the sampled units only.
 
     Args:
         plan: The units, and those that train first.
+        state_format: What moments are kept in; None where the optimizer that is given makes its own.
         *args: As for ``DeepSpeedZeroOptimizer_Stage3``.
         **kwargs: Likewise.
     """
 
-    # The base class is untyped; these are the attributes of it that are set here.
-    grad_partitions_flat_buffer: Any
-    grad_position: dict[int, list[int]]
-    sub_group_to_group_id: dict[int, int]
+    sub_group_to_group_id: dict[int, int]  # of the base class, which is untyped
 
-    def __init__(self, *args: Any, plan: WindowPlan, **kwargs: Any) -> None:
-        self._plan = plan
+    unit_state: UnitState
+    """The state of what trains."""
+
+    def __init__(self, *args: Any, plan: WindowPlan, state_format: StateFormat | None = None, **kwargs: Any) -> None:
+        self._plan, self._format_of_moments = plan, state_format
         self._sampled: tuple[int, ...] = plan.sampled
         self._roles: tuple[str, ...] = plan.roles
         self._rewarm, self._growth_limit = plan.rewarm, plan.growth_limit
@@ -74,56 +79,65 @@ class WindowedStage3(MissingGradientsStage3):
         """Remember the whole layout, then let the base class allocate state for the first window only."""
         supported.check_attributes(self)
         self._check_growth_limit()
-        self._all = {name: list(getattr(self, name)) for name in supported.SUB_GROUP_LISTS}
-        self._param_group_of = dict(self.sub_group_to_group_id)
-        self._unit_of_sub_group = [self._plan.unit_of[id(group[0])] for group in self._all["fp16_groups"]]
-        self._master: dict[int, Tensor] = {}  # sub-group -> its live fp32 partition
+        self.layout = SubGroups(self, self._plan.unit_of)
+        """The whole layout."""
+        self.unit_state = UnitState(
+            self.optimizer,
+            self.layout.units,
+            self.layout.weights,
+            create=self._create_partitions_of,
+            host_gradient=self._host_gradient if self.offload_optimizer else None,
+            state_format=self._format_of_moments,
+            rewarm=self._rewarm,
+            growth_limit=self._growth_limit,
+            release=self._plan.release,
+        )
         self.watch_gradients()
         self._roles = self.present(self._roles)
-        window = self._sub_groups((*self._sampled, *self._roles))
+        window = self._window
         if not window:
             raise EngineError("nothing to train: no block is sampled and every other parameter is frozen")
-        self._keep((*self._sampled, *self._roles))
         self._show(window)
         super()._setup_for_real_optimizer()
-        self._master = dict(zip(window, self.fp32_partitioned_groups_flat, strict=True))
+        self.unit_state.adopt(self._units, self.fp32_partitioned_groups_flat)
+
+    def _create_partitions_of(self, sub_groups: Sequence[int]) -> list[Tensor]:
+        """Have the base class build the fp32 partitions of ``sub_groups`` from their 16-bit weights."""
+        self.layout.show(self, sub_groups, masters=[])
+        self._create_fp32_partitions()
+        return self.fp32_partitioned_groups_flat
+
+    def _host_gradient(self, master: Tensor) -> Tensor:
+        return self.pinned(torch.zeros_like(master, requires_grad=False))
 
     def create_reduce_and_remove_grad_hooks(self) -> None:
         """Register the gradient hooks of every unit, once: a frozen leaf gets no gradient, so its hook never fires."""
-        self._show(range(len(self._unit_of_sub_group)))
+        self._show(range(len(self.layout.units)))
         super().create_reduce_and_remove_grad_hooks()
-        self._show(self._sub_groups((*self._sampled, *self._roles)))
-        self._mark_window()
+        self._show(self._window)
+        self.layout.mark(self._window)
         self.require_grad_of_window()
 
-    def _sub_groups(self, units: Iterable[Unit]) -> list[int]:
-        wanted = set(units)
-        return [i for i, unit in enumerate(self._unit_of_sub_group) if unit in wanted]
+    @property
+    def _units(self) -> tuple[Unit, ...]:
+        return (*self._sampled, *self._roles)
 
-    def _show(self, sub_groups: Iterable[int]) -> None:
-        """Point every list of the base class at ``sub_groups`` alone."""
-        sub_groups = list(sub_groups)
-        for name, entries in self._all.items():
-            setattr(self, name, [entries[i] for i in sub_groups])
-        self.sub_group_to_group_id = {position: self._param_group_of[i] for position, i in enumerate(sub_groups)}
-        self.fp32_partitioned_groups_flat = [self._master[i] for i in sub_groups if i in self._master]
-        self._shown_units = [self._unit_of_sub_group[i] for i in sub_groups]
+    @property
+    def _window(self) -> list[int]:
+        """The sub-groups that train."""
+        return self.unit_state.sub_groups(self._units)
+
+    @property
+    def _shown_units(self) -> list[Unit]:
+        """The unit of each sub-group that the lists show."""
+        return self.layout.shown_units
+
+    def _show(self, sub_groups: Sequence[int]) -> None:
+        self.layout.show(self, sub_groups, self.unit_state.masters(sub_groups))
 
     def require_grad_of_window(self) -> None:
         """Let exactly the window's parameters require grad, whatever others (an adapter's on and off) made of it."""
-        window = set(self._sub_groups((*self._sampled, *self._roles)))
-        for i, group in enumerate(self._all["fp16_groups"]):
-            for parameter in group:
-                parameter.requires_grad_(i in window)
-                if i not in window:
-                    parameter.grad = None
-
-    def _mark_window(self) -> None:
-        """Tell the next engine of this model who is frozen by this one alone; see :func:`policies.apply`."""
-        window = set(self._sub_groups((*self._sampled, *self._roles)))
-        for i, group in enumerate(self._all["fp16_groups"]):
-            for parameter in group:
-                parameter.lisa_waits = i not in window
+        self.layout.require_grad(self._window)
 
     # ---- switch ---------------------------------------------------------------------------------------------------
 
@@ -149,7 +163,7 @@ class WindowedStage3(MissingGradientsStage3):
 
     def present(self, roles: Iterable[str]) -> tuple[str, ...]:
         """Those of ``roles`` of which something can train."""
-        wanted = set(self._unit_of_sub_group).intersection(roles)
+        wanted = set(self.layout.units).intersection(roles)
         return tuple(role for role in ROLES if role in wanted)
 
     @torch.no_grad()
@@ -164,75 +178,20 @@ class WindowedStage3(MissingGradientsStage3):
         """
         sampled = tuple(sorted(sampled))
         wanted = self._roles if roles is None else self.present(roles)
-        old, new = self._sub_groups((*self._sampled, *self._roles)), self._sub_groups((*sampled, *wanted))
+        units: tuple[Unit, ...] = (*sampled, *wanted)
+        new = self.unit_state.sub_groups(units)
         if not new:
             raise EngineError(
                 f"nothing to train: layers {list(sampled)} are sampled and every other parameter is frozen"
             )
-        self._finish_reductions()
-        self._release_gradients()
-        self._retire(sorted(set(old) - set(new)))
-        self._materialise(sorted(set(new) - set(old)))
+        self.finish_reductions()
+        self.release_gradients()  # before anything that comes in is allocated
+        self.unit_state.train(units)
         self._sampled, self._roles = sampled, wanted
-        self._keep((*sampled, *wanted))
         self._show(new)
-        self._rebuild_gradient_partitions()
-        self._mark_window()
+        self.rebuild_gradient_partitions()
+        self.layout.mark(new)
         self.require_grad_of_window()
-
-    def _finish_reductions(self) -> None:
-        if self.micro_step_id or self._epilogue_ran_this_backward:
-            raise EngineError(
-                "there are gradients that no step has used yet; a switch would lose them: switch after step()"
-            )
-        if not get_accelerator().resolves_data_dependency():
-            self.reduce_and_partition_stream.synchronize()  # it may still write into the gradient buffer
-
-    def _retire(self, sub_groups: Iterable[int]) -> None:
-        for i in sub_groups:
-            master = self._master.pop(i)
-            self.optimizer.state.pop(master, None)
-            master.grad = None
-
-    def _materialise(self, sub_groups: Sequence[int]) -> None:
-        """Build the fp32 partitions of ``sub_groups`` from their 16-bit weights; moments start at zero at the next step."""
-        if not sub_groups:
-            return
-        self._show(sub_groups)
-        self.fp32_partitioned_groups_flat = []
-        self._create_fp32_partitions()
-        for master in self.fp32_partitioned_groups_flat if self.offload_optimizer else ():
-            master.grad = self._pinned(torch.zeros_like(master, requires_grad=False))
-        self._master.update(zip(sub_groups, self.fp32_partitioned_groups_flat, strict=True))
-
-    def _release_gradients(self) -> None:
-        """Free the gradient buffer, and with it what lies in it, before anything that comes in is allocated."""
-        getattr(self, supported.GRAD_PARTITIONS).clear()
-        self.averaged_gradients = {}
-        self._written.clear()
-        self.grad_partitions_flat_buffer = None
-
-    def _rebuild_gradient_partitions(self) -> None:
-        """Give each sampled parameter its slice of a new gradient buffer."""
-        parameters = list(itertools.chain.from_iterable(self.fp16_groups))
-        sizes = [parameter.partition_numel() for parameter in parameters]
-        # Zeros: padding after the last element of an odd-sized parameter is never written, but enters the norm.
-        buffer = self._pinned(torch.zeros(sum(sizes), dtype=self.gradient_accumulation_dtype, device=self.device))
-        self.grad_partitions_flat_buffer, slices = buffer, torch.split(buffer, sizes)
-        getattr(self, supported.GRAD_PARTITIONS).update(
-            (parameter.ds_id, part) for parameter, part in zip(parameters, slices, strict=True)
-        )
-        self.grad_position = {}
-        self.set_grad_positions()
-        self._offload_boundary_param_ids.clear()
-        if self.offload_optimizer:
-            self.norm_for_param_grads = {}
-            self.subgroup_to_device = dict.fromkeys(range(len(self.fp16_groups)), "cpu")
-
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        """``tensor``, of an offloaded optimizer, in pinned memory if the config asks for it."""
-        pinned: Tensor = get_accelerator().pin_memory(tensor) if self.offload_optimizer_pin_memory else tensor
-        return pinned
 
     def sampled_without_gradient(self) -> tuple[int, ...]:
         """Sampled blocks of which no parameter has a gradient for the step to come."""
@@ -243,10 +202,6 @@ class WindowedStage3(MissingGradientsStage3):
             if parameter.ds_id not in self.absent
         }
         return tuple(layer for layer in self._sampled if layer not in with_gradient)
-
-    def _keep(self, units: Collection[Unit]) -> None:
-        self._rewarm.keep(units)
-        self._growth_limit.keep(units)
 
     # ---- step -----------------------------------------------------------------------------------------------------
 
@@ -284,6 +239,18 @@ class WindowedStage3(MissingGradientsStage3):
         finally:
             group["lr"] = lr
 
+    def unit_squares(self) -> dict[Unit, Tensor]:
+        """Squared 2-norm of the gradient of each unit that trains, over all ranks, as :meth:`step` finds it.
+
+        Every rank must call it, between the last backward of a step and the step.
+
+        Returns:
+            By unit ``()``, fp64, on the device that computes; without the loss scale.
+        """
+        self.settle_gradients()
+        order, squares = unit_squares(self, self._shown_units, super()._get_norm_groups)
+        return dict(zip(order, (squares / float(self.loss_scale) ** 2).unbind(), strict=True))
+
     # ---- norm-growth limit ----------------------------------------------------------------------------------------
 
     def _check_growth_limit(self) -> None:
@@ -299,8 +266,8 @@ class WindowedStage3(MissingGradientsStage3):
         stock = super()._get_norm_groups
         if self._growth_limit.factor is None:
             return list(stock())
-        order, norms = unit_norms(self, self._shown_units, stock)
-        limited = self._growth_limit.limit(order, norms / self.loss_scale) * self.loss_scale
+        order, squares = unit_squares(self, self._shown_units, stock)
+        limited = self._growth_limit.limit(order, squares.sqrt() / self.loss_scale) * self.loss_scale
         return list(limited.to(self.device).unbind())
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
@@ -319,7 +286,7 @@ class WindowedStage3(MissingGradientsStage3):
         state[_STATE_KEY] = {
             "sampled": self._sampled,
             "roles": self._roles,
-            "care": {"ages": self._rewarm.state_dict(), "norms": self._growth_limit.state_dict()},
+            "care": self.unit_state.care_state_dict(),
         }
         return state
 
@@ -337,18 +304,10 @@ class WindowedStage3(MissingGradientsStage3):
                 f"run's has {len(self.fp32_partitioned_groups_flat)}; build the optimizer with the parameter groups of the saved run"
             )
         # torch's load_state_dict keeps what the file does not have: moments of before the load must not survive it.
-        self.forget_moments()
+        self.unit_state.forget_moments()
         super()._rigid_load_state_dict(state_dict, load_optimizer_states)
-        care = saved.get("care", {})
-        self._rewarm.load_state_dict(care.get("ages"))
-        units: tuple[Unit, ...] = (*self._sampled, *self._roles)
-        self._growth_limit.load_state_dict(care.get("norms", {}), units, get_accelerator().current_device_name())
-
-    def forget_moments(self) -> None:
-        """Drop the moments of every sampled sub-group; they start at zero at the next step."""
-        self.optimizer.state.clear()
-        self._rewarm.begin_anew()
-        self._growth_limit.begin_anew()
+        device = get_accelerator().current_device_name()
+        self.unit_state.load_care_state_dict(saved.get("care", {}), self._units, device)
 
     def forget_second_copies(self) -> None:
         """Drop what hpZ keeps of every weight, after weights have been read; a step drops that of the window alone."""
@@ -357,4 +316,4 @@ class WindowedStage3(MissingGradientsStage3):
 
     def owned(self) -> set[int]:
         """``id`` of every parameter that trains when its unit is sampled."""
-        return {id(parameter) for group in self._all["fp16_groups"] for parameter in group}
+        return {id(parameter) for _, parameter in self.layout.parameters()}

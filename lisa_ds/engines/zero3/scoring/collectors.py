@@ -14,7 +14,8 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from lisa_ds.config.formats import SCORING_CHUNK as CHUNK
-from lisa_ds.engines.zero3.scoring.rademacher import along
+from lisa_ds.engines.common.rademacher import along
+from lisa_ds.engines.common.scores import add_squares, mean_norms, means, summed_norms
 
 
 class Collector(Protocol):
@@ -67,10 +68,9 @@ class Sums(_Collector):
     def result(self, batches: int) -> list[float]:
         squares = torch.zeros(len(self._sum_of), dtype=torch.float64, device=self._device)
         for part, square in zip(self._sum_of.values(), squares, strict=True):
-            _add_squares(part, square)
+            add_squares(part, square)
         dist.all_reduce(squares, group=self._group)
-        norms = iter((squares.sqrt() / self._ranks).tolist())
-        return [sum(itertools.islice(norms, len(block))) for block in self._blocks]
+        return summed_norms(squares, map(len, self._blocks), self._ranks)
 
 
 class Norms(_Collector):
@@ -84,7 +84,7 @@ class Norms(_Collector):
         self._batches: list[list[float]] = []
 
     def take(self, parameter: Any) -> None:
-        _add_squares(_own_part(parameter, self._group), self._squares[self._block_of[id(parameter)]])
+        add_squares(_own_part(parameter, self._group), self._squares[self._block_of[id(parameter)]])
 
     def batch_done(self) -> None:
         self._batches.append(self._squares.tolist())
@@ -93,8 +93,7 @@ class Norms(_Collector):
     def result(self, batches: int) -> list[float]:
         squares = torch.tensor(self._batches, dtype=torch.float64, device=self._device)
         dist.all_reduce(squares, group=self._group)
-        norms: list[float] = (squares.sqrt() / self._ranks).mean(0).tolist()
-        return norms
+        return mean_norms(squares, self._ranks)
 
 
 class Squares(_Collector):
@@ -107,13 +106,12 @@ class Squares(_Collector):
         self._squares = torch.zeros(len(self._blocks), dtype=torch.float64, device=self._device)
 
     def take(self, parameter: Any) -> None:
-        _add_squares(parameter.grad.reshape(-1), self._squares[self._block_of[id(parameter)]])
+        add_squares(parameter.grad.reshape(-1), self._squares[self._block_of[id(parameter)]])
         parameter.grad = None
 
     def result(self, batches: int) -> list[float]:
         dist.all_reduce(self._squares, group=self._group)
-        means: list[float] = (self._squares / (batches * self._ranks)).tolist()
-        return means
+        return means(self._squares, batches, self._ranks)
 
 
 class Slopes(_Collector):
@@ -132,8 +130,7 @@ class Slopes(_Collector):
 
     def result(self, batches: int) -> list[float]:
         dist.all_reduce(self._products, group=self._group)
-        means: list[float] = (self._products / (batches * self._ranks)).tolist()
-        return means
+        return means(self._products, batches, self._ranks)
 
 
 def _own_part(parameter: Any, group: Any) -> Tensor:
@@ -152,9 +149,3 @@ def _own_part(parameter: Any, group: Any) -> Tensor:
     own = padded.narrow(0, size * dist.get_rank(group), size)
     dist.reduce_scatter_fn(own, padded, group=group)  # into a part of its own input, as Stage 3 has it
     return own
-
-
-def _add_squares(values: Tensor, total: Tensor) -> None:
-    """Add the squares of ``values`` ``(n,)`` to ``total`` ``()``, in fp64."""
-    for start in range(0, values.numel(), CHUNK):
-        total.add_(torch.linalg.vector_norm(values[start : start + CHUNK], dtype=torch.float64).square_())

@@ -1,16 +1,12 @@
-"""The draws of a run under ZeRO-3: what they are fed with, and how its ranks agree on them."""
+"""The draws of a run under ZeRO-3: what they are fed with."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-import torch
-from deepspeed import comm as dist
-
 from lisa_ds.config import LisaConfig
 from lisa_ds.engines.common.draws import Draws
-from lisa_ds.engines.common.protocol import Collectives
 from lisa_ds.engines.zero3 import parallel
 from lisa_ds.engines.zero3.scoring import measure
 from lisa_ds.engines.zero3.watch.memory_report import precision
@@ -27,19 +23,8 @@ def draws_of(engine: Any, sampler: LayerSampler, calibration: measure.Calibratio
         measure=lambda: measure.measure(engine, sampler.config, calibration),
         gradients=None if watched is None else BlockGradients(watched, sampler.num_layers),
         affords=lambda count: _affords(engine, sampler.config, count),
-        ranks=Collectives(
-            add=dist.all_reduce,
-            maximum=lambda tensor: dist.all_reduce(tensor, op=dist.ReduceOp.MAX),
-            texts=_texts,
-            device=engine.device,
-        ),
+        ranks=engine.ranks,
     )
-
-
-def _texts(own: str) -> list[str]:
-    texts: list[Any] = [None] * dist.get_world_size()
-    torch.distributed.all_gather_object(texts, own)
-    return texts
 
 
 def _affords(engine: Any, lisa: LisaConfig, count: int) -> bool:

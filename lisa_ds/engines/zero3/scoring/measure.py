@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lisa_ds.config import LisaConfig
+from lisa_ds.engines.common import scores
 from lisa_ds.engines.zero3.scoring.probe import Calibration, Probe
 from lisa_ds.engines.zero3.watch.statistics import UnitStatistics
 from lisa_ds.errors import ConfigError, EngineError
@@ -37,12 +38,11 @@ def check(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> Non
 def measure(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> list[float]:
     """The score of each block, equal on all ranks. Every rank must call it, between optimizer steps."""
     chosen = lisa.sampler
-    if not chosen.calibrates:
-        norms = UnitStatistics(engine.optimizer, engine._stack).weight_norms()
-        return [norms[layer] for layer in range(len(engine._stack.layers))]
-    assert calibration is not None  # see check
     kind = chosen.kind.probe
-    assert kind is not None
+    if kind is None:
+        norms = UnitStatistics(engine.optimizer, engine._stack).weight_norms()
+        return scores.of_weights(norms, len(engine._stack.layers))
+    assert calibration is not None  # see check
     probe = Probe(
         engine.optimizer,
         engine.module,
@@ -52,4 +52,4 @@ def measure(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> l
         probe_blocks=chosen.probe_blocks,
         seed=lisa.seed,
     )
-    return [max(0.0, score) for score in probe.scores(kind)]  # a trace of the Hessian may be negative
+    return scores.drawable(probe.scores(kind))

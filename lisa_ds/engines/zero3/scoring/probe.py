@@ -21,11 +21,12 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from lisa_ds.engines.common import scores
 from lisa_ds.engines.common.backward_start import BackwardStart
+from lisa_ds.engines.common.rademacher import key_of, mover
 from lisa_ds.engines.zero3.optimizer.window import WindowedStage3
 from lisa_ds.engines.zero3.partition import fill
 from lisa_ds.engines.zero3.scoring.collectors import Collector, Norms, Slopes, Squares, Sums
-from lisa_ds.engines.zero3.scoring.rademacher import key_of, mover
 from lisa_ds.engines.zero3.scoring.side_backward import partitioned, release, side_backward
 from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
@@ -38,10 +39,6 @@ Calibration = Callable[[nn.Module], Iterable[Tensor]]
 It is called once a pass, must begin anew each time with the same data, and run forward for a batch only when that is asked for.
 Every rank yields the same number of losses.
 """
-
-KINDS = ("accumulated", "mean", "empirical", "hutchinson")
-
-_EPSILON = {torch.float32: 1e-4, torch.bfloat16: 3e-3, torch.float16: 1e-3}
 
 
 class Probe:
@@ -110,21 +107,15 @@ class Probe:
         Raises:
             EngineError: The ranks yield different numbers of losses, a loss depends on no block, or a score is not finite.
         """
-        if kind not in KINDS:
-            raise EngineError(f"probe: there is no kind {kind!r}; use one of {', '.join(KINDS)}")
-        every = range(len(self._stack.layers))
-        if kind == "mean":
-            found = self._pass(kind, "pass 1 of 1", every, Norms)
-        elif kind == "empirical":
-            found = self._pass(kind, "pass 1 of 1", every, Squares)
-        else:
-            windows = [every[i : i + self._probe_blocks] for i in every[:: self._probe_blocks]]
-            found = []
-            for number, blocks in enumerate(windows, start=1):
-                label = f"pass {number} of {len(windows)}"
-                found += (
-                    self._pass(kind, label, blocks, Sums) if kind == "accumulated" else self._curvature(label, blocks)
-                )
+        collectors: dict[str, type[Collector]] = {"accumulated": Sums, "mean": Norms, "empirical": Squares}
+        found: list[float] = []
+        windows = scores.passes(len(self._stack.layers), kind, self._probe_blocks)
+        for number, blocks in enumerate(windows, start=1):
+            label = f"pass {number} of {len(windows)}"
+            if kind == "hutchinson":
+                found += self._curvature(label, blocks)
+            else:
+                found += self._pass(kind, label, blocks, collectors[kind])
         return self._agreed(found, kind)
 
     # ---- one pass over the data -----------------------------------------------------------------------------------
@@ -201,22 +192,18 @@ class Probe:
                 "use_reentrant=False there, or yield the loss itself, not a detached copy"
             )
 
-    def _agreed(self, scores: list[float], kind: str) -> list[float]:
-        agreed = torch.tensor(scores, dtype=torch.float64, device=self._device)
+    def _agreed(self, found: list[float], kind: str) -> list[float]:
+        agreed = torch.tensor(found, dtype=torch.float64, device=self._device)
         dist.broadcast(agreed, 0)
         result: list[float] = agreed.tolist()
-        if bad := [block for block, finite in enumerate(agreed.isfinite().tolist()) if not finite]:
-            raise EngineError(
-                f"the scores ({kind}) of layers {bad} are not finite: gradients overflow on the calibration data; score in bf16 or "
-                "fp32, or leave out batches without labels"
-            )
+        scores.check_finite(result, kind)
         return result
 
     # ---- curvature ------------------------------------------------------------------------------------------------
 
     def _curvature(self, label: str, blocks: Sequence[int]) -> list[float]:
         parameters = [parameter for block in blocks for parameter in self._parameters[block]]
-        epsilon = self._epsilon or _EPSILON[parameters[0].ds_tensor.dtype if parameters else torch.float32]
+        epsilon = self._epsilon or scores.EPSILON[parameters[0].ds_tensor.dtype if parameters else torch.float32]
         slopes = []
         with self._saved(parameters) as saved:
             for sign in (1, -1):
@@ -227,7 +214,8 @@ class Probe:
                         fill(parameter, mover(sign * epsilon, self._key_of[id(parameter)]))
                 side = "above" if sign > 0 else "below"
                 slopes.append(self._pass("hutchinson", f"{label}, {side}", blocks, Slopes))
-        return [(above - below) / (2 * epsilon) for above, below in zip(*slopes, strict=True)]
+        above, below = slopes
+        return scores.curvatures(above, below, epsilon)
 
     @contextmanager
     def _saved(self, parameters: Sequence[Any]) -> Iterator[list[Tensor]]:

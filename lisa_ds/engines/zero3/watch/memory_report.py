@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from lisa_ds.engines.zero3.optimizer.window import WindowedStage3
+from lisa_ds.engines.zero3.state.count import own_masters, state_bytes, storage_bytes
 from lisa_ds.memory import Precision
 from lisa_ds.optim import StateFormat
 
@@ -18,7 +17,7 @@ def memory_report(optimizer: Any, parameters: Iterable[Any]) -> dict[str, int]:
     Every storage counts once and whole, so that a view which keeps a larger buffer alive is seen.
 
     Args:
-        optimizer: The :class:`~lisa_ds.engines.zero3.optimizer.window.WindowedStage3`.
+        optimizer: The :class:`~lisa_ds.engines.zero3.optimizer.window.WindowedStage3`, or a stock ZeRO-3 optimizer.
         parameters: All parameters of the model, partitioned.
 
     Returns:
@@ -26,23 +25,17 @@ def memory_report(optimizer: Any, parameters: Iterable[Any]) -> dict[str, int]:
         ``master``, ``exp_avg``, ``exp_avg_sq`` (with the scales of 8-bit moments), ``parked_host``, ``parked_nvme`` (state of
         frozen layers) and ``buckets`` (the reduce buckets), in bytes.
     """
-    states = [state for state in optimizer.optimizer.state.values() if state]
-    # Without a master copy the list holds the 16-bit weights themselves.
-    weights = {flat.data_ptr() for flat in optimizer.fp16_partitioned_groups_flat}
-    masters = [master for master in optimizer.fp32_partitioned_groups_flat if master.data_ptr() not in weights]
-    host_gradients = [master.grad for master in masters]
+    masters = own_masters(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat)
+    if isinstance(optimizer, WindowedStage3):
+        state = optimizer.unit_state.bytes()
+    else:
+        state = {**state_bytes(masters, optimizer.optimizer.state.values()), "parked_host": 0, "parked_nvme": 0}
     return {
         "weights": storage_bytes(
             part for p in parameters for part in (p.ds_tensor, getattr(p, "ds_secondary_tensor", None))
         ),
-        "gradients": storage_bytes([optimizer.grad_partitions_flat_buffer, *host_gradients]),
-        "master": storage_bytes(masters),
-        **{
-            moment: storage_bytes(state.get(key) for state in states for key in (moment, f"{moment}_scale"))
-            for moment in ("exp_avg", "exp_avg_sq")
-        },
-        "parked_host": 0,
-        "parked_nvme": 0,
+        "gradients": storage_bytes([optimizer.grad_partitions_flat_buffer, *(master.grad for master in masters)]),
+        **state,
         "buckets": storage_bytes(bucket.buffer for bucket in optimizer.ipg_buckets.values()),
     }
 
@@ -58,13 +51,3 @@ def precision(engine: Any) -> Precision:
         moments=state_format.moments_of(weight),
         offload_optimizer=bool(engine.zero_offload_optimizer() and engine.zero_use_cpu_optimizer()),
     )
-
-
-def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of the distinct storages behind ``tensors``."""
-    storages = {}
-    for tensor in tensors:
-        if torch.is_tensor(tensor):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr(), str(storage.device)] = storage.nbytes()
-    return sum(storages.values())

@@ -36,10 +36,13 @@ def along(values: Tensor, key: int, start: int) -> Tensor:
 
 
 def key_of(seed: int, number: int) -> int:
+    """The key of the direction of parameter ``number``, by place in the model: 32 bits."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest(), "little")
 
 
 def mover(amount: float, key: int) -> Callable[[Tensor, int], None]:
+    """What moves weights, in place, by ``amount`` along a direction: given a flat part of them and the index of its first element."""
+
     def move(weights: Tensor, first: int) -> None:
         for start in range(0, weights.numel(), CHUNK):
             _move(weights[start : start + CHUNK], key, first + start, amount)

@@ -1,0 +1,45 @@
+"""Bytes of live optimizer state, counted from storages, of LISA's window and of a stock ZeRO-3 optimizer alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def state_bytes(masters: Iterable[Tensor], moments: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Bytes of the state of what trains on this rank, by kind.
+
+    Args:
+        masters: The master copies, see :func:`own_masters`.
+        moments: What the optimizer keeps beside each.
+
+    Returns:
+        ``master``, ``exp_avg``, ``exp_avg_sq`` (with the scales of 8-bit moments), in bytes.
+    """
+    states = [state for state in moments if state]
+    return {
+        "master": storage_bytes(masters),
+        **{
+            moment: storage_bytes(state.get(key) for state in states for key in (moment, f"{moment}_scale"))
+            for moment in ("exp_avg", "exp_avg_sq")
+        },
+    }
+
+
+def own_masters(masters: Iterable[Tensor], weights: Iterable[Tensor]) -> list[Tensor]:
+    """Of ``masters``, the partitions that are updated, those that are copies and not among the 16-bit ``weights`` themselves."""
+    themselves = {flat.data_ptr() for flat in weights}
+    return [master for master in masters if master.data_ptr() not in themselves]
+
+
+def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the distinct storages behind ``tensors``."""
+    storages = {}
+    for tensor in tensors:
+        if torch.is_tensor(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr(), str(storage.device)] = storage.nbytes()
+    return sum(storages.values())

@@ -1,0 +1,58 @@
+"""What becomes of the state of a unit that leaves."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Release(Protocol):
+    """A policy. State comes by sub-group: the part of a unit that lies in one parameter group.
+
+    Each call is made between optimizer steps, on all ranks alike.
+    """
+
+    def leaves(self, sub_group: int, master: Tensor, moments: dict[str, Any]) -> None:
+        """Take leave of a sub-group, which nobody else refers to any more: what is not copied now is freed.
+
+        Args:
+            sub_group: Which one, in the whole layout.
+            master: Its fp32 partition on this rank, ``(numel,)``; the 16-bit weights themselves where there is no master copy.
+            moments: What the optimizer kept beside it, by torch's names; empty before the first step.
+        """
+
+    def returns(self, sub_group: int, master: Tensor) -> dict[str, Any]:
+        """Give back what was kept of a sub-group that comes in.
+
+        Args:
+            sub_group: Which one.
+            master: Its new fp32 partition, filled from the 16-bit weights; a kept one is copied into it.
+
+        Returns:
+            The moments it goes on with; empty if it begins without.
+        """
+
+    def forget(self) -> None:
+        """Drop everything kept: the weights are about to be others."""
+
+    def parked_bytes(self) -> dict[str, int]:
+        """Bytes kept on this rank: ``parked_host`` and ``parked_nvme``."""
+
+
+class Drop:
+    """LISA as published: what leaves is gone, and who comes in again begins without moments. Nothing is kept."""
+
+    def leaves(self, sub_group: int, master: Tensor, moments: dict[str, Any]) -> None:
+        """Keep nothing; see :class:`Release`."""
+
+    def returns(self, sub_group: int, master: Tensor) -> dict[str, Any]:
+        """Give nothing back; see :class:`Release`."""
+        return {}
+
+    def forget(self) -> None:
+        """There is nothing to forget; see :class:`Release`."""
+
+    def parked_bytes(self) -> dict[str, int]:
+        """None of either kind; see :class:`Release`."""
+        return {"parked_host": 0, "parked_nvme": 0}
