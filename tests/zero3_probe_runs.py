@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.live_bytes import LiveBytes
-from lisa_ds.engines.common.scores import KINDS
+from lisa_ds.config.sampler_kinds import PROBES
 from lisa_ds.engines.zero3.scoring import probe, side_backward
 from lisa_ds.engines.zero3.scoring.probe import Probe
 from lisa_ds.errors import EngineError
@@ -110,7 +110,7 @@ def run_scores(case: Case, sizes: list[int]) -> dict[str, Any]:
     ):  # train() has looked at every weight: what a step leaves whole is not now
         pass
     before = snapshot(engine)
-    wanted = [(kind, size) for kind in KINDS for size in sizes if size == 3 or kind in WINDOWED]
+    wanted = [(kind, size) for kind in PROBES for size in sizes if size == 3 or kind in WINDOWED]
     result: dict[str, Any] = {
         "scores": {(kind, size): make_probe(engine, probe_blocks=size).scores(kind) for kind, size in wanted},
         "changed": changed(before, snapshot(engine)),
@@ -192,7 +192,7 @@ def run_bytes() -> dict[str, Any]:
     result: dict[str, Any] = {}
     for case, width, sizes in ((Case("fp32"), 4, (1, 2, LAYERS)), (Case("bf16", dtype="bf16"), 2, (2,))):
         engine = build_engine(case)
-        for kind, size in [(k, size) for k in KINDS for size in (sizes if k == "accumulated" else [2])]:
+        for kind, size in [(k, size) for k in PROBES for size in (sizes if k == "accumulated" else [2])]:
             meter = LiveBytes()
             with contextlib.ExitStack() as undo:
                 for name in ("Sums", "Norms", "Squares", "Slopes"):
