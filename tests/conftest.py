@@ -42,7 +42,7 @@ def _group(item: pytest.Item) -> str:
     marker = item.get_closest_marker("by_case")
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     case = parameters.get(marker.args[0], "") if marker else ""
-    return f"{item.path.stem}:{getattr(case, 'name', case)}"
+    return f"{item.path.parent.name}/{item.path.stem}:{getattr(case, 'name', case)}"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
