@@ -66,7 +66,7 @@ test-nightly: $(VENV)/installed  ## what takes minutes each: hours on two cores
 	$(PYTEST) -m "nightly and not gpu and not cluster" || [ $$? -eq 5 ]  # 5: there are none
 
 test-fuzz: $(VENV)/installed  ## thousands of spoiled run files and data files: an hour on two cores
-	$(PYTEST) tests/test_config_fuzz.py tests/test_data_fuzz.py
+	$(PYTEST) tests/config/test_config_fuzz.py tests/data/test_data_fuzz.py
 
 # What they need is installed where it can be; where it cannot, they say what is missing and are skipped.
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge pdsh openssh-server openssh-client iproute2 iptables

@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.gpu_claims import Claim, Report, at_most
 from lisa_ds.cluster.environment import free_port
-from tests import trajectory
-from tests.trajectory import Case
+from tests.zero3 import trajectory
+from tests.zero3.trajectory import Case
 
 PINNED = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
 EXACT = [
@@ -92,17 +92,18 @@ def join_alone(dry_run: bool) -> str:
 
 
 def _follow_torch(report: Report, case: Case, device: str) -> None:
-    from tests import gpu_runs, test_zero3_trajectory
+    from tests.gpu import gpu_runs
+    from tests.zero3 import test_trajectory
 
     start = time.monotonic()
     ours = gpu_runs.run_trajectory(case)
     plain = replace(case, checkpointing="", zero={})
-    schedule = test_zero3_trajectory.layers_of(case)
+    schedule = test_trajectory.layers_of(case)
     for claim, where in ((OF_CASES[case.name], device), *([(AS_ON_CPU, "cpu")] if case.name == "plain" else [])):
         theirs = trajectory.reference(plain, 1, schedule, device=where)
         if ours.layers != theirs.layers:
             raise AssertionError(f"layers {ours.layers}, expected {theirs.layers}")
-        apart = test_zero3_trajectory.differences(ours, theirs)
+        apart = test_trajectory.differences(ours, theirs)
         report.judge(claim, apart["parameter"], **{key: value for key, value in apart.items() if key != "parameter"})
     report.write("seconds", case.name, time.monotonic() - start, "s")
 

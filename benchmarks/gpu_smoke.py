@@ -1,4 +1,4 @@
-"""Stage a of the GPU proof: the kernels' numerics and speed, by the tests of tests/test_gpu.py, and compute-sanitizer on a case.
+"""Stage a of the GPU proof: the kernels' numerics and speed, by the tests of tests/gpu/test_gpu.py, and compute-sanitizer on a case.
 
 A test function is a claim: held if all its cases passed, missed if one failed, not run if none ran.
 """
@@ -22,13 +22,13 @@ from benchmarks.gpu_claims import Claim, Report, at_most
 
 ROOT = Path(__file__).resolve().parent.parent
 
-TESTS = ROOT / "tests" / "test_gpu.py"
+TESTS = ROOT / "tests/gpu/test_gpu.py"
 _OUTCOME = re.compile(r"::(test_\w+)(\[.*\])? (PASSED|FAILED|SKIPPED|ERROR)", re.MULTILINE)
 SANITIZED = ("triton", "cuda")
 
 
 def _functions() -> dict[str, str]:
-    """Tests that are not of the night, by name, in words."""
+    """Tests that are not nightly, by name, in words."""
     found = {}
     for node in ast.parse(TESTS.read_text()).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
@@ -70,7 +70,7 @@ def _run_tests(report: Report, deadline: float, dry_run: bool) -> None:
     with log.open("w") as file:
         if dry_run:
             code = subprocess.run([*command, "--collect-only"], cwd=ROOT, stdout=file).returncode
-            report.write("collected", "tests/test_gpu.py", int(code == 0), "exit code is 0")
+            report.write("collected", "tests/gpu/test_gpu.py", int(code == 0), "exit code is 0")
             if code:
                 raise RuntimeError(f"exit code {code}: {log.read_text()[-2000:]}")
             return
@@ -79,7 +79,7 @@ def _run_tests(report: Report, deadline: float, dry_run: bool) -> None:
         except subprocess.TimeoutExpired:
             print("  ended at its limit: what ran until then counts")
     unfit = judge_tests(report, log.read_text())
-    report.write("seconds", "tests/test_gpu.py", time.monotonic() - start, "s", unfit=unfit)
+    report.write("seconds", "tests/gpu/test_gpu.py", time.monotonic() - start, "s", unfit=unfit)
 
 
 def judge_tests(report: Report, text: str) -> list[str]:
@@ -104,7 +104,7 @@ def _sanitize(report: Report, backend: str, deadline: float) -> None:
         print("  compute-sanitizer was not found; it comes with the CUDA toolkit")
         return
     command = [sanitizer, "--tool", "memcheck", "--padding", "16384", "--error-exitcode", "86"]
-    command += [sys.executable, "-m", "tests.gpu_runs", backend, "--modes", "mixed"]
+    command += [sys.executable, "-m", "tests.gpu.gpu_runs", backend, "--modes", "mixed"]
     start = time.monotonic()
     # Without torch's cache every tensor is an allocation, and ends where it ends.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

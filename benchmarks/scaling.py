@@ -105,7 +105,7 @@ def train_small(method: str) -> dict[str, int]:
     from simulate_rank import build_engine, from_config
 
     from lisa_ds.engines.zero3.watch.memory_report import memory_report
-    from tests.zero3_runs import counted_reduce_scatter
+    from tests.zero3.engine_runs import counted_reduce_scatter
 
     deepspeed.init_distributed(dist_backend="gloo")
     torch.manual_seed(0)

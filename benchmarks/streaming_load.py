@@ -17,8 +17,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from lisa_ds import records
 from tests.ranks import run_ranks
-from tests.streaming_runs import peaks
-from tests.test_streaming import write_large_model
+from tests.zero3.streaming_runs import peaks
+from tests.zero3.test_streaming import write_large_model
 
 
 def main() -> None:

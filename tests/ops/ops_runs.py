@@ -1,0 +1,374 @@
+"""What one backend does with every mode, returned as plain numbers; runs in a process of its own (tests/ops/test_ops.py)."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lisa_ds.ops import Backend, Hyper, Segment, SegmentTable, masked_adamw_, sum_of_squares
+from lisa_ds.ops import reference as specification
+from tests.ops import adamw_cases, triton_mutants
+from tests.ops.adamw_cases import MODES, Mode, clone, make_segment, make_segments, table_of, ulps
+
+SEED = 5
+FIELDS = ("weight", "master", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "step")
+
+
+def run(backend: Backend) -> dict[str, Any]:
+    """All measurements of one backend."""
+    torch.set_num_threads(2)
+    return {
+        mode.name: {
+            "accuracy": accuracy(backend, mode),
+            "one_step": one_step(backend, mode),
+            "reference": against_reference(backend, mode),
+            "frozen": frozen(backend, mode),
+            "overflow": overflow(backend, mode),
+            "not_finite": not_finite(backend, mode),
+            "sum_of_squares": squares(backend, mode),
+        }
+        for mode in MODES
+    }
+
+
+# ---- against fp64 and torch --------------------------------------------------------------------------------------
+
+
+def accuracy(backend: Backend, mode: Mode) -> dict[str, float]:
+    """Largest distance from fp64 AdamW after 20 steps: of ours, and of torch's in fp32. Modes with fp32 state only."""
+    if mode.moments != torch.float32 or not (mode.master or mode.weight == torch.float32):
+        return {}
+    segments = [replace(s, step=torch.zeros(())) for s in make_segments(mode, (4096 + 513, 2048, 7))]
+    settings = adamw_cases.hypers(len(segments))
+    start = [source(segment).clone() for segment in segments]
+    exact, single = ([value.to(dtype) for value in start] for dtype in (torch.float64, torch.float32))
+    optimizers = [
+        torch.optim.AdamW(
+            [
+                {"params": [value], "lr": float(h.lr) * h.lr_scale, "weight_decay": h.weight_decay, "eps": h.eps}
+                for value, h in zip(values, settings, strict=True)
+            ],
+            foreach=False,
+        )
+        for values in (exact, single)
+    ]
+    table = table_of(segments)
+    draw = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        for i, segment in enumerate(segments):
+            segment.grad.copy_(0.1 * torch.randn(segment.numel, generator=draw))
+            exact[i].grad, single[i].grad = segment.grad.double(), segment.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+        masked_adamw_(table, backend=backend)
+
+    def distance(values: list[Tensor]) -> float:
+        return max(float((a.double() - b).abs().max()) for a, b in zip(values, exact, strict=True))
+
+    moments = {
+        key: [optimizer.state[p][key] for p in values]
+        for optimizer, values in zip(optimizers, (exact, single), strict=True)
+        for key in ("exp_avg", "exp_avg_sq")
+        if optimizer is optimizers[0]
+    }
+    return {
+        "ours": distance([source(segment) for segment in segments]),
+        "torch": distance(single),
+        **{
+            f"ours {key}": max(
+                float((getattr(s, key).double() - m).abs().max()) for s, m in zip(segments, values, strict=True)
+            )
+            for key, values in moments.items()
+        },
+        **{
+            f"torch {key}": max(
+                float((optimizers[1].state[p][key].double() - m).abs().max())
+                for p, m in zip(single, values, strict=True)
+            )
+            for key, values in moments.items()
+        },
+        "steps": float(segments[0].step),
+        "written_back": written_back(mode, segments),
+    }
+
+
+def source(segment: Segment) -> Tensor:
+    found = segment.weight if segment.master is None else segment.master
+    assert found is not None
+    return found
+
+
+def written_back(mode: Mode, segments: list[Segment]) -> float:
+    """Weights that are not their master copy, rounded as torch rounds."""
+    if not mode.master:
+        return 0.0
+    return float(sum((s.master.to(s.weight.dtype) != s.weight).sum() for s in segments))  # type: ignore[union-attr]
+
+
+def one_step(backend: Backend, mode: Mode) -> dict[str, float]:
+    """One step from the same random state, in fp64, in torch's fp32, and in ours before it is rounded into 8 or 16 bits."""
+    segment = with_history(make_segment(mode, 4096 + 513, step=7))
+    first, second = (moment.clone() for moment in specification._moments(segment))
+    hyper = Hyper(lr=2e-3, weight_decay=0.1)
+    before = source(segment).clone()
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        value = before.to(dtype)
+        value.grad = segment.grad.to(dtype)
+        optimizer = torch.optim.AdamW([value], lr=2e-3, weight_decay=0.1, foreach=False)
+        optimizer.state[value] = {
+            "step": torch.tensor(7.0),
+            "exp_avg": first.to(dtype),
+            "exp_avg_sq": second.to(dtype),
+        }
+        optimizer.step()
+        results.append((value, optimizer.state[value]["exp_avg"], optimizer.state[value]["exp_avg_sq"]))
+    (exact, exact_first, exact_second), (single, _, _) = results
+    masked_adamw_(SegmentTable([segment], [hyper], seed=SEED), backend=backend)
+    now_first, now_second = specification._moments(segment)
+    updated = source(segment).double()
+    result = {
+        "ours": float((updated - exact).abs().max()),
+        "torch": float((single.double() - exact).abs().max()),
+        # Stochastic rounding must leave one of the two neighbours: less than a last place from the exact value.
+        "last_places": float(((updated - exact).abs() / last_place(exact)).max()),
+    }
+    for key, now, right in (("exp_avg", now_first, exact_first), ("exp_avg_sq", now_second, exact_second)):
+        share = (now.double() - right).abs() / right.abs().amax()
+        result[key] = float(share.max())
+    return result
+
+
+def last_place(value: Tensor) -> Tensor:
+    """Of bfloat16 at ``value``."""
+    return torch.exp2(torch.floor(torch.log2(value.abs().clamp(min=1e-30))) - 7)
+
+
+def with_history(segment: Segment) -> Segment:
+    """With moments as some steps leave them."""
+    draw = torch.Generator().manual_seed(11)
+    first = 0.03 * torch.randn(segment.numel, generator=draw)
+    second = 1e-3 * torch.rand(segment.numel, generator=draw) + 1e-6
+    specification._keep_moments(segment, first, second, torch.randint(0, 2**16, (segment.numel,), generator=draw))
+    return segment
+
+
+# ---- against the specification -----------------------------------------------------------------------------------
+
+
+def against_reference(backend: Backend, mode: Mode) -> dict[str, Any]:
+    """Three steps beside the reference: odd sizes, odd places, histories of their own, a factor, and an overflow amid them."""
+    result: dict[str, Any] = {}
+    for offset in (0, 3):
+        ours = make_segments(mode, offset=offset)
+        theirs = [clone(segment) for segment in ours]
+        tables = table_of(ours, seed=SEED), table_of(theirs, seed=SEED)
+        factor = torch.tensor(0.5)
+        for step in range(3):
+            adamw_cases.new_gradients(ours, theirs, step)
+            for table, name in zip(tables, (backend, "reference"), strict=True):
+                masked_adamw_(table, factor=factor, backend=name)  # type: ignore[arg-type]
+            if step == 1:
+                masked_adamw_(tables[0], factor=factor, found_inf=torch.ones(()), backend=backend)
+        for key in FIELDS:
+            pairs = [(getattr(a, key), getattr(b, key)) for a, b in zip(ours, theirs, strict=True)]
+            pairs = [(a, b) for a, b in pairs if a is not None and a.numel()]
+            if pairs:
+                apart = torch.cat([ulps(a, b).reshape(-1) for a, b in pairs])
+                distance = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+                before = result.get(key, (0, 0, 0.0))
+                result[key] = (
+                    max(before[0], int(apart.max())),
+                    before[1] + float((apart > 1).double().mean()) / 2,
+                    max(before[2], distance),
+                )
+    return result
+
+
+def frozen(backend: Backend, mode: Mode) -> bool:
+    """Segments that are not in the table keep every byte, whatever their gradients are; those that are change."""
+    segments = make_segments(mode)
+    for segment in segments[1::2]:
+        segment.grad.fill_(float("nan"))
+    before = [clone(segment) for segment in segments]
+    masked_adamw_(table_of(segments[::2]), backend=backend)
+    same = [equal_bytes(a, b) for a, b in zip(segments, before, strict=True)]
+    return all(same[1::2]) and not any(same[::2])
+
+
+def overflow(backend: Backend, mode: Mode) -> bool:
+    """With ``found_inf`` nothing changes at all, not even a step count."""
+    segments = make_segments(mode)
+    segments[2].grad.fill_(float("inf"))
+    before = [clone(segment) for segment in segments]
+    masked_adamw_(table_of(segments), found_inf=torch.ones(()), backend=backend)
+    return all(equal_bytes(a, b) for a, b in zip(segments, before, strict=True))
+
+
+def not_finite(backend: Backend, mode: Mode) -> dict[str, Any]:
+    """A NaN and an infinity in the gradients: the sum of squares tells, and without 8-bit blocks only they are spoilt."""
+    segment = make_segment(mode, 3000)
+    result = {}
+    for name, value in (("nan", float("nan")), ("inf", float("inf"))):
+        spoilt = clone(segment)
+        spoilt.grad[[5, 2999]] = value
+        table = SegmentTable([spoilt], [Hyper()])
+        result[name] = bool(sum_of_squares(table, backend=backend).isfinite())
+        masked_adamw_(table, backend=backend)
+        assert spoilt.weight is not None
+        result[f"{name} spoilt"] = (~spoilt.weight.isfinite()).nonzero().flatten().tolist()
+    return result
+
+
+def squares(backend: Backend, mode: Mode) -> dict[str, float]:
+    table = table_of(make_segments(mode, offset=3))
+    first, again = (float(sum_of_squares(table, backend=backend)) for _ in range(2))
+    exact = sum(float(s.grad.double().square().sum()) for s in table.segments)
+    return {"ours": first, "again": again, "exact": exact}
+
+
+def equal_bytes(first: Segment, second: Segment) -> bool:
+    pairs = [(getattr(first, item.name), getattr(second, item.name)) for item in fields(Segment)]
+    return all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs if isinstance(a, Tensor) and a.dim()
+    )
+
+
+# ---- addresses ---------------------------------------------------------------------------------------------------
+
+
+def run_at_the_edge(backend: Backend, mutant: str = "") -> bool:
+    """Every tensor ends where the next page cannot be touched: a read or a write behind its end kills the process."""
+    if mutant:
+        triton_mutants.install(mutant)
+    torch.set_num_threads(1)
+    for mode in MODES:
+        for numel in (1, 7, 255, 257, 2049):
+            segment = make_segment(mode, numel)
+            changes = {
+                item.name: before_a_wall(value)
+                for item in fields(segment)
+                if isinstance(value := getattr(segment, item.name), Tensor)
+            }
+            table = SegmentTable([replace(segment, **changes)], [Hyper()])
+            sum_of_squares(table, backend=backend)
+            masked_adamw_(table, backend=backend)
+    return True
+
+
+_walls: list[Any] = []
+
+
+def before_a_wall(tensor: Tensor) -> Tensor:
+    """A copy of ``tensor`` that ends at a page without permissions."""
+    size = tensor.numel() * tensor.element_size()
+    pages = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    _walls.append(memory)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(place + pages), mmap.PAGESIZE, 0) == 0
+    view = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size)
+    view.copy_(tensor.reshape(-1))
+    return view.view(tensor.shape)
+
+
+def run_far_away() -> dict[str, list[int]]:
+    """Places changed by each Triton kernel in a block that begins 2**31 + 4096 elements behind its segment's first."""
+    from lisa_ds.ops import segments
+
+    start = 2**31 + 4096
+    changed = {}
+    for mode in MODES:
+        near, far = (make_segment(mode, 300, step=3) for _ in range(2))
+        table = SegmentTable([far], [Hyper(lr=1e-2)])
+        masked_adamw_(SegmentTable([near], [Hyper(lr=1e-2)]), backend="triton")
+        row = table.addresses[0]
+        for column, tensor in zip(range(segments.STEP), far.tensors, strict=False):
+            if tensor is not None:
+                scales = column in (segments.EXP_AVG_SCALE, segments.EXP_AVG_SQ_SCALE)
+                row[column] -= start // (segments.QUANT_BLOCK if scales else 1) * tensor.element_size()
+        row[segments.NUMEL], row[segments.FIRST_BLOCK] = start + 300, -(start // segments.BLOCK)
+        masked_adamw_(table, backend="triton")
+        # Random numbers depend on the place; moments and fp32 masters do not.
+        keys = [key for key in ("master", "exp_avg") if getattr(far, key) is not None]
+        if mode.moments == torch.bfloat16:
+            keys = ["exp_avg"]
+        same = [torch.equal(getattr(near, key), getattr(far, key)) for key in keys]
+        changed[mode.name] = [int(all(same)), int((far.exp_avg != 0).sum())]
+    return changed
+
+
+def run_across_two_billion() -> dict[str, float]:
+    """The C++ kernel over 2**31 + 300 elements, all but the last few thousand of which share one small piece of memory."""
+    torch.set_num_threads(2)
+    numel, tail = 2**31 + 300, 4096
+    piece = 1 << 22  # elements
+    arrays = [mapped(numel, piece, tail) for _ in range(4)]
+    weight, gradient, *_ = arrays
+    gradient[0][-300:] = 1.0
+    tensors = [array[1] for array in arrays]
+    segment = Segment(
+        weight=tensors[0], grad=tensors[1], exp_avg=tensors[2], exp_avg_sq=tensors[3], step=torch.zeros(())
+    )
+    masked_adamw_(SegmentTable([segment], [Hyper(lr=0.5, weight_decay=0.0)]), backend="cpu")
+    return {
+        "last": float(weight[0][-300:].max()),
+        "last_most": float(weight[0][-300:].min()),
+        "before": float(weight[0][:-300].abs().max()),
+        "squares": float(sum_of_squares(SegmentTable([segment], [Hyper()]), backend="cpu")),
+    }
+
+
+def mapped(numel: int, piece: int, tail: int) -> tuple[Tensor, Tensor]:
+    """fp32 zeros: the last ``tail`` elements with memory of their own, and all ``numel``, of which the rest shares ``piece``."""
+    import os
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    reads_and_writes, shared, fixed, anonymous, lazily = 3, 1, 0x10, 0x20, 0x4000
+    size = -(-numel * 4 // mmap.PAGESIZE) * mmap.PAGESIZE
+    base = libc.mmap(None, size, reads_and_writes, shared | anonymous | lazily, -1, 0)
+    assert base not in (None, ctypes.c_void_p(-1).value)
+    file = os.memfd_create("piece")
+    os.ftruncate(file, piece * 4)
+    own = tail * 4 // mmap.PAGESIZE * mmap.PAGESIZE + mmap.PAGESIZE
+    for offset in range(0, size - own, piece * 4):
+        length = min(piece * 4, size - own - offset)
+        assert libc.mmap(base + offset, length, reads_and_writes, shared | fixed, file, 0) == base + offset
+    whole = torch.frombuffer((ctypes.c_float * numel).from_address(base), dtype=torch.float32)
+    return whole[-tail:], whole
+
+
+# ---- mutants of the Triton kernels, seen by the same comparison ----------------------------------------------------
+
+
+def run_mutant(name: str) -> dict[str, bool]:
+    """Whether a kernel with one mistake in it passes the checks of the right one, by mode."""
+    triton_mutants.install(name)
+    passes = {}
+    for mode in MODES:
+        if mode.name not in ("fp32", "mixed", "sr_fp32_moments", "sr_16bit", "int8_master"):
+            continue
+        if mode.master or mode.weight == torch.float32:
+            found = one_step("triton", mode)
+            passes[mode.name] = found["ours"] <= 2 * found["torch"]
+        else:
+            apart = against_reference("triton", mode)
+            passes[mode.name] = apart["weight"][0] <= 1 and apart["exp_avg"][1] <= 1e-3
+    return passes
+
+
+def run_truncation() -> float:
+    """Weights that are not their rounded masters, with the interpreter's own cast in place of ours."""
+    triton_mutants.install("truncating cast")
+    mode = next(mode for mode in MODES if mode.name == "mixed")
+    segments = make_segments(mode, (2048,))
+    masked_adamw_(table_of(segments), backend="triton")
+    return written_back(mode, segments)
