@@ -23,15 +23,11 @@ BUDGET_S = 60
 """Seconds that the tests of one file may take in one run, set-up included; those that take more are named at the end."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):  # not by keywords, of which the checkout's own folders are some
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.xdist_group(_group(item)))
+    # Not by keywords, of which the checkout's own folders are some.
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def _group(item: pytest.Item) -> str:
