@@ -19,6 +19,7 @@ RESULTS = sorted((ROOT / "docs" / "results").glob("gpu_*.jsonl"))
 
 
 @pytest.mark.multirank
+@pytest.mark.more
 def test_every_stage_runs_dry(tmp_path: Path) -> None:
     command = [
         sys.executable,

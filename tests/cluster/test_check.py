@@ -91,7 +91,9 @@ def test_a_host_alone_is_a_table(folder: Path) -> None:
     assert done.stdout.endswith("ok: 1 rank on 1 host\n")
 
 
-@pytest.mark.parametrize("known_by", ["hostfile", "Slurm", "nothing"])
+@pytest.mark.parametrize(
+    "known_by", ["hostfile", *(pytest.param(other, marks=pytest.mark.more) for other in ("Slurm", "nothing"))]
+)
 def test_a_rank_that_does_not_arrive_is_named(folder: Path, known_by: str) -> None:
     (folder / "hosts").write_text("# in the order of ranks\ngpu1 slots=2\ngpu7 slots=1\n")
     more = ["--hostfile", "hosts"] if known_by == "hostfile" else []
@@ -134,6 +136,7 @@ def test_every_fault_of_a_host_is_told_at_once(folder: Path) -> None:
 
 
 @needs_mounts
+@pytest.mark.more
 def test_a_folder_that_one_host_cannot_write_to(folder: Path) -> None:
     job = Job(folder, 2, "--lisa_config", "run.yaml").start(0, "gpu1")
     done = job.start(1, "gpu7", *mounted(*read_only("out"))).end()
@@ -143,6 +146,7 @@ def test_a_folder_that_one_host_cannot_write_to(folder: Path) -> None:
     ]
 
 
+@pytest.mark.more
 def test_a_folder_that_is_a_file(folder: Path) -> None:
     job = Job(folder, 2, "--lisa_config", "run.yaml", "training.output_dir=rows.jsonl/out")
     done = job.start(0, "gpu1").start(1, "gpu7").end()
@@ -154,6 +158,7 @@ def test_a_folder_that_is_a_file(folder: Path) -> None:
 
 
 @needs_mounts
+@pytest.mark.more
 def test_a_file_system_that_hangs_does_not_hang_the_check(folder: Path) -> None:
     """A read of a pipe that nobody writes to ends as late as one of a server that is gone."""
     os.mkfifo(folder / "pipe")
@@ -164,6 +169,7 @@ def test_a_file_system_that_hangs_does_not_hang_the_check(folder: Path) -> None:
     assert sorted((folder / "out").iterdir()) == []
 
 
+@pytest.mark.more
 def test_a_port_that_is_taken(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:  # takes connections and says nothing
         port = other.getsockname()[1]
@@ -182,6 +188,7 @@ def test_a_port_that_is_taken(folder: Path) -> None:
     ("address", "reason"),
     [("127.0.0.1", "nobody listens there"), ("no-such-host.invalid", "its name cannot be resolved")],
 )
+@pytest.mark.more
 def test_a_rank_that_cannot_reach_the_master_says_from_where(folder: Path, address: str, reason: str) -> None:
     port = free_port()
     (done,) = Job(folder, 2, "--timeout", "2", port=port, address=address).start(1, "gpu7").end()
@@ -190,6 +197,7 @@ def test_a_rank_that_cannot_reach_the_master_says_from_where(folder: Path, addre
 
 
 @pytest.mark.parametrize("fate", ["dies", pytest.param("hangs", marks=pytest.mark.nightly)])
+@pytest.mark.more
 def test_a_rank_0_that_is_gone_ends_the_others(folder: Path, fate: str) -> None:
     port = free_port()
     job = Job(folder, 3, "--timeout", "8", port=port).start(0, "gpu1").start(1, "gpu7")  # rank 0 waits for the third
@@ -232,6 +240,7 @@ def test_a_clock_that_is_off(folder: Path, offset: str, told: str) -> None:
     ],
     ids=["torchrun", "deepspeed --module", "deepspeed --no_python"],
 )
+@pytest.mark.more
 def test_launchers(folder: Path, launcher: list[str]) -> None:
     port = str(free_port())
     done = subprocess.run(

@@ -639,6 +639,7 @@ def test_the_standard_library_is_a_corpus(docs: Path) -> None:
     assert "the class `pathlib.Path`" in questions
 
 
+@pytest.mark.more
 def test_the_corpus_is_the_same_each_time(docs: Path, tmp_path: Path) -> None:
     stdlib_docs.write(tmp_path)
     for split in stdlib_docs.SPLITS:

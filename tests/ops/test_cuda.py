@@ -151,6 +151,7 @@ def test_whole_blocks_are_read_and_written_in_wide_words(kernels: list[Kernel]) 
         assert narrow <= (4 if kernel.moments == "int8" else 0), kernel
 
 
+@pytest.mark.more
 def test_with_half_the_registers_the_check_fails(tmp_path: Path) -> None:
     """Control: the same kernels, told to leave room for twice as many threads."""
     cramped = tmp_path / "cramped.cu"
@@ -403,6 +404,12 @@ def test_offsets_beyond_two_billion(emulator: Callable[..., str], tmp_path: Path
 # ---- mistakes ----------------------------------------------------------------------------------------------------
 
 
+def one_of(mistakes: dict[str, tuple[str, str]]) -> list[Any]:
+    """The names, all but one of them for the longer run: a kernel is compiled for each."""
+    first, *others = mistakes
+    return [first, *(pytest.param(other, marks=pytest.mark.more) for other in others)]
+
+
 DROPPED_MASK = {
     "by elements": (
         "for (int i = threadIdx.x; i < span.n; i += threads) {",
@@ -430,7 +437,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("where", DROPPED_MASK)
+@pytest.mark.parametrize("where", one_of(DROPPED_MASK))
 def test_a_dropped_load_mask_is_seen(emulator: Callable[..., str], tmp_path: Path, where: str) -> None:
     """Control: results do not change, but the process dies of it."""
     library = emulator(*DROPPED_MASK[where])
@@ -452,7 +459,7 @@ def test_the_right_kernel_keeps_the_bounds_below(emulator: Callable[..., str], t
     assert all(found[mode] <= bound for mode, bound in BOUNDS.items()), found
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", one_of(MISTAKES))
 def test_a_wrong_kernel_is_seen(emulator: Callable[..., str], tmp_path: Path, mistake: str) -> None:
     """Control: each of these breaks the bounds in every mode."""
     found = run_isolated(emulated, tmp_path, distances, emulator(*MISTAKES[mistake]), list(BOUNDS))

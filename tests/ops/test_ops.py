@@ -49,7 +49,15 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return of
 
 
-ALL = [pytest.param(backend, mode, id=f"{backend}-{mode}") for backend in BACKENDS for mode in BY_NAME]
+pytestmark = pytest.mark.by_case("backend")
+
+ALL = [
+    pytest.param(
+        backend, mode, id=f"{backend}-{mode}", marks=[pytest.mark.more] if backend in ("cpu-avx2", "cpu-base") else []
+    )
+    for backend in BACKENDS
+    for mode in BY_NAME
+]
 
 
 def stochastic(mode: str) -> bool:
@@ -166,7 +174,13 @@ def test_offsets_beyond_two_billion_in_cpp(tmp_path: Path) -> None:
 # ---- mistakes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mutant", triton_mutants.ARITHMETIC)
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        triton_mutants.ARITHMETIC[0],
+        *(pytest.param(other, marks=pytest.mark.more) for other in triton_mutants.ARITHMETIC[1:]),
+    ],
+)
 def test_a_wrong_kernel_is_seen(tmp_path: Path, mutant: str) -> None:
     """Control: each of these breaks a bound that kernels are held to, in every mode."""
     passes = run_isolated(ops_runs.run_mutant, tmp_path, mutant, env=INTERPRETED)

@@ -114,7 +114,7 @@ def test_a_missing_file_and_an_empty_one_are_told(tmp_path: Path) -> None:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("plain")
-    return folder, run_isolated(without_deepspeed, folder, str(folder))
+    return folder, run_isolated(without_deepspeed, folder, str(folder), fresh=True)
 
 
 def total(norms: dict[str, float | None]) -> float:

@@ -153,6 +153,7 @@ def test_a_rank_that_stops_amid_training_is_named_and_the_run_goes_on_with_it(
 
 
 @pytest.mark.multirank
+@pytest.mark.more
 def test_an_error_of_the_ranks_is_told_once_with_their_exit_code(folder: Path) -> None:
     started = start(folder, "data.path=/absent/file", "training.output_dir=other", "--num_gpus=2")
     out, err = started.communicate(timeout=300)

@@ -155,6 +155,7 @@ def scripts(*environments: dict[str, str]) -> list[subprocess.Popen[str]]:
 
 
 @pytest.mark.multirank
+@pytest.mark.more
 def test_initialize_works_without_a_launcher_and_under_others() -> None:
     port = str(free_port())
     mpi = [dict(zip(OMPI, (rank, rank, "2", "2"), strict=True)) | {"MASTER_PORT": port} for rank in "01"]
