@@ -11,8 +11,9 @@ import pytest
 
 from tests.engines.protocol_runs import Said, run_cases, run_what_engines_say
 from tests.ranks import run_ranks
-from tests.zero3.test_trajectory import BOUNDS, EXACT, differences, layers_of
+from tests.zero3.test_trajectory import BOUNDS, differences, layers_of
 from tests.zero3.trajectory import LAYERS, ROLES, Case, Outcome, reference, roles_in
+from tests.zero3.trajectory_cases import EXACT
 
 pytestmark = pytest.mark.multirank
 

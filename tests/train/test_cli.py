@@ -167,7 +167,9 @@ def test_nothing_is_exported_from_a_bad_checkpoint(
 def test_a_wrong_command_line_is_one_message(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # without a network the hub is tried for half a minute
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # without a network the hub is tried for half a minute
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert (out, err[: len(message) + 16]) == ("", f"lisa-ds: error: {message}")

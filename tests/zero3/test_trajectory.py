@@ -12,97 +12,15 @@ from lisa_ds.config import LisaConfig
 from lisa_ds.memory import ModelShape, Precision, state_bytes
 from lisa_ds.sampling import LayerSampler
 from tests.ranks import Runs, run_ranks
-from tests.zero3 import trajectory
+from tests.shortened import shortened
+from tests.zero3 import pairwise, trajectory
 from tests.zero3.engine_runs import run_alone
 from tests.zero3.trajectory import Case, Outcome
+from tests.zero3.trajectory_cases import CAREFUL, DROPPED, EXACT, ODD, OPTIONS, PAIRWISE, POLICIES, SIXTEEN_BIT
 
 pytestmark = [pytest.mark.multirank, pytest.mark.versions, pytest.mark.by_case("case")]
 
-NEVER = {"embeddings": "never"}
-EVERY = {"embeddings": {"every": 2}, "lm_head": {"every": 3}}
-SAMPLED = {"embeddings": "sampled", "lm_head": "sampled", "seed": 4}
-POLICIES = [
-    Case("roles_every", lisa=EVERY),
-    Case("roles_every_reentrant", lisa=EVERY, checkpointing="reentrant"),
-    Case("roles_every_non_reentrant", lisa=EVERY, checkpointing="non_reentrant"),
-    Case("roles_every_offload", lisa=EVERY, offload=True, accumulation=2),
-    Case("roles_every_prefetch", lisa=EVERY, prefetch=True),
-    Case("roles_sampled", lisa=SAMPLED),
-    Case(
-        "roles_sampled_tied_reentrant", lisa={"embeddings": "sampled", "seed": 4}, tied=True, checkpointing="reentrant"
-    ),
-    Case("roles_sampled_zero_init", lisa=SAMPLED, zero_init=True, checkpointing="non_reentrant"),
-    Case("roles_sampled_given_optimizer", lisa={**SAMPLED, "optimizer": "adamw"}),
-]
-# Intervals of 3 steps: a block that is kept rises on.
-REWARM, LIMIT = {"rewarm_steps": 5}, {"norm_growth_limit": 1.02}
-CAREFUL = [
-    Case("rewarm", lisa=REWARM),
-    Case("rewarm_given_optimizer", lisa={**EVERY, **REWARM, "optimizer": "adamw"}),
-    Case("limit", lisa=LIMIT, fresh=True),
-    Case("limit_given_optimizer", lisa={**LIMIT, "optimizer": "adamw"}, fresh=True),
-    Case("limit_offload", lisa=LIMIT, fresh=True, offload=True, accumulation=2),
-    Case("limit_given_optimizer_offload", lisa={**LIMIT, "optimizer": "adamw"}, fresh=True, offload=True),
-    Case(
-        "with_all_care",
-        lisa={**EVERY, **REWARM, **LIMIT, "embeddings_lr_scale": 0.5},
-        fresh=True,
-        accumulation=2,
-        scheduler=True,
-        checkpointing="reentrant",
-    ),
-]
-EXACT = [
-    Case("plain"),
-    Case("accumulation", accumulation=2),
-    Case("no_clip", clip=0.0),
-    Case("scheduler", scheduler=True),
-    Case("reentrant", checkpointing="reentrant"),
-    Case("non_reentrant", checkpointing="non_reentrant"),
-    Case("tied", tied=True),
-    Case("frozen_embeddings", lisa=NEVER),
-    Case("frozen_embeddings_reentrant", lisa=NEVER, checkpointing="reentrant"),
-    Case("frozen_embeddings_non_reentrant", lisa=NEVER, checkpointing="non_reentrant"),
-    Case("only_blocks", lisa={"embeddings": "never", "lm_head": "never", "rest": "never"}, checkpointing="reentrant"),
-    Case("cpu_offload", offload=True),
-    Case("cpu_offload_accumulation", offload=True, accumulation=2),
-    Case("cpu_offload_of_weights", offload=True, offload_param=True),
-    Case("zero_init", zero_init=True),
-    Case("zero_init_tied_reentrant", zero_init=True, tied=True, checkpointing="reentrant"),
-    Case("prefetch", prefetch=True),
-    Case("small_buckets", small_buckets=True),
-    Case("lr_scales", lisa={"embeddings_lr_scale": 0.1, "lm_head_lr_scale": 0.5, "rest_lr_scale": 2.0}),
-    Case("direct_backward", checkpointing="non_reentrant", direct_backward=True),
-    Case("bernoulli", num_sampled=1, lisa={"sampler": "bernoulli", "seed": 8}),
-    Case("cyclic", lisa={"sampler": "cyclic"}),
-    Case("given_optimizer", lisa={"optimizer": "adamw"}),
-    Case("given_optimizer_offload", offload=True, accumulation=2, lisa={"optimizer": "adamw"}),
-    Case("64_micro_batches", accumulation=64, steps=10),
-    *POLICIES,
-    *CAREFUL,
-]
-ODD = [  # also on 3 ranks
-    *("plain", "accumulation", "tied", "frozen_embeddings_reentrant", "cpu_offload_accumulation"),
-    *("roles_sampled", "with_all_care"),
-]
-SIXTEEN_BIT = [
-    Case("bf16", dtype="bf16"),
-    Case("bf16_accumulation_offload", dtype="bf16", accumulation=2, offload=True),
-    Case("fp16_limit", dtype="fp16", overflow_at=4, fresh=True, clip=0.0, lisa={**EVERY, **REWARM, **LIMIT}),
-    Case(
-        "fp16_limit_given_optimizer",
-        dtype="fp16",
-        overflow_at=4,
-        fresh=True,
-        clip=0.0,
-        lisa={**LIMIT, "optimizer": "adamw"},
-    ),
-    Case("fp16_overflow_at_boundary", dtype="fp16", overflow_at=5),
-]
-DROPPED = Case("dropped_update", drop_update_at=4)
-
-
-NAMED = {case.name: case for case in (*EXACT, *SIXTEEN_BIT, DROPPED)}
+NAMED = {case.name: case for case in (*EXACT, *PAIRWISE, *SIXTEEN_BIT, DROPPED)}
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +71,18 @@ def differences(ours: Outcome, theirs: Outcome) -> dict[str, float]:
 
 
 BOUNDS = {"loss": 1e-5, "grad_norm": 1e-4, "parameter": 1e-5}
-PAIRS = [pytest.param(2, case, id=case.name) for case in EXACT] + [
-    pytest.param(3, case, id=f"{case.name}-3_ranks") for case in EXACT if case.name in ODD
+KEPT = ("plain", "bernoulli", "roles_sampled", "with_all_care")
+PAIRS = [
+    *shortened(
+        [(2, case) for case in (*EXACT, *PAIRWISE)], *((2, name) for name in (*KEPT, *(c.name for c in PAIRWISE)))
+    ),
+    *shortened([(3, case) for case in EXACT if case.name in ODD], (3, "with_all_care")),
 ]
+IDS = [case.name if ranks == 2 else f"{case.name}-3_ranks" for ranks, case in (param.values for param in PAIRS)]
+on_ranks = pytest.mark.parametrize(("world_size", "case"), PAIRS, ids=IDS)
 
 
-@pytest.mark.parametrize(("world_size", "case"), PAIRS)
+@on_ranks
 def test_trajectory_equals_torch(runs: Any, world_size: int, case: Case) -> None:
     ours, theirs = runs[world_size, case.name][0], reference(case, world_size)
     assert ours.layers == theirs.layers
@@ -169,7 +93,7 @@ def test_trajectory_equals_torch(runs: Any, world_size: int, case: Case) -> None
     assert all(found[key] <= BOUNDS[key] for key in BOUNDS), found
 
 
-@pytest.mark.parametrize(("world_size", "case"), PAIRS)
+@on_ranks
 def test_ranks_agree_on_draws(runs: Any, world_size: int, case: Case) -> None:
     first, *others = runs[world_size, case.name]
     for other in others:
@@ -177,16 +101,20 @@ def test_ranks_agree_on_draws(runs: Any, world_size: int, case: Case) -> None:
         assert other.layers == first.layers
 
 
-@pytest.mark.parametrize(("world_size", "case"), PAIRS)
+@on_ranks
 def test_frozen_partitions_keep_every_bit(runs: Any, world_size: int, case: Case) -> None:
     for outcome in runs[world_size, case.name]:
         assert outcome.extra["frozen_moved"] == []
 
 
-MEASURED = [*PAIRS, *(pytest.param(2, case, id=case.name) for case in SIXTEEN_BIT if case.overflow_at is None)]
+ROUNDED = [case for case in SIXTEEN_BIT if case.overflow_at is None]
 
 
-@pytest.mark.parametrize(("world_size", "case"), MEASURED)
+@pytest.mark.parametrize(
+    ("world_size", "case"),
+    [*PAIRS, *shortened([(2, case) for case in ROUNDED], (2, "bf16"))],
+    ids=[*IDS, *(case.name for case in ROUNDED)],
+)
 def test_live_bytes_equal_the_planner_and_the_formula(runs: Any, world_size: int, case: Case) -> None:
     shape, config = model_shape(case), LisaConfig.load(case.lisa_config)
     always = tuple(role for role in trajectory.roles_in(replace(case, lisa=_steady(case.lisa)), 0))
@@ -227,7 +155,15 @@ def model_shape(case: Case) -> ModelShape:
 
 @pytest.mark.parametrize(
     "case",
-    [case for case in EXACT if case.lisa.get("embeddings", "always") != "always" and case.accumulation == 1],
+    shortened(
+        [
+            case
+            for case in (*EXACT, *PAIRWISE)
+            if case.lisa.get("embeddings", "always") != "always" and case.accumulation == 1
+        ],
+        "roles_sampled",
+        *(case.name for case in PAIRWISE if case.lisa.get("embeddings") and case.accumulation == 1),
+    ),
     ids=lambda case: case.name,
 )
 def test_backward_stops_below_the_lowest_sampled_block(runs: Any, case: Case) -> None:
@@ -247,6 +183,7 @@ def test_without_the_frontier_all_blocks_are_recomputed(runs: Any) -> None:
     assert set(below) == {2}
 
 
+@pytest.mark.more
 def test_prefetch_keeps_its_trace_over_switches(runs: Any) -> None:
     extra = runs[2, "prefetch"][0].extra
     assert extra["invalidations"] == 0
@@ -254,7 +191,7 @@ def test_prefetch_keeps_its_trace_over_switches(runs: Any) -> None:
     assert extra["in_flight"] > 10  # parameters were fetched ahead
 
 
-@pytest.mark.parametrize("case", SIXTEEN_BIT, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", shortened(SIXTEEN_BIT, "bf16", "fp16_limit"), ids=lambda case: case.name)
 def test_16_bit_trajectory_follows_a_16_bit_reference(runs: Any, case: Case) -> None:
     ours, theirs = runs[2, case.name][0], reference(case, 2)
     found = differences(ours, theirs)
@@ -266,11 +203,13 @@ def test_16_bit_trajectory_follows_a_16_bit_reference(runs: Any, case: Case) -> 
     assert ours.layers == theirs.layers
 
 
+@pytest.mark.more
 def test_accumulation_is_fp32_by_default_where_gradients_accumulate(runs: Any) -> None:
     assert runs[2, "bf16"][0].extra["accumulation_dtype"] == "torch.bfloat16"
     assert runs[2, "bf16_accumulation_offload"][0].extra["accumulation_dtype"] == "torch.float32"
 
 
+@pytest.mark.more
 def test_a_skipped_step_does_not_advance_the_interval(runs: Any) -> None:
     case = SIXTEEN_BIT[-1]
     outcome = runs[2, case.name][0]
@@ -288,7 +227,7 @@ def test_a_dropped_update_fails_the_trajectory(runs: Any) -> None:
     assert all(found[key] > 10 * BOUNDS[key] for key in BOUNDS), found
 
 
-@pytest.mark.parametrize("case", POLICIES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", shortened(POLICIES, "roles_sampled"), ids=lambda case: case.name)
 def test_roles_come_and_go_as_the_policies_say(runs: Any, case: Case) -> None:
     for outcome in runs[2, case.name]:
         roles = [seen["roles"] for seen in outcome.extra["reports"]]
@@ -296,28 +235,32 @@ def test_roles_come_and_go_as_the_policies_say(runs: Any, case: Case) -> None:
         assert len({"embeddings" in present for present in roles}) == 2  # with and without
 
 
+WITHOUT = [
+    ("roles_every", {"embeddings": "always", "lm_head": "always"}),
+    ("roles_sampled", {"lm_head": "always"}),
+    ("rewarm", {"rewarm_steps": 0}),
+    ("rewarm_given_optimizer", {"rewarm_steps": 0}),
+    ("limit", {"norm_growth_limit": None}),
+    ("limit_given_optimizer", {"norm_growth_limit": None}),
+    ("limit_offload", {"norm_growth_limit": None}),
+    ("with_all_care", {"rewarm_steps": 0}),
+    ("with_all_care", {"norm_growth_limit": None}),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "without"),
-    [
-        ("roles_every", {"embeddings": "always", "lm_head": "always"}),
-        ("roles_sampled", {"lm_head": "always"}),
-        ("rewarm", {"rewarm_steps": 0}),
-        ("rewarm_given_optimizer", {"rewarm_steps": 0}),
-        ("limit", {"norm_growth_limit": None}),
-        ("limit_given_optimizer", {"norm_growth_limit": None}),
-        ("limit_offload", {"norm_growth_limit": None}),
-        ("with_all_care", {"rewarm_steps": 0}),
-        ("with_all_care", {"norm_growth_limit": None}),
-    ],
+    ("case", "without"),
+    [pytest.param(NAMED[name], off, marks=[] if name in KEPT else [pytest.mark.more]) for name, off in WITHOUT],
+    ids=[f"{name}-{next(iter(off))}" for name, off in WITHOUT],
 )
-def test_a_reference_without_it_is_another_run(runs: Any, name: str, without: dict[str, Any]) -> None:
+def test_a_reference_without_it_is_another_run(runs: Any, case: Case, without: dict[str, Any]) -> None:
     """Control: each policy and each care is seen by the check that holds it to the reference."""
-    (case,) = (case for case in EXACT if case.name == name)
-    found = differences(runs[2, name][0], reference(replace(case, lisa={**case.lisa, **without}), 2))
+    found = differences(runs[2, case.name][0], reference(replace(case, lisa={**case.lisa, **without}), 2))
     assert found["parameter"] > 10 * BOUNDS["parameter"], found
     assert found["grad_norm"] > 10 * BOUNDS["grad_norm"], found
 
 
+@pytest.mark.more
 def test_a_block_that_is_kept_keeps_its_age(runs: Any) -> None:
     """Control: a re-warm-up that begins at every switch is another run."""
     (case,) = (case for case in CAREFUL if case.name == "rewarm")
@@ -325,12 +268,20 @@ def test_a_block_that_is_kept_keeps_its_age(runs: Any) -> None:
     assert differences(runs[2, case.name][0], other)["parameter"] > 10 * BOUNDS["parameter"]
 
 
-@pytest.mark.parametrize("case", [case for case in SIXTEEN_BIT if "limit" in case.name], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", shortened([case for case in SIXTEEN_BIT if "limit" in case.name], "fp16_limit"), ids=lambda case: case.name
+)
 def test_a_limit_under_a_loss_scale_is_seen(runs: Any, case: Case) -> None:
     """Control of the 16-bit comparison: gradients were held back, and more than its bounds allow for."""
     assert reference(case, 2).extra["limited"] > 5
     free = reference(replace(case, lisa={**case.lisa, "norm_growth_limit": None}), 2)
     assert differences(runs[2, case.name][0], free)["grad_norm"] > 4e-2
+
+
+def test_every_two_options_meet() -> None:
+    met = set().union(*(pairwise.pairs_of(chosen) for chosen in pairwise.covering(OPTIONS)))
+    assert met == pairwise.every_pair(OPTIONS)
+    assert len(PAIRWISE) < 20  # of 6,912 combinations
 
 
 def test_a_wrong_schedule_fails_the_trajectory(runs: Any) -> None:
