@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
+from tests.shortened import shortened
 from tests.zero3.checkpoint_runs import run_bad_checkpoints, run_resume, run_warm_starts, run_warm_starts_of_others
 from tests.zero3.trajectory import Case
 
@@ -42,7 +43,7 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.equal(first.view(torch.int32), second.view(torch.int32))
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+@pytest.fixture(scope="module", params=shortened(CASES, "fp16"), ids=lambda case: case.name)
 def resumed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("checkpoint")
     return run_ranks(2, run_resume, folder, request.param, folder, SAVED, timeout_s=240)
@@ -98,6 +99,7 @@ def test_a_bad_checkpoint_is_named_and_changes_nothing(tmp_path: Path) -> None:
         assert seen["unharmed"] == "True"
 
 
+@pytest.mark.more
 def test_a_warm_start_reads_every_weight_of_the_tag_and_begins_anew(tmp_path: Path) -> None:
     case = Case("warm", dtype="bf16", zero={"stage3_param_persistence_threshold": 1000})
     for seen in run_ranks(2, run_warm_starts, tmp_path, case, tmp_path, timeout_s=240):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import Runs, run_ranks
+from tests.shortened import shortened
 from tests.zero3.format_runs import run_format, run_refusals
 from tests.zero3.trajectory import Case, build_model
 
@@ -26,6 +27,9 @@ CASES.append(
 CASES.append(Case("int8_accumulation", dtype="bf16", steps=8, accumulation=2, lisa={"optimizer": {"moments": "int8"}}))
 
 
+each = pytest.mark.parametrize("name", shortened([case.name for case in CASES], "mixed", "sr_16bit", "int8_sr"))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs[str, list[dict[str, Any]]]:
     """By name of the case, what each rank saw."""
@@ -33,28 +37,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs[str, list[dict[str, A
     return Runs(lambda name: run_ranks(2, run_format, folder, cases[name], folder / name))
 
 
-@pytest.mark.parametrize("name", [case.name for case in CASES])
+@each
 def test_each_step_is_the_specifications(runs: Any, name: str) -> None:
     for rank in runs[name]:
         assert rank["wrong"] == []
         assert rank["frozen_moved"] == []
 
 
-@pytest.mark.parametrize("name", [case.name for case in CASES])
+@each
 def test_bytes_are_planned_to_the_byte(runs: Any, name: str) -> None:
     for rank in runs[name]:
         assert rank["bytes_checked"] >= 4
         assert rank["bytes_wrong"] == []
 
 
-@pytest.mark.parametrize("name", [case.name for case in CASES])
+@each
 def test_a_resumed_run_is_the_same_to_the_bit(runs: Any, name: str) -> None:
     for rank in runs[name]:
         assert rank["resumed_losses"] == rank["losses"][5:]
         assert rank["resumed_equal"]
 
 
-@pytest.mark.parametrize("name", [case.name for case in CASES])
+@each
 def test_it_learns_as_mixed_does(runs: Any, name: str) -> None:
     losses, mixed = runs[name][0]["losses"], runs["mixed"][0]["losses"]
     assert losses[-1] < losses[0]
@@ -62,7 +66,7 @@ def test_it_learns_as_mixed_does(runs: Any, name: str) -> None:
         assert losses[-1] == pytest.approx(mixed[-1], abs=0.02)
 
 
-@pytest.mark.parametrize("name", [case.name for case in CASES])
+@each
 def test_deepspeeds_accessors_and_the_export_read_it(runs: Any, name: str) -> None:
     for rank in runs[name]:
         found = rank["accessors"]
@@ -75,13 +79,16 @@ def test_deepspeeds_accessors_and_the_export_read_it(runs: Any, name: str) -> No
     assert {n: tuple(shape) for n, shape in runs[name][0]["exported"].items()} == expected
 
 
-@pytest.mark.parametrize("name", [case.name for case in CASES if case.name != "mixed"])
+@pytest.mark.parametrize(
+    "name", shortened([case.name for case in CASES if case.name != "mixed"], "sr_16bit", "int8_sr")
+)
 def test_another_format_is_refused_by_name(runs: Any, name: str) -> None:
     message = runs[name][0]["refused"]
     assert "was saved with lisa.optimizer." in message
     assert "resume with the saved policies" in message
 
 
+@pytest.mark.more
 def test_files_are_no_larger_than_the_state(runs: Any) -> None:
     """Without a master copy the checkpoint holds the sampled weights, not the whole buffer that they are views of."""
     files = {name: runs[name][0]["file"] for name in FORMATS}

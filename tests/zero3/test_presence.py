@@ -29,7 +29,9 @@ def differences(case: Case, ranks: int, result: tuple) -> dict[str, float]:
     return {name: float((weights[name] - expected[name]).abs().max()) for name in expected}
 
 
-@pytest.mark.parametrize(("ranks", "cases"), [(2, CASES), (3, CASES[:1] + CASES[-2:])])
+@pytest.mark.parametrize(
+    ("ranks", "cases"), [(2, CASES), pytest.param(3, CASES[:1] + CASES[-2:], marks=pytest.mark.more)]
+)
 def test_it_trains_as_adamw_in_one_process(ranks: int, cases: list[Case], tmp_path: Path) -> None:
     for rank in run_ranks(ranks, trained, tmp_path, cases, str(tmp_path)):
         for case in cases:

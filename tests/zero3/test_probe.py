@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lisa_ds.engines.common.rademacher import key_of, rademacher
 from tests.ranks import Runs, run_ranks
+from tests.shortened import shortened
 from tests.zero3 import trajectory
 from tests.zero3.probe_runs import (
     SEED,
@@ -23,7 +24,7 @@ from tests.zero3.probe_runs import (
 )
 from tests.zero3.trajectory import LAYERS, Case
 
-pytestmark = [pytest.mark.multirank, pytest.mark.by_case("name")]
+pytestmark = pytest.mark.multirank
 
 PERSISTENT = {"stage3_param_persistence_threshold": 200}
 CASES = [
@@ -109,9 +110,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs[tuple[int, str], list
 
 
 ALL = [(2, case.name) for case in CASES] + [(3, name) for name in ODD]
+on_ranks = pytest.mark.parametrize(("world_size", "name"), shortened(ALL, (2, "plain"), (2, "reentrant"), (3, "plain")))
 
 
-@pytest.mark.parametrize(("world_size", "name"), ALL)
+@pytest.mark.by_case("name")
+@on_ranks
 def test_scores_are_those_of_one_process(runs: Any, world_size: int, name: str) -> None:
     seen = runs[world_size, name][0]
     for (kind, size), scores in seen["scores"].items():
@@ -124,18 +127,21 @@ def test_scores_are_those_of_one_process(runs: Any, world_size: int, name: str) 
         assert scores == close, (kind, size)
 
 
-@pytest.mark.parametrize(("world_size", "name"), ALL)
+@pytest.mark.by_case("name")
+@on_ranks
 def test_scores_are_alike_on_all_ranks_and_disturb_nothing(runs: Any, world_size: int, name: str) -> None:
     ranks = runs[world_size, name]
     assert all(rank["scores"] == ranks[0]["scores"] for rank in ranks)
     assert [rank["changed"] for rank in ranks] == [[]] * world_size
 
 
+@pytest.mark.more
 def test_a_window_of_any_size_gives_the_same_sums(runs: Any) -> None:
     scores = runs[2, "plain"][0]["scores"]
     assert scores["accumulated", 1] == scores["accumulated", 3] == scores["accumulated", LAYERS]
 
 
+@pytest.mark.more
 def test_dropout_would_be_seen_in_the_scores(runs: Any) -> None:
     seen = runs[2, "plain"][0]
     assert seen["with dropout"] != pytest.approx(seen["scores"]["mean", 3], rel=1e-2)
@@ -174,7 +180,7 @@ def test_weights_that_are_not_put_back_are_seen(beside: list[dict[str, Any]]) ->
     assert all(len(rank["unrestored"]["moved"]) > 10 for rank in beside)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", shortened([1, 2, 3], 2))
 def test_what_scoring_keeps_alive_is_what_the_planner_says(tmp_path: Path, world_size: int) -> None:
     for seen in run_ranks(world_size, run_bytes, tmp_path, timeout_s=300):
         blocks = seen.pop("blocks")

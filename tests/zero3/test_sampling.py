@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lisa_ds.config import LisaConfig
 from lisa_ds.sampling import LayerSampler
 from tests.ranks import Runs, run_ranks
+from tests.shortened import shortened
 from tests.zero3 import trajectory
 from tests.zero3.sampling_runs import (
     BATCHES,
@@ -38,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "growth": {"num_sampled_layers": 1, "growth": {"patience": 1, "threshold": 0.5, "max_layers": 4}},
     "schedule": {"num_sampled_layers": 1, "growth": {"schedule": {1: 2, 3: 5}}},
 }
+SHORT = ("weight_norm", "recipe", "mean", "growth")
 RESUMED = ("recipe", "two_blocks_at_a_time", "ema", "growth")
 
 
@@ -59,7 +61,7 @@ def references() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("world_size", "name"),
     [
-        *((size, name) for size in (1, 2) for name in CASES),
+        *shortened([(size, name) for size in (1, 2) for name in CASES], (1, "recipe"), *((2, name) for name in SHORT)),
         *(pytest.param(3, name, marks=pytest.mark.nightly) for name in RESUMED),
     ],
 )
@@ -104,6 +106,7 @@ def test_rates_follow_the_inverse_probability(runs: Found) -> None:
         assert len(seen) > 2
 
 
+@pytest.mark.more
 def test_a_resumed_run_draws_and_trains_on_to_the_bit(tmp_path_factory: pytest.TempPathFactory) -> None:
     cases = {name: CASES[name] for name in RESUMED}
     ranks = run_ranks(
@@ -134,6 +137,7 @@ def test_ranks_that_would_train_apart_stop(tmp_path_factory: pytest.TempPathFact
         assert found["no loss"].startswith("lisa.growth.patience: watches the loss that engine.backward(loss) is given")
 
 
+@pytest.mark.more
 def test_the_first_draw_waits_for_scores_unless_somebody_else_has_drawn(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from lisa_ds import records
 from lisa_ds.memory import KINDS, Architecture, state_bytes
 from lisa_ds.memory.catalogue import require
+from tests.shortened import shortened
 
 ROOT = Path(__file__).parents[2]
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
@@ -66,7 +67,7 @@ def check(folder: Path, *, slack: int) -> dict[str, Any]:
     return last
 
 
-@pytest.mark.parametrize("rank", [0, 63])
+@pytest.mark.parametrize("rank", shortened([0, 63], 63))
 def test_a_rank_of_64_of_a_billion_parameters(tmp_path: Path, rank: int) -> None:
     done = simulate(tmp_path, TINYLLAMA, 64, "--rank", str(rank))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import Runs, run_ranks
+from tests.shortened import shortened
 from tests.zero3.statistics_runs import run_full, run_lisa, run_without_reduction, with_shared_layers
 from tests.zero3.trajectory import Case
 
@@ -50,7 +51,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Read:
 
 
 CASES = [(2, case) for case in (*LISA, *FULL)] + [(3, case) for case in (*LISA, *FULL) if case.name in ODD]
-each = pytest.mark.parametrize(("world_size", "case"), CASES, ids=lambda value: getattr(value, "name", value))
+SHORT = ("lisa", "lisa_tied_bf16", "lisa_overflow", "lisa_given_optimizer", "full", "full_offload")
+each = pytest.mark.parametrize(
+    ("world_size", "case"),
+    shortened(CASES, *((2, name) for name in SHORT), (3, "lisa_int8")),
+    ids=lambda value: getattr(value, "name", value),
+)
 
 
 @each
