@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, installed or not
 
 from benchmarks.gpu_claims import Claim, Report, at_most
+from benchmarks.gpu_clock import Clock
 from lisa_ds import records
 from lisa_ds.config import LisaConfig
 from lisa_ds.memory import Architecture, RunSettings, catalogue, forecast
@@ -224,7 +225,7 @@ def _measure(arm: Arm, dry_run: bool) -> dict[str, Any]:
     engine = _build(arm, AutoConfig.for_model(**config, use_cache=False, max_position_embeddings=4096))
     built = time.monotonic() - began
     ids = torch.randint(0, config["vocab_size"], (arm.batch, arm.sequence), device=engine.device)
-    clock = _Clock(dry_run)
+    clock = Clock(dry_run)
     loss: list[Any] = [None]
 
     def forward() -> None:
@@ -280,36 +281,6 @@ def _build(arm: Arm, model_config: Any) -> Any:
         given = {"model": model, "optimizer": optimizer, "config": config}
         return lisa_ds.initialize(**given, lisa_config=arm.lisa_config)[0]
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-
-
-class _Clock:
-    """Seconds and peak bytes of phases, on a device that is waited for."""
-
-    def __init__(self, dry_run: bool) -> None:
-        self._dry_run = dry_run
-        self.peaks: dict[str, int] = {}
-        self.seconds: dict[str, list[float]] = {}
-
-    def measure(self, name: str, phase: Callable[[], object], *, counts: bool = True) -> None:
-        import torch
-
-        if not self._dry_run:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        phase()
-        if not self._dry_run:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        if counts:
-            self.seconds.setdefault(name, []).append(seconds)
-            peak = 0 if self._dry_run else torch.cuda.max_memory_allocated()
-            self.peaks[name] = max(peak, self.peaks.get(name, 0))
-
-    def reserved(self) -> int:
-        import torch
-
-        return 0 if self._dry_run else torch.cuda.memory_reserved()
 
 
 def _record(report: Report, arm: Arm, found: dict[str, Any]) -> None:

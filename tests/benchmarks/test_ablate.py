@@ -10,6 +10,7 @@ from typing import Any
 import ablate_plan
 import ablate_report
 import embedding_rows
+import paired
 import pytest
 from ablate_plan import BASE, OPTIONS, Progress, Protocol, Run
 
@@ -134,7 +135,7 @@ def recorded(run: Run, losses: Any) -> list[Record]:
     ("probability", "degrees", "quantile"), [(0.975, 1, 12.706), (0.975, 4, 2.776), (0.95, 30, 1.697)]
 )
 def test_quantiles_of_t(probability: float, degrees: int, quantile: float) -> None:
-    assert ablate_report.t_quantile(probability, degrees) == pytest.approx(quantile, abs=1e-3)
+    assert paired.t_quantile(probability, degrees) == pytest.approx(quantile, abs=1e-3)
 
 
 def test_rows_of_an_embedding() -> None:

@@ -1,4 +1,4 @@
-"""What tests/gpu/test_gpu.py runs on a GPU: beside it, on NCCL ranks, or under compute-sanitizer (``python -m tests.gpu.gpu_runs``)."""
+"""What the tests of tests/gpu run on a GPU: beside them, on NCCL ranks, or under compute-sanitizer (``python -m tests.gpu.gpu_runs``)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,40 +10,13 @@ import torch
 import transformers
 from torch import nn
 
-from lisa_ds.errors import ModelError
-from lisa_ds.layers import ROLES, LayerStack
+from lisa_ds.layers import LayerStack
+from tests.models.layer_cases import TINY, Block, Case, Plain, assert_every_parameter_is_in_one_unit, blocks, names
 
-TINY = {
-    **{"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 16},
-    **{"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-}
 GPT2 = {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 16}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 2}
 HEAD_DIM = {"head_dim": 8}
-
-
-@dataclass
-class Case:
-    """One architecture, tiny and random, and how it should come apart."""
-
-    config: str
-    blocks: str
-    tied: bool = False
-    options: dict[str, Any] | None = None
-    auto: str = "AutoModelForCausalLM"
-    embeddings: tuple[str, ...] = ("embed_tokens",)
-    lm_head: tuple[str, ...] = ("lm_head.weight",)
-    lengths: tuple[int, ...] = (3,)
-
-    @property
-    def id(self) -> str:
-        return f"{self.config.removesuffix('Config')}-{self.auto.removeprefix('AutoModelFor')}"
-
-    def build(self) -> nn.Module:
-        config = getattr(transformers, self.config)(**{**TINY, **(self.options or {})})
-        return getattr(transformers, self.auto).from_config(config)
 
 
 def classifier(config: str, blocks: str, embeddings: tuple[str, ...], lm_head: tuple[str, ...], **options: Any) -> Case:
@@ -85,18 +57,6 @@ CASES = [
     classifier("LlamaConfig", "model.layers", ("embed_tokens",), ("score.weight",)),
     classifier("GPT2Config", "transformer.h", ("wte", "wpe"), ("score.weight",), **GPT2),
 ]
-
-
-def names(stack: LayerStack, role: str) -> list[str]:
-    return [stack.names[id(parameter)] for parameter in stack.parameters(role)]
-
-
-def assert_every_parameter_is_in_one_unit(model: nn.Module, stack: LayerStack) -> None:
-    units = [*range(len(stack.layers)), *ROLES]
-    taken = [(id(parameter), unit) for unit in units for parameter in stack.parameters(unit)]
-    assert sorted(key for key, _ in taken) == sorted(id(parameter) for parameter in model.parameters())
-    assert dict(taken) == stack.unit_of
-    assert stack.numels() == {unit: tuple(p.numel() for p in stack.parameters(unit)) for unit in units}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -146,28 +106,6 @@ def test_sees_through_peft(layers_path: str) -> None:
     assert all(".lm_head." in name for name in names(stack, "lm_head"))
     assert len(stack.lm_head) == 2  # the original, and the one that PEFT trains
     assert_every_parameter_is_in_one_unit(model, stack)
-
-
-class Block(nn.Module):
-    """A residual block with a mixture of experts, kept in a list as transformers 4 did."""
-
-    def __init__(self, width: int = 4, experts: int = 0) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(experts))
-
-
-class Plain(nn.Module):
-    """A model without a config, without accessors, and with whatever modules a test gives it."""
-
-    def __init__(self, **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-
-def blocks(count: int = 3, **options: int) -> nn.ModuleList:
-    return nn.ModuleList(Block(**options) for _ in range(count))
 
 
 PLAIN = {
@@ -251,93 +189,6 @@ def test_sizes_are_whole_where_zero3_has_partitioned_the_parameters() -> None:
     assert stack.numels() == whole
     assert whole["embeddings"] == (20,)
     assert whole[0] == (16, 4)
-
-
-def shared_with_a_block() -> Plain:
-    model = Plain(blocks=blocks(), head=nn.Linear(4, 4))
-    model.head.weight = model.blocks[1].linear.weight
-    return model
-
-
-def bert_to_bert() -> nn.Module:
-    encoder, decoder = (transformers.BertConfig(**TINY, is_decoder=i, add_cross_attention=i) for i in (False, True))
-    return transformers.EncoderDecoderModel(
-        transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
-    )
-
-
-def run_three_times() -> nn.Module:
-    options = {"embedding_size": 8}
-    return Case("AlbertConfig", "", options=options, auto="AutoModelForSequenceClassification").build()
-
-
-REFUSED = {
-    "none": (lambda: nn.Linear(2, 2), "auto", r"^Linear has no stack of blocks: .* wrap the blocks"),
-    "only embeddings": (
-        *(lambda: Plain(words=nn.ModuleList(nn.Embedding(5, 4) for _ in range(3))), "auto"),
-        "^Plain has no stack of blocks",
-    ),
-    "two alike": (
-        *(lambda: Plain(left=blocks(), right=blocks()), "auto"),
-        r"^more than one stack .* meant: left \(3 x Block\), right \(3 x Block\); set layers_path .* 'left,right'$",
-    ),
-    "two nearly alike": (
-        *(lambda: Plain(left=blocks(3), right=blocks(4)), "auto"),
-        r"^more than one stack of blocks could be meant: right \(4 x Block\), left \(3 x Block\)",
-    ),
-    "two models in one": (
-        *(bert_to_bert, "auto"),
-        r"more than one stack .* meant: decoder.bert.encoder.layer \(3 x BertLayer\), encoder.encoder.layer \(3 x",
-    ),
-    "a block repeated": (
-        *(lambda: Plain(blocks=nn.ModuleList([Block()] * 3)), "auto"),
-        "^blocks.0.linear.weight is shared by blocks 0 and 1: one cannot train while the other is frozen",
-    ),
-    "shared outside": (
-        *(shared_with_a_block, "auto"),
-        r"^blocks.1.linear.weight is shared by block 1 and head \(weight\)",
-    ),
-    "a block run several times": (
-        *(run_three_times, "auto"),
-        r"^albert.encoder.albert_layer_groups \(1 x AlbertLayerGroup\) is one block that the model runs 3 times",
-    ),
-    "misspelt": (
-        *(lambda: Plain(layers=blocks(), mtp=blocks(1)), "layer"),
-        r"^layers_path: 'layer' leads nowhere in Plain; did you mean 'layers'\?; "
-        r"its stacks of blocks: layers \(3 x Block\), mtp \(1 x Block\)$",
-    ),
-    "one of its blocks": (
-        *(lambda: Plain(layers=blocks()), "layers.0"),
-        r"^layers_path: 'layers.0' leads to Block, which is no list of blocks in Plain; did you mean 'layers'\?",
-    ),
-    "above it": (
-        *(lambda: Plain(model=Plain(layers=blocks())), "model"),
-        r"^layers_path: 'model' leads to Plain, .* did you mean 'model.layers'\?",
-    ),
-    "two fit": (
-        *(lambda: Plain(encoder=Plain(block=blocks()), decoder=Plain(block=blocks())), "block"),
-        r"^layers_path: 'block' fits encoder.block and decoder.block in Plain",
-    ),
-    "twice": (
-        *(lambda: Plain(layers=blocks()), "layers,model.layers"),
-        r"^layers_path: 'layers,model.layers' names layers twice$",
-    ),
-    "an empty part": (
-        lambda: Plain(layers=blocks()),
-        "layers,",
-        r"^layers_path: '' leads nowhere in Plain; its stacks",
-    ),
-}
-
-
-@pytest.mark.parametrize(("build", "layers_path", "message"), REFUSED.values(), ids=REFUSED)
-def test_refuses_what_cannot_be_sampled(build: Any, layers_path: str, message: str) -> None:
-    with pytest.raises(ModelError, match=message):
-        LayerStack.from_model(build(), layers_path)
-
-
-def test_a_block_that_runs_several_times_can_be_asked_for() -> None:
-    assert len(LayerStack.from_model(run_three_times(), "albert_layer_groups").layers) == 1
 
 
 @pytest.mark.parametrize("layers_path", ["layers", "model.layers", "model.model.layers", "module.model.layers"])

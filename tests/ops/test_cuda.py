@@ -1,39 +1,26 @@
-"""The CUDA kernels where there is no GPU: what nvcc makes of them, and what they compute when the CPU plays the GPU."""
+"""The CUDA kernels where there is no GPU: what nvcc makes of them, and what their library says."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import re
-import shutil
-import signal
 import subprocess
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from lisa_ds.ops import build, cuda
-from tests.isolated import exit_code, run_isolated
-from tests.ops import ops_runs, sass, test_ops
+from tests.ops import sass
 from tests.ops.adamw_cases import MODES, make_segments, table_of
+from tests.ops.cuda_emulator import source
 
 pytestmark = pytest.mark.skipif(
     build.unbuildable("cuda") is not None, reason=f"the CUDA kernels cannot be built here: {build.unbuildable('cuda')}"
 )
 
 ARCHITECTURES = tuple(int(code) for code in build.CUDA_ARCHITECTURES)
-BY_NAME = {mode.name: mode for mode in MODES}
-
-
-def source() -> str:
-    return (build.sources() / "cuda" / "masked_adamw.cu").read_text()
-
 
 # ---- machine code ------------------------------------------------------------------------------------------------
 
@@ -210,257 +197,3 @@ def test_scalars_of_another_type_are_refused() -> None:
     table = table_of(make_segments(MODES[0], (8,)))
     with pytest.raises(ValueError, match=r"found_inf: should be float32 on cpu, got torch.float64 on cpu"):
         cuda.masked_adamw_(table, table.one, torch.zeros((), dtype=torch.float64))
-
-
-# ---- what they compute -------------------------------------------------------------------------------------------
-
-EMULATOR = r"""
-// Runs CUDA kernels on the CPU: the threads of a block take turns, each on a stack of its own, and wait for one another where a GPU's
-// would. A function of a whole warp that not all of its threads reach aborts, and so does a barrier.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#include <ucontext.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <vector>
-
-#undef __shared__
-#define __shared__ static
-#undef __launch_bounds__
-#define __launch_bounds__(...)
-using std::isnan;
-using std::max;
-
-namespace emulator {
-enum State { READY, AT_BARRIER, IN_WARP, DONE };
-struct Thread {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(1 << 16);
-  State state = READY;
-  uint64_t word = 0;  // what it brings to its warp
-};
-inline std::vector<Thread> threads;
-inline ucontext_t scheduler;
-inline std::function<void()> body;
-inline struct { unsigned x; } thread, block;
-
-inline void wait(State state) {
-  Thread& me = threads[thread.x];
-  me.state = state;
-  swapcontext(&me.context, &scheduler);
-}
-// What every thread of the caller's warp has brought.
-template <class T, class F> auto in_warp(T value, F f) {
-  std::memcpy(&threads[thread.x].word, &value, sizeof(T));
-  wait(IN_WARP);
-  T lanes[32];
-  for (int i = 0; i < 32; ++i) std::memcpy(&lanes[i], &threads[thread.x / 32 * 32 + i].word, sizeof(T));
-  wait(IN_WARP);  // nobody brings the next value before all have read this one
-  return f(lanes);
-}
-inline void main() {
-  body();
-  threads[thread.x].state = DONE;
-  swapcontext(&threads[thread.x].context, &scheduler);
-}
-inline void run_block(unsigned count) {
-  if (threads.size() != count) threads = std::vector<Thread>(count);
-  for (Thread& t : threads) {
-    t.state = READY;
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.data(), t.context.uc_stack.ss_size = t.stack.size();
-    makecontext(&t.context, main, 0);
-  }
-  const auto all = [](auto begin, auto end, State state) { return std::all_of(begin, end, [=](auto& t) { return t.state == state; }); };
-  while (!all(threads.begin(), threads.end(), DONE)) {
-    bool moved = false;
-    for (unsigned i = count; i-- > 0;) {  // the last one first: what the first one is to provide is missed if nobody waits for it
-      if (threads[i].state != READY) continue;
-      moved = true, thread.x = i;
-      swapcontext(&scheduler, &threads[i].context);
-    }
-    for (auto warp = threads.begin(); warp != threads.end(); warp += 32) {
-      if (all(warp, warp + 32, IN_WARP)) for (auto t = warp; t != warp + 32; ++t) t->state = READY;
-    }
-    if (all(threads.begin(), threads.end(), AT_BARRIER)) for (Thread& t : threads) t.state = READY;
-    if (!moved) std::fprintf(stderr, "threads wait for others that do not come\n"), std::abort();
-  }
-}
-}  // namespace emulator
-
-#define threadIdx emulator::thread
-#define blockIdx emulator::block
-inline void __syncthreads() { emulator::wait(emulator::AT_BARRIER); }
-inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
-  return emulator::in_warp(value, [](const uint32_t* lanes) { return *std::max_element(lanes, lanes + 32); });
-}
-inline double __shfl_xor_sync(uint32_t, double value, int distance) {
-  return emulator::in_warp(value, [=](const double* lanes) { return lanes[emulator::thread.x % 32 ^ distance]; });
-}
-template <class To, class From> To bits_of(From value) {
-  To result;
-  std::memcpy(&result, &value, sizeof(To));
-  return result;
-}
-inline uint32_t __float_as_uint(float value) { return bits_of<uint32_t>(value); }
-inline float __uint_as_float(uint32_t value) { return bits_of<float>(value); }
-inline int __float2int_rn(float value) { return isnan(value) ? 0 : static_cast<int>(std::nearbyint(value)); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline void* __cvta_global_to_generic(size_t address) { return reinterpret_cast<void*>(address); }
-template <class T> void __stcs(T* place, T value) { *place = value; }
-#include "kernels.cu"
-extern "C" cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
-  for (emulator::block.x = 0; emulator::block.x < grid.x; ++emulator::block.x) {
-    emulator::body = [=] { reinterpret_cast<Kernel>(reinterpret_cast<uintptr_t>(kernel))(*static_cast<Launch*>(arguments[0])); };
-    emulator::run_block(block.x);
-  }
-  return cudaSuccess;
-}
-extern "C" cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
-extern "C" const char* cudaGetErrorString(cudaError_t) { return "an error"; }
-"""
-
-
-def emulated(body: Callable[..., Any], library: str, *args: Any) -> Any:
-    """``body(*args)`` with CPU tensors for the CUDA backend's, and the emulated kernels in place of the device's."""
-    from lisa_ds.ops import dispatch
-
-    patches: dict[Any, dict[str, Any]] = {
-        cuda: {"load": functools.cache(lambda: cuda.declared(library))},
-        torch.cuda: {
-            "device": lambda device: contextlib.nullcontext(),
-            "current_stream": lambda device: SimpleNamespace(cuda_stream=0),
-        },
-        dispatch: {
-            "_room": lambda backend, device: dispatch._module("reference" if backend == "reference" else "cuda")
-        },
-    }
-    for module, replacements in patches.items():
-        for name, value in replacements.items():
-            setattr(module, name, value)
-    return body(*args)
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Compiles the kernels, with a part of their source replaced, into a library that runs them on the CPU."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ was not found")
-
-    @functools.cache
-    def library(old: str = "", new: str = "") -> str:
-        folder = tmp_path_factory.mktemp("emulator")
-        assert not old or source().count(old) == 1, f"{old!r} is not in the source, or not once"
-        (folder / "kernels.cu").write_text(source().replace(old, new) if old else source())
-        (folder / "emulator.cpp").write_text(EMULATOR)
-        # nvcc for its headers' sake: it hands C++ to g++.
-        command = [str(build.compiler("cuda")), "-x", "c++", "-std=c++17", "-O1", "-cudart", "none", "-shared"]
-        command += ["-Xcompiler", "-fPIC,-fno-strict-aliasing", "-o", "emulator.so", "emulator.cpp"]
-        subprocess.run(command, cwd=folder, check=True)
-        return str(folder / "emulator.so")
-
-    return library
-
-
-@pytest.fixture(scope="module")
-def measured(emulator: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """What tests/ops/test_ops.py asks of every backend."""
-    found = run_isolated(emulated, tmp_path_factory.mktemp("measured"), ops_runs.run, emulator(), "cuda")
-    return lambda backend: found
-
-
-@pytest.mark.parametrize("mode", BY_NAME)
-def test_they_compute_what_is_specified(measured: Callable[[str], Any], mode: str) -> None:
-    if not test_ops.stochastic(mode) and "int8" not in mode:
-        test_ops.test_twenty_steps_are_as_close_to_fp64_as_torch(measured, "cuda", mode)
-    for check in (
-        test_ops.test_one_step_from_the_same_state_is_as_close_to_fp64_as_torch,
-        test_ops.test_backends_agree_with_the_specification,
-        test_ops.test_frozen_segments_keep_every_byte_even_with_nan_gradients,
-        test_ops.test_an_overflow_changes_nothing,
-        test_ops.test_gradients_that_are_not_finite_are_told_and_spoil_themselves_alone,
-        test_ops.test_the_norm_is_exact_and_repeatable,
-    ):
-        check(measured, "cuda", mode)
-
-
-def test_nothing_is_touched_behind_the_end_of_a_tensor(emulator: Callable[..., str], tmp_path: Path) -> None:
-    assert run_isolated(emulated, tmp_path, ops_runs.run_at_the_edge, emulator(), "cuda")
-
-
-def test_offsets_beyond_two_billion(emulator: Callable[..., str], tmp_path: Path) -> None:
-    for mode, (same, moved) in run_isolated(emulated, tmp_path, ops_runs.run_far_away, emulator()).items():
-        assert same, mode
-        assert moved > 290, mode
-
-
-# ---- mistakes ----------------------------------------------------------------------------------------------------
-
-
-def one_of(mistakes: dict[str, tuple[str, str]]) -> list[Any]:
-    """The names, all but one of them for the longer run: a kernel is compiled for each."""
-    first, *others = mistakes
-    return [first, *(pytest.param(other, marks=pytest.mark.more) for other in others)]
-
-
-DROPPED_MASK = {
-    "by elements": (
-        "for (int i = threadIdx.x; i < span.n; i += threads) {",
-        "for (int i = threadIdx.x; i < kBlock; i += threads) {\n"
-        "if (i >= span.n) { *reinterpret_cast<const volatile char*>(grad + i); continue; }",
-    ),
-    "by quantisation blocks": (
-        "if (i >= span.n) continue;",
-        "if (i >= span.n) { *reinterpret_cast<const volatile char*>(exp_avg + i); continue; }",
-    ),
-    "of the norm": (
-        "for (int i = threadIdx.x; i < span.n; i += kSumThreads) {",
-        "for (int i = threadIdx.x; i < kBlock; i += kSumThreads) {\n"
-        "if (i >= span.n) { *reinterpret_cast<const volatile char*>(grad + i); continue; }",
-    ),
-}
-"""Reads, but no writes, of what lies behind the end. Also compiled for a GPU, for compute-sanitizer (tests/gpu/test_gpu.py)."""
-
-MISTAKES = {
-    "no decay": ("weight = weight * c.decay - c.rate *", "weight = weight - c.rate *"),
-    "no bias correction": ("c.rate = hyper[LR] / correction1;", "c.rate = hyper[LR];"),
-    "one step for all": ("at<const float>(span.row, STEP, 0)", "at<const float>(launch.addresses, STEP, 0)"),
-    "first segment's rates": ("launch.hyper + span.segment * kHyperColumns", "launch.hyper"),
-    "no barrier": ("__syncthreads();\n  const Coefficients& c", "const Coefficients& c"),
-}
-
-
-@pytest.mark.parametrize("where", one_of(DROPPED_MASK))
-def test_a_dropped_load_mask_is_seen(emulator: Callable[..., str], tmp_path: Path, where: str) -> None:
-    """Control: results do not change, but the process dies of it."""
-    library = emulator(*DROPPED_MASK[where])
-    code = exit_code(emulated, tmp_path, ops_runs.run_at_the_edge, library, "cuda")
-    assert code in (-signal.SIGSEGV, -signal.SIGBUS)
-
-
-def distances(names: list[str]) -> dict[str, float]:
-    """Of weights from the specification's, by mode."""
-    found = {name: ops_runs.against_reference("cuda", BY_NAME[name]) for name in names}
-    return {name: fields["master" if "master" in fields else "weight"][2] for name, fields in found.items()}
-
-
-BOUNDS = {"fp32": 2e-6, "mixed": 2e-6, "sr_fp32_moments": 2e-6, "int8_master": 1.5e-4}
-
-
-def test_the_right_kernel_keeps_the_bounds_below(emulator: Callable[..., str], tmp_path: Path) -> None:
-    found = run_isolated(emulated, tmp_path, distances, emulator(), list(BOUNDS))
-    assert all(found[mode] <= bound for mode, bound in BOUNDS.items()), found
-
-
-@pytest.mark.parametrize("mistake", one_of(MISTAKES))
-def test_a_wrong_kernel_is_seen(emulator: Callable[..., str], tmp_path: Path, mistake: str) -> None:
-    """Control: each of these breaks the bounds in every mode."""
-    found = run_isolated(emulated, tmp_path, distances, emulator(*MISTAKES[mistake]), list(BOUNDS))
-    assert not any(found[mode] <= bound for mode, bound in BOUNDS.items()), found

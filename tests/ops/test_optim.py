@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-import weakref
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lisa_ds import MaskedAdamW
 from lisa_ds.optim import StateFormat
-
-
-def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(20, 33), nn.Tanh(), nn.Linear(33, 300)).to(dtype)
-
-
-def backward(network: nn.Module, step: int) -> None:
-    network.zero_grad()
-    rows = torch.randn(8, 20, generator=torch.Generator().manual_seed(step)).to(next(network.parameters()).dtype)
-    network(rows).float().square().mean().backward()
-
-
-def groups(network: nn.Module) -> list[dict[str, Any]]:
-    matrices = [p for p in network.parameters() if p.dim() > 1]
-    vectors = [p for p in network.parameters() if p.dim() == 1]
-    return [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0, "lr": 3e-3}]
-
-
-def distance(first: nn.Module, second: nn.Module) -> float:
-    pairs = zip(first.parameters(), second.parameters(), strict=True)
-    return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
+from tests.ops.optim_cases import backward, distance, groups, model
 
 
 def test_it_steps_as_torch_does_with_groups_and_a_schedule() -> None:
@@ -80,91 +54,6 @@ def test_dropped_state_begins_anew_although_the_tensors_stay_where_they_are() ->
         optimizer.step()
     assert float(optimizer.state[network[0].weight]["step"]) == 1
     assert float(optimizer.state[network[2].weight]["step"]) == 3
-
-
-@pytest.mark.parametrize("direction", ["ours to torch", "torch to ours", "ours to ours"])
-def test_state_goes_there_and_back_under_torchs_names(direction: str) -> None:
-    kinds = {"ours": MaskedAdamW, "torch": torch.optim.AdamW}
-    first, second = direction.split(" to ")
-    networks = model(), model()
-    saving, reading = kinds[first](networks[0].parameters(), lr=1e-2), kinds[second](networks[1].parameters(), lr=1e-2)
-    for step in range(3):
-        backward(networks[0], step)
-        saving.step()
-    state = pickle.loads(pickle.dumps(saving.state_dict()))
-    assert set(state["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
-    networks[1].load_state_dict(networks[0].state_dict())
-    reading.load_state_dict(state)
-    for step in range(3, 6):
-        for network, optimizer in zip(networks, (saving, reading), strict=True):
-            backward(network, step)
-            optimizer.step()
-    assert distance(*networks) < 1e-6
-
-
-FORMATS = [
-    ("mixed", "fp32"),
-    ("mixed", "int8"),
-    ("stochastic_rounding", "fp32"),
-    ("stochastic_rounding", "bf16"),
-    ("stochastic_rounding", "int8"),
-]
-
-
-@pytest.mark.parametrize(("precision", "moments"), FORMATS)
-def test_a_resumed_run_is_the_same_to_the_bit(precision: str, moments: str) -> None:
-    def build() -> tuple[nn.Module, MaskedAdamW]:
-        network = model(torch.bfloat16)
-        return network, MaskedAdamW(network.parameters(), lr=1e-2, precision=precision, moments=moments, seed=3)
-
-    network, optimizer = build()
-    for step in range(3):
-        backward(network, step)
-        optimizer.step()
-    weights, state = copy.deepcopy(network.state_dict()), pickle.loads(pickle.dumps(optimizer.state_dict()))
-    resumed, other = build()
-    resumed.load_state_dict(weights)
-    other.load_state_dict(state)
-    for step in range(3, 6):
-        for each, by in ((network, optimizer), (resumed, other)):
-            backward(each, step)
-            by.step()
-    assert distance(network, resumed) == 0
-    for a, b in zip(optimizer.state.values(), other.state.values(), strict=True):
-        assert set(a) == set(b)
-        assert all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
-
-
-@pytest.mark.parametrize(("precision", "moments"), FORMATS)
-def test_bytes_of_state_are_those_of_the_format(precision: str, moments: str) -> None:
-    network = model(torch.bfloat16)
-    optimizer = MaskedAdamW(network.parameters(), precision=precision, moments=moments)
-    backward(network, 0)
-    optimizer.step()
-    numels = [p.numel() for p in network.parameters()]
-    scales = sum(-(-numel // 256) for numel in numels)
-    each = {"fp32": 8, "bf16": 4, "int8": 2}[moments] + (4 if precision == "mixed" else 0)
-    expected = each * sum(numels) + (8 * scales if moments == "int8" else 0) + 4 * len(numels)
-    held = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
-    assert held == expected
-
-
-def test_moments_of_one_format_are_read_into_another() -> None:
-    network = model(torch.bfloat16)
-    first = MaskedAdamW(network.parameters(), lr=1e-2)
-    for step in range(5):
-        backward(network, step)
-        first.step()
-    exact = first.state[network[2].weight]["exp_avg"]
-    second = MaskedAdamW(network.parameters(), moments="int8")
-    second.load_state_dict(first.state_dict())
-    third = MaskedAdamW(network.parameters())
-    third.load_state_dict(second.state_dict())
-    assert second.state[network[2].weight]["exp_avg"].dtype == torch.int8
-    read = third.state[network[2].weight]["exp_avg"]
-    assert read.dtype == torch.float32
-    assert float((read - exact).abs().max()) < 0.01 * float(exact.abs().max())
-    assert torch.equal(third.state[network[2].weight]["master"], first.state[network[2].weight]["master"])
 
 
 def test_a_16_bit_weight_is_its_rounded_master() -> None:
@@ -293,70 +182,6 @@ def test_a_gradient_in_another_order_of_memory_is_read_right() -> None:
 def test_formats_compare_by_what_they_say() -> None:
     assert StateFormat() == StateFormat("mixed", "fp32")
     assert StateFormat("mixed", "int8") != StateFormat()
-
-
-def test_gradients_of_the_last_step_are_not_kept_alive() -> None:
-    """Backward would have to allocate a second set of them, and tables would be built anew at each step."""
-    network = model()
-    optimizer = MaskedAdamW(network.parameters())
-    for step in range(3):
-        backward(network, step)
-        gradients = [weakref.ref(p.grad.untyped_storage()) for p in network.parameters() if p.grad is not None]
-        optimizer.step()
-        network.zero_grad()
-        assert all(gradient() is None for gradient in gradients)
-    assert len(optimizer._launches) == 1
-
-
-def test_replaced_state_is_what_is_used() -> None:
-    network = model()
-    optimizer = MaskedAdamW(network.parameters())
-    backward(network, 0)
-    optimizer.step()
-    optimizer.state[network[0].weight]["step"] = torch.tensor(10.0)
-    backward(network, 1)
-    optimizer.step()
-    assert float(optimizer.state[network[0].weight]["step"]) == 11
-
-
-def test_state_without_a_master_copy_takes_the_weight_as_it_is_at_the_next_step() -> None:
-    theirs = model(torch.bfloat16)
-    other = torch.optim.AdamW(theirs.parameters())
-    backward(theirs, 0)
-    other.step()
-    network = model(torch.bfloat16)
-    optimizer = MaskedAdamW(network.parameters(), lr=1e-3)
-    optimizer.load_state_dict(other.state_dict())
-    with torch.no_grad():
-        network[2].bias.fill_(50.0)
-    backward(network, 1)
-    optimizer.step()
-    assert float(network[2].bias.detach().float().mean()) == pytest.approx(50.0, abs=0.5)
-
-
-def test_a_model_made_16_bit_later_gets_its_master_copies() -> None:
-    network = model()
-    optimizer = MaskedAdamW(network.parameters())
-    backward(network, 0)
-    optimizer.step()
-    network.bfloat16()
-    for parameter in network.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    assert all("master" in optimizer.state[p] for p in network.parameters())
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
-def test_it_can_be_copied_and_pickled(duplicate: Any) -> None:
-    network = model()
-    optimizer = MaskedAdamW(network.parameters(), lr=1e-2, max_grad_norm=1.0)
-    backward(network, 0)
-    optimizer.step()
-    other_network, other = duplicate((network, optimizer))
-    for each, by in ((network, optimizer), (other_network, other)):
-        backward(each, 1)
-        by.step()
-    assert distance(network, other_network) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
