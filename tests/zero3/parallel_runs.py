@@ -267,42 +267,69 @@ def run_trainer(folder: Path, sharing: int, tied: bool) -> tuple[list[tuple[floa
 # ---- all of it ----------------------------------------------------------------------------------------------------
 
 
-def run_all(
-    autotp: list[Case], shared: list[Shared], sequences: list[Case], copies: list[Case], rounding: Case, folder: Path
-) -> dict[str, Any]:
-    """Every run, one after another on the same ranks; AutoTP, which leaves its mode behind, comes last."""
+@dataclass(frozen=True)
+class Cases:
+    """What is run on four ranks: layers shared by AutoTP and by an mpu, sequences shared, second copies of weights."""
+
+    autotp: list[Case]
+    shared: list[Shared]
+    sequences: list[Case]
+    copies: list[Case]
+    rounding: Case
+
+
+def run(name: str, cases: Cases, folder: Path) -> Any:
+    """The run of that name: a case's own, or one of a mistake or a resume."""
     deepspeed.init_distributed(dist_backend="gloo")
     engine_runs.seed_weights()
     heads_1 = dict(engine_runs._load_seeded_weights.weights)  # type: ignore[attr-defined]
     engine_runs.seed_weights(2)
     engine_runs._load_seeded_weights.weights |= heads_1  # type: ignore[attr-defined]
-    result: dict[str, Any] = {"refusals": run_refusals()}
-    result |= {case.name: run_second_copies(case) for case in copies}
-    stock = window.WindowedStage3.invalidate_secondary_tensor
+    shortly = replace(cases.copies[0], steps=5)
+    others: dict[str, Callable[[], Any]] = {
+        "refusals": lambda: run_refusals() | _refusals_after(cases.autotp[0]),
+        "stale copies": lambda: _with_stale_copies(shortly),
+        "copies resumed": lambda: run_resume(shortly, folder / "copies", 3),
+        "cut off": run_cut_off,
+        "unmarked": lambda: run_shared(Shared(replace(cases.shared[0].case, steps=2), marked=False)),
+        "rounded": lambda: run_shared(Shared(cases.rounding)),
+        "rounded apart": lambda: _rounded_apart(cases.rounding),
+        "all-reduced": lambda: _all_reduced(cases.sequences[0]),
+        "resumed": lambda: run_resume(replace(cases.autotp[0], steps=5), folder / "autotp", 3),
+        "not shared": lambda: refused_resume(replace(cases.autotp[0], autotp=1), folder / "autotp", 3),
+    }
+    of_cases = {
+        **{case.name: functools.partial(run_autotp, case) for case in cases.autotp},
+        **{shared.case.name: functools.partial(run_shared, shared) for shared in cases.shared},
+        **{case.name: functools.partial(run_sequence, case) for case in cases.sequences},
+        **{case.name: functools.partial(run_second_copies, case) for case in cases.copies},
+    }
+    return (others | of_cases)[name]()
+
+
+def _with_stale_copies(case: Case) -> Outcome:
     window.WindowedStage3.invalidate_secondary_tensor = lambda self: None
-    result["stale copies"] = run_second_copies(replace(copies[0], steps=5))
-    window.WindowedStage3.invalidate_secondary_tensor = stock
-    result["copies resumed"] = run_resume(replace(copies[0], steps=5), folder / "copies", 3)
-    result |= {run.case.name: run_shared(run) for run in shared}
-    result["cut off"] = run_cut_off()
-    result["unmarked"] = run_shared(Shared(replace(shared[0].case, steps=2), marked=False))
-    result["rounded"] = run_shared(Shared(rounding))
-    stream_rank = parallel.stream_rank
+    return run_second_copies(case)
+
+
+def _rounded_apart(case: Case) -> Outcome:
     fused.parallel.stream_rank = lambda parameter: dist.get_rank()  # type: ignore[assignment]
-    result["rounded apart"] = run_shared(Shared(rounding))
-    fused.parallel.stream_rank = stream_rank
-    result |= {case.name: run_sequence(case) for case in sequences}
-    check, parallel.check = parallel.check, lambda engine: None
-    result["all-reduced"] = run_sequence(replace(sequences[0], steps=1, zero={"reduce_scatter": False}))
-    parallel.check = check
-    result |= {case.name: run_autotp(case) for case in autotp}
-    result["resumed"] = run_resume(replace(autotp[0], steps=5), folder / "autotp", 3)
-    result["not shared"] = refused_resume(replace(autotp[0], autotp=1), folder / "autotp", 3)
-    # AutoTP by two is what this process knows now.
+    return run_shared(Shared(case))
+
+
+def _all_reduced(case: Case) -> Outcome:
+    parallel.check = lambda engine: None
+    return run_sequence(replace(case, steps=1, zero={"reduce_scatter": False}))
+
+
+def _refusals_after(case: Case) -> dict[str, str]:
+    """Those of a process that knows AutoTP by two."""
+    run_autotp(replace(case, steps=1))
+    found = {}
     for name, size, heads in (("too few heads", 2, 1), ("another size", 4, 4)):
         with fresh_groups():
-            result["refusals"][name] = refusal(
+            found[name] = refusal(
                 lambda config, size=size: config.update(tensor_parallel={"autotp_size": size}),
                 model=trajectory.build_model(layers=2, heads=heads),
             )
-    return result
+    return found

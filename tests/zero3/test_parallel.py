@@ -18,10 +18,11 @@ from lisa_ds import records
 from lisa_ds.engines.zero3.checkpoint.consolidate import read_weights
 from lisa_ds.errors import CheckpointError
 from lisa_ds.memory import Precision, state_bytes
-from tests.ranks import run_ranks
+from tests.ranks import Runs, run_ranks
+from tests.shortened import shortened
 from tests.training_runs import launch, write_run
 from tests.zero3 import parallel_model, trajectory
-from tests.zero3.parallel_runs import Shared, run_all, run_trainer
+from tests.zero3.parallel_runs import Cases, Shared, run, run_trainer
 from tests.zero3.test_trajectory import BOUNDS, differences, layers_of
 from tests.zero3.trajectory import Case, Outcome
 
@@ -69,10 +70,11 @@ Build = Callable[[], nn.Module] | None
 # Each case with the ranks that have rows of their own, and its model if it is not the usual one.
 TRAINED: list[tuple[Case, int, Build]] = [
     *((each, RANKS // SHARING, None) for each in (*AUTOTP, *SEQUENCES)),
-    *((run.case, RANKS // SHARING, parallel_model.build) for run in SHARED),
+    *((shared.case, RANKS // SHARING, parallel_model.build) for shared in SHARED),
     *((each, RANKS, None) for each in COPIES),
 ]
 IDS = [each.name for each, *_ in TRAINED]
+SHORT = (AUTOTP[0].name, SHARED[0].case.name, SEQUENCES[0].name, COPIES[0].name)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +83,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> list[dict[str, Any]]:
-    """What each rank tells of every run."""
-    return run_ranks(RANKS, run_all, folder, AUTOTP, SHARED, SEQUENCES, COPIES, ROUNDING, folder, timeout_s=500)
+def runs(folder: Path) -> Runs[str, list[Any]]:
+    """By name of the run, what each rank tells of it."""
+    cases = Cases(AUTOTP, SHARED, SEQUENCES, COPIES, ROUNDING)
+    return Runs(lambda name: run_ranks(RANKS, run, folder, name, cases, folder, timeout_s=300))
 
 
 def against_torch(ours: Outcome, case: Case, ranks: int, build: Build) -> dict[str, float]:
@@ -95,27 +98,39 @@ def against_torch(ours: Outcome, case: Case, ranks: int, build: Build) -> dict[s
     return differences(ours, theirs)
 
 
-@pytest.mark.parametrize(("case", "ranks", "build"), TRAINED, ids=IDS)
+@pytest.mark.by_case("case")
+@pytest.mark.parametrize(
+    ("case", "ranks", "build"),
+    [pytest.param(*each, marks=[] if each[0].name in SHORT else [pytest.mark.more]) for each in TRAINED],
+    ids=IDS,
+)
 def test_trajectory_equals_torch(runs: Any, case: Case, ranks: int, build: Build) -> None:
-    ours = runs[0][case.name]
+    ours = runs[case.name][0]
     assert len(ours.extra["history"]) == 4  # three switches
     found = against_torch(ours, case, ranks, build)
     assert all(found[key] <= BOUNDS[key] for key in BOUNDS), found
 
 
-@pytest.mark.parametrize("name", IDS)
+@pytest.mark.by_case("name")
+@pytest.mark.parametrize("name", shortened(IDS, *SHORT))
 def test_ranks_agree_on_draws_and_frozen_partitions_keep_every_bit(runs: Any, name: str) -> None:
-    for rank in runs:
-        assert rank[name].extra["history"] == runs[0][name].extra["history"]
-        assert rank[name].layers == runs[0][name].layers
-        assert rank[name].losses == runs[0][name].losses
-        assert rank[name].extra["frozen_moved"] == []
+    first = runs[name][0]
+    for rank in runs[name]:
+        assert rank.extra["history"] == first.extra["history"]
+        assert rank.layers == first.layers
+        assert rank.losses == first.losses
+        assert rank.extra["frozen_moved"] == []
 
 
-@pytest.mark.parametrize("case", [*AUTOTP, *(run.case for run in SHARED), *SEQUENCES], ids=lambda case: case.name)
+@pytest.mark.by_case("case")
+@pytest.mark.parametrize(
+    "case",
+    shortened([*AUTOTP, *(shared.case for shared in SHARED), *SEQUENCES], *SHORT[:3]),
+    ids=lambda case: case.name,
+)
 def test_live_bytes_equal_the_planner_and_the_formula(runs: Any, case: Case) -> None:
-    for rank in runs:
-        extra = rank[case.name].extra
+    for rank in runs[case.name]:
+        extra = rank.extra
         for step, seen in enumerate(extra["reports"]):
             if step % case.interval_steps == 0:  # the moments of a fresh layer come with its first step
                 continue
@@ -129,75 +144,86 @@ def test_live_bytes_equal_the_planner_and_the_formula(runs: Any, case: Case) -> 
             )
 
 
+@pytest.mark.more
 def test_shared_layers_are_a_part_on_each_rank(runs: Any) -> None:
     """Control of the bytes: half of the linears, whose weights are most of this model, are elsewhere."""
     whole = sum(p.numel() for p in parallel_model.build().parameters())
-    for rank in runs:
-        assert sum(numel for _, numel, _ in rank["mpu"].extra["parts"]) < 0.6 * whole
-        assert rank["mpu"].extra["ranks"] == 2
-        assert rank["sequence"].extra["ranks"] == 4  # sequences are shared, layers are not
+    for rank in runs["mpu"]:
+        assert sum(numel for _, numel, _ in rank.extra["parts"]) < 0.6 * whole
+        assert rank.extra["ranks"] == 2
+    assert {rank.extra["ranks"] for rank in runs["sequence"]} == {4}  # sequences are shared, layers are not
 
 
-@pytest.mark.parametrize("name", [each.name for each in (*AUTOTP, *(run.case for run in SHARED))] + ["rounded"])
+@pytest.mark.by_case("name")
+@pytest.mark.parametrize(
+    "name", shortened([*(case.name for case in (*AUTOTP, *(shared.case for shared in SHARED))), "rounded"], *SHORT[:2])
+)
 def test_copies_stay_alike(runs: Any, name: str) -> None:
-    assert all(rank[name].extra["apart"] == [] for rank in runs)
+    assert all(rank.extra["apart"] == [] for rank in runs[name])
 
 
+@pytest.mark.more
 def test_copies_rounded_by_streams_of_their_own_drift_apart(runs: Any) -> None:
     """Control of the above: what a stream for each rank would do."""
-    assert any("layernorm" in name for name in runs[0]["rounded apart"].extra["apart"])
+    assert any("layernorm" in name for name in runs["rounded apart"][0].extra["apart"])
 
 
 def test_parts_that_are_not_marked_spoil_the_norm(runs: Any) -> None:
     """Control: DeepSpeed takes an unmarked part for a copy and counts it once, so that the check must fail."""
-    found = against_torch(runs[0]["unmarked"], replace(SHARED[0].case, steps=2), 2, parallel_model.build)
+    found = against_torch(runs["unmarked"][0], replace(SHARED[0].case, steps=2), 2, parallel_model.build)
     assert found["grad_norm"] > 100 * BOUNDS["grad_norm"]
 
 
+@pytest.mark.more
 def test_all_reduced_gradients_of_a_shared_sequence_are_twice_as_large(runs: Any) -> None:
     """Control: the path of DeepSpeed that is refused; here without the refusal."""
-    ours = runs[0]["all-reduced"].grad_norms[0]
-    assert ours == pytest.approx(2 * runs[0]["sequence"].grad_norms[0], rel=1e-6)
+    ours = runs["all-reduced"][0].grad_norms[0]
+    assert ours == pytest.approx(2 * runs["sequence"][0].grad_norms[0], rel=1e-6)
 
 
+@pytest.mark.more
 def test_stale_second_copies_spoil_the_trajectory(runs: Any) -> None:
     """Control: second copies are used, and a step must drop those of what it has moved."""
-    assert all(rank["hpz"].extra["copied"] for rank in runs)
-    found = against_torch(runs[0]["stale copies"], replace(COPIES[0], steps=5), RANKS, None)
+    assert all(rank.extra["copied"] for rank in runs["hpz"])
+    found = against_torch(runs["stale copies"][0], replace(COPIES[0], steps=5), RANKS, None)
     assert found["loss"] > 100 * BOUNDS["loss"]
 
 
+@pytest.mark.more
 def test_second_copies_are_counted_and_bounded(runs: Any) -> None:
     shape = [p.numel() for p in trajectory.build_model().parameters()]
     first, second = (4 * sum(-(-numel // ranks) for numel in shape) for ranks in (RANKS, 2))
-    for rank in runs:
-        for seen in rank["hpz"].extra["reports"]:
+    for rank in runs["hpz"]:
+        for seen in rank.extra["reports"]:
             assert first < seen["report"]["weights"] <= first + second + 8 * len(shape)  # with what pads them
 
 
+@pytest.mark.more
+@pytest.mark.by_case("name")
 @pytest.mark.parametrize("name", ["resumed", "copies resumed"])
 def test_resume_is_bit_exact(runs: Any, name: str) -> None:
-    for rank in runs:
-        seen = dict(rank[name])
+    for rank in runs[name]:
+        seen = dict(rank)
         warm = seen.pop("warm start")
         assert all(seen.values()), seen
         assert ("2 ranks share each" in warm) is (name == "resumed")
 
 
+@pytest.mark.more
 def test_a_checkpoint_of_shared_layers_is_refused_elsewhere_with_the_remedy(runs: Any, folder: Path) -> None:
-    for rank in runs:
-        assert "with each layer on 2 ranks and cannot be resumed with it on 1" in rank["not shared"]
-        assert "autotp_size" in rank["not shared"]
+    assert runs["resumed"]  # which wrote the checkpoint
+    for message in runs["not shared"]:
+        assert "with each layer on 2 ranks and cannot be resumed with it on 1" in message
+        assert "autotp_size" in message
     with pytest.raises(CheckpointError, match=r"parts of 2 ranks.*--resume auto writes"):
         read_weights(folder / "autotp" / "after3", torch.float32)
 
 
+@pytest.mark.more
 def test_a_reentrant_checkpoint_over_frozen_embeddings_is_refused(runs: Any) -> None:
-    for rank in runs:
-        assert "backward gave them no gradient" in rank["cut off"]
-        assert (
-            "register_forward_hook" in rank["cut off"]
-        )  # the remedy that mpu_frozen_embeddings_partitioned shows to work
+    for message in runs["cut off"]:
+        assert "backward gave them no gradient" in message
+        assert "register_forward_hook" in message  # the remedy that mpu_frozen_embeddings_partitioned shows to work
 
 
 @pytest.mark.parametrize(
@@ -217,8 +243,8 @@ def test_a_reentrant_checkpoint_over_frozen_embeddings_is_refused(runs: Any) -> 
     ],
 )
 def test_what_does_not_combine_is_refused_by_name(runs: Any, name: str, parts: list[str]) -> None:
-    for rank in runs:
-        message = rank["refusals"][name]
+    for rank in runs["refusals"]:
+        message = rank[name]
         assert message.startswith("EngineError: ")
         assert all(part in message for part in parts), message
 
