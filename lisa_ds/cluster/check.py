@@ -1,7 +1,7 @@
-"""A preflight on all ranks of a job: everything that would end a run, or slow it down, told at once and by host.
+"""A preflight on all ranks of a job: reports everything that would end a run, or slow it down, at once and by host.
 
 Rank 0 asks, all answer through a store (:mod:`lisa_ds.cluster.exchange`), and rank 0 draws the conclusions. A rank that
-does not answer in time is named and asked no more; what needs every rank is then left out.
+does not answer in time is reported and no longer asked; checks that need every rank are then skipped.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def check(place: Place, environ: Mapping[str, str], options: Options) -> int:
 
 
 class _Asking:
-    """Rank 0's part, in the order in which :func:`_answer` follows."""
+    """Rank 0's side of the check; :func:`_answer` is the other ranks', in the same order."""
 
     def __init__(self, exchange: Exchange, options: Options, names: Mapping[int, str]) -> None:
         self._exchange = exchange
@@ -203,7 +203,7 @@ class _Asking:
                 report.add([Finding("all hosts", what, remedy)])
 
     def _gather(self, name: str, mine: Any, ranks: Iterable[int], what: str, *, late: bool = False) -> dict[int, Any]:
-        """Those answers that came, after an error for each that did not."""
+        """The answers that came; adds an error for each that did not."""
         ranks = list(ranks)
         told = self._exchange.gather(name, mine, ranks, grace=0.0 if late else GRACE_S)
         lost = [rank for rank in ranks if rank not in told]
@@ -219,7 +219,7 @@ class _Asking:
 
 
 def _answer(exchange: Exchange, options: Options, mine: facts.Facts) -> int:
-    """What every other rank does."""
+    """The side of every other rank, in the order of :class:`_Asking`."""
     place = exchange.place
     exchange.gather("arrival", asdict(mine), [])
     plan = exchange.tell("plan")
@@ -249,7 +249,7 @@ def _answer(exchange: Exchange, options: Options, mine: facts.Facts) -> int:
 
 
 def _look(place: Place, options: Options, token: str, lost: Mapping[str, str]) -> dict[str, Any] | str:
-    """What this host sees of the folders, or that they hang."""
+    """What this host sees in the folders, or that looking took too long."""
     patience = min(paths.PATIENCE_S, options.timeout / 2)
     try:
         return asdict(

@@ -1,4 +1,4 @@
-"""Whether hosts can reach one another at ports that nobody has named: collectives open such ones on every host."""
+"""Whether hosts can reach one another at arbitrary ports: collectives open such ports on every host."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lisa_ds.cluster.findings import Finding
 from lisa_ds.cluster.hosts import Place
 
 NEIGHBOURS = 8
-"""Hosts that each tries, the next ones in the order of ranks; up to nine hosts all try all."""
+"""How many hosts each host tries, the next ones in the order of ranks; up to nine hosts all try all."""
 
 _CONNECT_S = 5.0
 
 
 class Door:
-    """A port on this host that takes connections and says nothing, until it is closed."""
+    """An open port on this host, which accepts connections and sends nothing until it is closed."""
 
     def __init__(self, place: Place) -> None:
         address = _own_address(place)
@@ -28,12 +28,12 @@ class Door:
         self.port: int = self._socket.getsockname()[1]
 
     def close(self) -> None:
-        """Take no more."""
+        """Accept no more connections."""
         self._socket.close()
 
 
 def unreachable(rank: int, doors: Mapping[int, tuple[str, int]]) -> dict[int, str]:
-    """Which of the doors, by the rank that opened them, this rank cannot reach, and why."""
+    """The open ports that this rank cannot reach, by the rank that opened them, and why."""
     ranks = sorted(doors)
     at = ranks.index(rank)
     others = [ranks[(at + step) % len(ranks)] for step in range(1, min(len(ranks), NEIGHBOURS + 1))]
@@ -47,7 +47,7 @@ def unreachable(rank: int, doors: Mapping[int, tuple[str, int]]) -> dict[int, st
 def findings(
     hosts: Mapping[int, str], doors: Mapping[int, tuple[str, int]], lost: Mapping[int, Mapping[int, str]]
 ) -> list[Finding]:
-    """What of it is wrong, by the ranks that tried."""
+    """Findings about open ports that ranks could not reach."""
     return [
         Finding(
             hosts[rank],
