@@ -57,7 +57,7 @@ class StateFormat:
         return weight != torch.float32 and self.precision == "mixed"
 
     def moments_of(self, weight: torch.dtype) -> str:
-        """The format of the moments of a weight of this type: fp32 weights keep fp32 moments."""
+        """The format of the moments of a weight of this type: never bf16 for fp32 weights, which are not rounded."""
         return "fp32" if weight == torch.float32 and self.moments == "bf16" else self.moments
 
     def new_moments(self, weight: Tensor, sizes: Sequence[int] | None = None) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def asked_gradient_bytes(fields: Mapping[str, Any], source: str = "deepspeed con
 
 
 def accumulates_in_fp32(asked: object, *, accumulates: bool) -> bool:
-    """Whether LISA accumulates gradients in fp32 by its own choice: in several micro-batches, if no type is asked for.
+    """Whether LISA accumulates gradients in fp32 unasked: where a step has several micro-batches, and no type is set.
 
     DeepSpeed by itself accumulates 16-bit gradients in 16 bits.
 
