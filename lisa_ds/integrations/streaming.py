@@ -79,8 +79,7 @@ class _Loader:
         self._asked: dict[Path, Callable[[], dict[str, Any]]] = {}  # file -> how transformers would have read it
 
     def describe(self, file: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Tensors of a safetensors file on the meta device, each with its place in the file; of other files, as
-        read."""
+        """Tensors of a safetensors file on the meta device, each with its place; of other files, the tensors."""
         read = functools.partial(self.stock_read, file, *args, **kwargs)
         if not os.fspath(file).endswith(".safetensors"):
             return read()

@@ -1,4 +1,4 @@
-"""Which backend runs a launch, and what a machine has."""
+"""Chooses the backend of a launch among those that the machine can run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def masked_adamw_(
         table: What to update, and its hyperparameters.
         factor: float32, one element on the table's device: what gradients are multiplied by, such as the clip coefficient over
             the loss scale. None for 1.
-        found_inf: float32, one element: not 0 to change nothing at all, step counts included. None for 0.
+        found_inf: float32, one element: if not 0, nothing is changed, step counts included. None for 0.
         backend: None for the best that is available on the table's device.
 
     Raises:
