@@ -97,7 +97,7 @@ def require(name: str) -> dict[str, Any]:
     """As :func:`find`, but the model must be here.
 
     Raises:
-    ModelError: It is not here; the message names similar ones.
+        ModelError: It is not here; the message names similar ones.
     """
     if (config := find(name)) is None:
         short = {known.split("/")[1].lower(): known for known in CATALOGUE}

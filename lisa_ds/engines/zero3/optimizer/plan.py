@@ -1,4 +1,4 @@
-"""What the window is laid out by."""
+"""``WindowPlan``: the model's units and the first draw, by which the window is laid out."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class WindowPlan:
     """Roles that train in the first interval."""
 
     rewarm: Rewarm = field(default_factory=Rewarm)
-    """Of the rates of what comes in at a switch."""
+    """Learning-rate warm-up of units that begin to train at a switch."""
 
     growth_limit: NormGrowthLimit = field(default_factory=NormGrowthLimit)
-    """Of the gradients of units."""
+    """Norm-growth limiter of the gradients of units."""
 
     release: Release = field(default_factory=Drop)
-    """What becomes of the state of units that leave."""
+    """Policy for the state of units that stop training."""
