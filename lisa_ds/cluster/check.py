@@ -164,14 +164,16 @@ class _Asking:
                 self._report.notes.append(f"{name}: {targets.read[name]} is taken for a name on the hub: not looked at")
 
     def _links(self, leaders: Mapping[int, str]) -> None:
-        with _door(self._place) as mine:
-            doors = self._gather("door", mine, leaders, "could not listen")
-            doors = {rank: tuple(door) for rank, door in doors.items() if door is not None}
-            self._exchange.tell("doors", doors)
-            tried = self._gather("tried", links.unreachable(0, doors), doors, "does not answer about its network")
+        with _listening(self._place) as mine:
+            listeners = self._gather("door", mine, leaders, "could not listen")
+            listeners = {rank: tuple(listener) for rank, listener in listeners.items() if listener is not None}
+            self._exchange.tell("doors", listeners)
+            tried = self._gather(
+                "tried", links.unreachable(0, listeners), listeners, "does not answer about its network"
+            )
             self._exchange.tell("tried all")
         lost = {rank: {int(other): why for other, why in reasons.items()} for rank, reasons in tried.items()}
-        self._report.add(links.findings(leaders, doors, lost))
+        self._report.add(links.findings(leaders, listeners, lost))
         self._is_linked = not any(lost.values())
 
     def _speed(self) -> None:
@@ -233,12 +235,12 @@ def _answer(exchange: Exchange, options: Options, mine: facts.Facts) -> int:
     folders = exchange.tell("folders")
     if leads:
         exchange.gather("seen", _look(place, options, folders["token"], folders["lost"]), [])
-    with _door(place) as door:
+    with _listening(place) as listener:
         if leads:
-            exchange.gather("door", door, [])
-        doors = {int(rank): tuple(at) for rank, at in exchange.tell("doors").items()}
+            exchange.gather("door", listener, [])
+        listeners = {int(rank): tuple(at) for rank, at in exchange.tell("doors").items()}
         if leads:
-            exchange.gather("tried", links.unreachable(place.rank, doors), [])
+            exchange.gather("tried", links.unreachable(place.rank, listeners), [])
         exchange.tell("tried all")
     speed = exchange.tell("speed")
     exchange.gather("measured", _measure(exchange, options, plan["device"], speed["all_reduce"]), [])
@@ -260,16 +262,16 @@ def _look(place: Place, options: Options, token: str, lost: Mapping[str, str]) -
 
 
 @contextmanager
-def _door(place: Place) -> Iterator[tuple[str, int] | None]:
+def _listening(place: Place) -> Iterator[tuple[str, int] | None]:
     try:
-        door = links.Door(place)
+        listener = links.Listener(place)
     except OSError:
         yield None
         return
     try:
-        yield door.address, door.port
+        yield listener.address, listener.port
     finally:
-        door.close()
+        listener.close()
 
 
 def _measure(exchange: Exchange, options: Options, kind: str, together: bool) -> dict[str, Any]:

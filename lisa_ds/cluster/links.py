@@ -16,7 +16,7 @@ NEIGHBOURS = 8
 _CONNECT_S = 5.0
 
 
-class Door:
+class Listener:
     """An open port on this host, which accepts connections and sends nothing until it is closed."""
 
     def __init__(self, place: Place) -> None:
@@ -32,26 +32,26 @@ class Door:
         self._socket.close()
 
 
-def unreachable(rank: int, doors: Mapping[int, tuple[str, int]]) -> dict[int, str]:
+def unreachable(rank: int, listeners: Mapping[int, tuple[str, int]]) -> dict[int, str]:
     """The open ports that this rank cannot reach, by the rank that opened them, and why."""
-    ranks = sorted(doors)
+    ranks = sorted(listeners)
     at = ranks.index(rank)
     others = [ranks[(at + step) % len(ranks)] for step in range(1, min(len(ranks), NEIGHBOURS + 1))]
     if not others:
         return {}
     with ThreadPoolExecutor(len(others)) as pool:
-        reasons = pool.map(lambda other: _try(*doors[other]), others)
+        reasons = pool.map(lambda other: _try(*listeners[other]), others)
         return {other: reason for other, reason in zip(others, reasons, strict=True) if reason}
 
 
 def findings(
-    hosts: Mapping[int, str], doors: Mapping[int, tuple[str, int]], lost: Mapping[int, Mapping[int, str]]
+    hosts: Mapping[int, str], listeners: Mapping[int, tuple[str, int]], lost: Mapping[int, Mapping[int, str]]
 ) -> list[Finding]:
     """Findings about open ports that ranks could not reach."""
     return [
         Finding(
             hosts[rank],
-            f"cannot connect to {hosts[other]} at {doors[other][0]}:{doors[other][1]} ({reason})",
+            f"cannot connect to {hosts[other]} at {listeners[other][0]}:{listeners[other][1]} ({reason})",
             "open all ports between the hosts, and name the right network by GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME",
         )
         for rank, reasons in lost.items()

@@ -109,13 +109,13 @@ class _Step:
     def _build(self, architecture: Architecture, sampled: set[int], roles: set[str]) -> list[_Section]:
         settings = self._settings
         self._always: set[int] = set()
-        frontier = "embeddings" in roles
-        start = self._tape(trains=frontier)
+        embeddings_train = "embeddings" in roles
+        start = self._tape(trains=embeddings_train)
         embedding(architecture, start)
         self._hidden_bytes = start.ops[-1].size
-        sections = [self._section(0, start, frontier, False)]
+        sections = [self._section(0, start, embeddings_train, False)]
         tied = sections[0].numbers[0]
-        grad = frontier or settings.adapter_rank > 0
+        grad = embeddings_train or settings.adapter_rank > 0
         tapes = {trains: self._tape(trains=trains) for trains in (False, True)}  # all blocks are alike
         for tape in tapes.values():
             tape.adapter_rank = settings.adapter_rank

@@ -19,7 +19,7 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _log = logging.getLogger(__name__)
 
 
-class _Room(Protocol):
+class _BackendModule(Protocol):
     """What each backend's module offers."""
 
     def available(self) -> str | None: ...
@@ -51,14 +51,14 @@ def masked_adamw_(
         EngineError: ``backend`` cannot be used here.
         ValueError: It does not work on the table's device.
     """
-    room = _room(backend, table.device)
+    module = _module_for(backend, table.device)
     if found_inf is None:
         torch._foreach_add_(table.steps, 1)
     else:
         # One for each: a single tensor would be read on the host, which a capture forbids and a step should not wait for.
         taken = (found_inf == 0).to(torch.float32)
         torch._foreach_add_(table.steps, [taken.reshape(step.shape) for step in table.steps])
-    room.masked_adamw_(table, table.one if factor is None else factor, table.zero if found_inf is None else found_inf)
+    module.masked_adamw_(table, table.one if factor is None else factor, table.zero if found_inf is None else found_inf)
 
 
 def sum_of_squares(table: SegmentTable, *, backend: Backend | None = None) -> Tensor:
@@ -66,7 +66,7 @@ def sum_of_squares(table: SegmentTable, *, backend: Backend | None = None) -> Te
 
     It is not finite if a gradient is not finite, or beyond 1e19 in magnitude. Equal inputs give equal bits.
     """
-    return _room(backend, table.device).sum_of_squares(table)
+    return _module_for(backend, table.device).sum_of_squares(table)
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def default_backend(device_type: str) -> Backend:
     return "reference"
 
 
-def _room(backend: Backend | None, device: torch.device) -> _Room:
+def _module_for(backend: Backend | None, device: torch.device) -> _BackendModule:
     chosen = backend or default_backend(device.type)
     if chosen not in BACKENDS:
         raise EngineError(f"backend: should be one of {', '.join(BACKENDS)}, got {chosen!r}")
@@ -100,5 +100,5 @@ def _room(backend: Backend | None, device: torch.device) -> _Room:
 
 
 @functools.cache
-def _module(backend: Backend) -> _Room:
+def _module(backend: Backend) -> _BackendModule:
     return importlib.import_module(f"lisa_ds.ops.{backend}")
