@@ -69,7 +69,7 @@ def run(command: Callable[[], int | None], prefix: str = "lisa-ds: ") -> int:
 
     Returns:
         What ``command`` returns; 2 after an error that is the user's to put right; :data:`INTERRUPTED` after Ctrl-C,
-        :data:`READER_GONE` where nobody reads the output any more. Anything else is raised.
+        :data:`READER_GONE` if the reader of the output is gone. Anything else is raised.
     """
     for stream in _streams():
         if isinstance(stream, io.TextIOWrapper):

@@ -72,7 +72,7 @@ def _fill_from_mpi(environ: MutableMapping[str, str], names: tuple[str, str, str
 
 
 def port_of_job(job_id: str) -> int:
-    """A port that all ranks of a Slurm job know without talking, and that two jobs on one host do not share.
+    """A port that all ranks of a Slurm job know without communication, and that two jobs on one host do not share.
 
     Example:
         >>> port_of_job("40012")
@@ -105,7 +105,7 @@ def host_names(nodes: str) -> list[str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port on this host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -125,7 +125,7 @@ class Exchange:
         return json.loads(told)
 
     def serve_clock(self, ranks: Iterable[int]) -> None:
-        """On rank 0: tell ``ranks`` the time as often as each asks."""
+        """On rank 0: answer each request of ``ranks`` for the time."""
         deadline = time.monotonic() + self._timeout
         for rank in ranks:
             for sample in range(CLOCK_SAMPLES):

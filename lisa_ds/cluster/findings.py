@@ -31,7 +31,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """All that rank 0 knows at the end."""
+    """The result of a check, on rank 0."""
 
     world_size: int
     findings: list[Finding] = field(default_factory=list)

@@ -92,7 +92,7 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch inside the ``with``; an error that leaves it is told to the other ranks, which end too."""
+        """Watch inside the ``with``; an error that leaves it is published to the other ranks, which end too."""
         self._thread.start()
         try:
             yield

@@ -55,7 +55,7 @@ def asked_gradient_bytes(fields: Mapping[str, Any], source: str = "deepspeed con
     """Bytes of the type that ``data_types.grad_accum_dtype`` asks for; None where it asks for none.
 
     Raises:
-        ConfigError: DeepSpeed knows no such type.
+        ConfigError: DeepSpeed has no such type.
     """
     asked = section(fields, "data_types").get("grad_accum_dtype")
     if asked is None:

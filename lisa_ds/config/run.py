@@ -85,16 +85,16 @@ class DataConfig(Section):
     """Share of the training split to hold out."""
 
     eval_max_rows: Count | None = None
-    """At most so many rows are evaluated."""
+    """The most rows that are evaluated."""
 
     max_rows: Count | None = None
-    """At most so many rows are trained on."""
+    """The most rows that are trained on."""
 
     format: Literal["auto", "alpaca", "messages", "prompt_completion", "text", "classification"] = "auto"
-    """What a row holds; ``auto`` tells by its columns."""
+    """The format of a row; ``auto`` recognises it by its columns."""
 
     max_length: Count = 1024
-    """Tokens of a row at most."""
+    """The most tokens of a row."""
 
     packing: bool = False
     """Whether texts are joined and cut into rows of ``max_length``, for continual pre-training."""
@@ -103,7 +103,7 @@ class DataConfig(Section):
     """The template that conversations go through: a .jinja file, or a name; without it, the tokenizer's own."""
 
     loss_on: Literal["answers", "all"] = "answers"
-    """Which tokens of a conversation are learned."""
+    """Which tokens of a conversation carry loss."""
 
     on_too_long: Literal["truncate", "drop"] = "truncate"
     """What becomes of a row longer than ``max_length``."""
@@ -115,7 +115,7 @@ class DataConfig(Section):
     """Processes that tokenise."""
 
     columns: dict[str, str] = Field(default_factory=dict)
-    """Renames columns before the format is told: ``{question: prompt}``."""
+    """Renames columns before the format is recognised: ``{question: prompt}``."""
 
     ignore: list[Name] = Field(default_factory=list)
     """Columns, and fields of turns, that are left out: ``[tools, reasoning_content]``."""

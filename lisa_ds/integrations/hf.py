@@ -105,7 +105,8 @@ def check_deepspeed(fields: Mapping[str, Any], source: str, *, lisa: bool) -> No
         lisa: Whether LISA's engine is to be built from it.
 
     Raises:
-        ConfigError: Keys that DeepSpeed does not read, values it does not take, or an ``auto`` that nobody fills in, one a line.
+        ConfigError: Keys that DeepSpeed does not read, values it does not take, or an ``auto`` that is never filled in,
+            one a line.
         EngineError: Options that cannot be combined with LISA, one a line.
     """
     if left := sorted(set(_autos(fields)) - _FILLED_IN):

@@ -29,7 +29,7 @@ class Progress:
     state."""
 
     next_draw: int
-    """Hash of the next interval's draw, to tell a changed schedule."""
+    """Fingerprint of the schedule: hash of the next interval's draw, by which a changed schedule is noticed."""
 
     frozen: tuple[str, ...] | None = None
     """Parameters frozen before the engine was built; None in older checkpoints, which do not record it."""

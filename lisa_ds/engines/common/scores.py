@@ -21,7 +21,7 @@ EPSILON = {torch.float32: 1e-4, torch.bfloat16: 3e-3, torch.float16: 1e-3}
 
 
 def passes(num_layers: int, kind: str, probe_blocks: int) -> list[range]:
-    """The blocks of each pass over the data: all at once, or ``probe_blocks`` at a time where something is held for each.
+    """The blocks of each pass over the data: all, or ``probe_blocks`` at a time for kinds that keep sums or copies.
 
     Raises:
         EngineError: There is no such kind.

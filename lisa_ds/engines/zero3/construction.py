@@ -57,7 +57,7 @@ class LisaConstruction(DeepSpeedEngine):
         self._calibration = calibration
         super().__init__(**kwargs)
         self.ranks: Collectives = parallel.collectives(self.device)
-        """How all ranks of the run talk to each other."""
+        """Collectives over all ranks of the run."""
 
     @property
     def model_shape(self) -> ModelShape:

@@ -32,7 +32,7 @@ def armed(
     its engine class itself, so the name is rebound here and restored on the way out, also after an exception.
 
     Args:
-        is_armed: Tells whether the model given to ``deepspeed.initialize`` is the one to train.
+        is_armed: Returns whether the model given to ``deepspeed.initialize`` is the one to train.
         config: Its LISA section.
         steps_per_epoch: Returns the optimizer steps in one pass over the data, from the partly built engine (whose
             batch size is known); None where unknown. For intervals counted in epochs.

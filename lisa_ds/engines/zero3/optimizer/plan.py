@@ -13,7 +13,7 @@ from lisa_ds.layers import ROLES, Unit
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """What the window must know of the model and the run before Stage 3 lays out its buffers."""
+    """The facts about model and run that the window needs before Stage 3 lays out its buffers."""
 
     unit_of: Mapping[int, Unit]
     """``id(parameter)`` to its unit, for every parameter of the model."""

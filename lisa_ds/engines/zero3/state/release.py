@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Release(Protocol):
-    """A policy. State comes by sub-group: the part of a unit that lies in one parameter group.
+    """A policy. State is passed by sub-group: the part of a unit in one parameter group.
 
     Each call is made between optimizer steps, on all ranks alike.
     """
