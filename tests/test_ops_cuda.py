@@ -338,7 +338,7 @@ def emulated(body: Callable[..., Any], library: str, *args: Any) -> Any:
             "current_stream": lambda device: SimpleNamespace(cuda_stream=0),
         },
         dispatch: {
-            "_module_for": lambda backend, device: dispatch._module("reference" if backend == "reference" else "cuda")
+            "_room": lambda backend, device: dispatch._module("reference" if backend == "reference" else "cuda")
         },
     }
     for module, replacements in patches.items():

@@ -51,7 +51,7 @@ def masked_adamw_(
         EngineError: ``backend`` cannot be used here.
         ValueError: It does not work on the table's device.
     """
-    module = _module_for(backend, table.device)
+    module = _room(backend, table.device)
     if found_inf is None:
         torch._foreach_add_(table.steps, 1)
     else:
@@ -66,7 +66,7 @@ def sum_of_squares(table: SegmentTable, *, backend: Backend | None = None) -> Te
 
     It is not finite if a gradient is not finite, or beyond 1e19 in magnitude. Equal inputs give equal bits.
     """
-    return _module_for(backend, table.device).sum_of_squares(table)
+    return _room(backend, table.device).sum_of_squares(table)
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def default_backend(device_type: str) -> Backend:
     return "reference"
 
 
-def _module_for(backend: Backend | None, device: torch.device) -> _BackendModule:
+def _room(backend: Backend | None, device: torch.device) -> _BackendModule:
     chosen = backend or default_backend(device.type)
     if chosen not in BACKENDS:
         raise EngineError(f"backend: should be one of {', '.join(BACKENDS)}, got {chosen!r}")
