@@ -1,4 +1,4 @@
-"""What is built once on a machine and kept: an entry appears whole or not at all, however many ranks want it."""
+"""A cache on disk for what is built once per machine: an entry appears whole or not at all, whoever asks for it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def cache_dir() -> Path:
 
 
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
-    """The directory ``name`` of the cache, built first if it is not there.
+    """Return the directory ``name`` of the cache; build it first if it is not there.
 
     ``build`` fills an empty directory beside it, which is renamed when it is complete. Other processes wait;
     after a crash the next one starts afresh. Every machine that has a cache of its own builds its own entry.
 
     Args:
         name: Path inside the cache. It must say everything the content depends on.
-        build: Is given the directory to fill.
+        build: Called with the directory to fill.
 
     Raises:
         ConfigError: The cache cannot be written.

@@ -1,12 +1,12 @@
-"""What a training step computes, from the model's shape alone, and what a device could compute at most. Without torch.
+"""FLOPs of a training step, from the model's shape alone, and the peak FLOP/s of devices. Without torch.
 
 Counted are matrix products, two FLOPs for a multiplication and an addition, as in appendix B of PaLM (arXiv:2204.02311):
 a token costs ``6 N + 12 L H Q T`` where all N weights train, L blocks have H heads of size Q, and a row is T tokens long.
 Of the 6 N, 2 N are forward, 2 N backward to activations and 2 N backward to weights; of the attention's 12 L H Q T, 4 are
 forward and 8 backward. Look-ups in an embedding cost nothing, and causal attention counts as if all positions saw all.
 
-LISA spends less, and only what it spends is counted: forward through everything, backward to the activations of blocks
-from the lowest one that something at or below it needs, and backward to the weights of sampled blocks alone.
+LISA computes less, and only that is counted: forward through everything, backward to activations down to where backward
+is cut off (below the lowest block or embedding that trains), and backward to weights for sampled blocks alone.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ComputeShape:
     """Weights of the matrices of each block, in the order they run. Norms and biases are no matrices."""
 
     attention: int
-    """Query heads times the size of one."""
+    """Number of query heads times the size of one."""
 
     head: int
     """Weights of the head, tied to the embeddings or not."""
@@ -60,7 +60,8 @@ class Trained:
     """What has gradients in a step."""
 
     blocks: frozenset[int]
-    """Sampled blocks, their norms included: these stand before the matrices, so that all have inputs with gradients."""
+    """Sampled blocks, their norms included: these come before the matrices, whose inputs all need gradients
+    therefore."""
 
     embeddings: bool = True
     """Whether the embeddings, or anything else below the blocks, train."""
@@ -74,26 +75,26 @@ class Trained:
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of a step, to be multiplied by what it has seen."""
+    """FLOPs of a step, per token, pair of tokens and logit."""
 
     per_token: float
     per_pair: float
-    """Of two tokens of a row: a row of t tokens has t * t."""
+    """For each pair of tokens of a row: a row of t tokens has t * t pairs."""
 
     per_logit: float
-    """Of a position whose logits are computed."""
+    """For each position whose logits are computed."""
 
     recomputed_per_token: float
-    """What activation checkpointing computes again: forward, of the blocks that backward comes to."""
+    """What activation checkpointing recomputes: the forward of the blocks that backward reaches."""
 
     recomputed_per_pair: float
 
     def model(self, tokens: float, pairs: float, logits: float) -> float:
-        """FLOPs without recomputation, whose share of the peak is the MFU."""
+        """FLOPs without recomputation; divided by time and peak they give the MFU."""
         return self.per_token * tokens + self.per_pair * pairs + self.per_logit * logits
 
     def hardware(self, tokens: float, pairs: float, logits: float, *, recomputes: bool) -> float:
-        """FLOPs with recomputation, if there is any; of all positions, padding included, their share is the HFU."""
+        """FLOPs with recomputation, if there is any; for all positions, padding included, they give the HFU."""
         again = self.recomputed_per_token * tokens + self.recomputed_per_pair * pairs if recomputes else 0.0
         return self.model(tokens, pairs, logits) + again
 
@@ -122,11 +123,11 @@ def cost(shape: ComputeShape, trained: Trained) -> Cost:
 
 
 def peak_flops(device: str, environ: Mapping[str, str]) -> float | None:
-    """What a device computes in a second at most, in FLOP/s: by ``LISA_DS_PEAK_TFLOPS``, else by its name.
+    """The peak FLOP/s of a device: from ``LISA_DS_PEAK_TFLOPS`` if set, else by its name.
 
     Args:
         device: As ``torch.cuda.get_device_name`` has it.
-        environ: Where the variable may be set.
+        environ: Environment variables.
 
     Returns:
         None for a device that is not in the table.

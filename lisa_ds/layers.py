@@ -9,7 +9,7 @@ mixture or the sublayers of a T5 block never pass for one. The parameters outsid
   theirs alone, and a bias beside it stays with the head;
 - ``rest``: all others, such as the final norm, the norm after the embeddings, a pooler, the blocks of a vision tower.
 
-Only identities and sizes of parameters are looked at, never their values: under ZeRO-3 a rank holds a part of each.
+Only identities and sizes of parameters are used, never their values: under ZeRO-3 a rank holds a partition of each.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class LayerStack:
 
     @classmethod
     def from_model(cls, model: nn.Module, layers_path: str = "auto") -> LayerStack:
-        """Find the blocks of ``model``, and what everything else is.
+        """Find the blocks of ``model``, and the role of every other parameter.
 
         Args:
             model: Any module: of transformers, wrapped by PEFT, or plain; partitioned by ZeRO-3 or not.
@@ -216,7 +216,7 @@ def _shared_depth(path: str, other: str) -> int:
 
 
 def _resolve(model: nn.Module, found: dict[str, _Container], layers_path: str) -> list[_Container]:
-    """Follow an explicit ``layers_path``, also when it starts from another root than ours."""
+    """Follow an explicit ``layers_path``, also when it begins with another tool's name for the model itself."""
     stacks = [_follow(model, found, path.strip()) for path in layers_path.split(",")]
     for i, stack in enumerate(stacks):
         if stack.path in (other.path for other in stacks[:i]):
@@ -246,7 +246,7 @@ def _follow(model: nn.Module, found: dict[str, _Container], path: str) -> _Conta
 
 
 def _is_rooted(path: str, name: str) -> bool:
-    """Whether ``path`` is ``name`` after what peers call the model itself, as in ``model.model.layers``."""
+    """Whether ``path`` is ``name`` behind a prefix that other tools put before it, as in ``model.model.layers``."""
     return path.endswith(f".{name}") and set(path[: -len(name) - 1].split(".")) <= _ROOT_NAMES
 
 
@@ -296,7 +296,7 @@ def _heads_by_name(modules: dict[str, nn.Module], inside: set[int]) -> list[nn.M
 
 
 def _call(model: nn.Module, accessor: str) -> nn.Module | None:
-    """Ask a transformers model for one of its modules; ``None`` where it has no answer."""
+    """Call an accessor of a transformers model, such as ``get_input_embeddings``; ``None`` if it has no answer."""
     try:
         answer: Any = getattr(model, accessor, lambda: None)()
     except (NotImplementedError, AttributeError):

@@ -1,4 +1,4 @@
-"""One switch between the ways to fine-tune, so that they can be compared with everything else equal."""
+"""Applies ``method`` of a run file (LISA or full fine-tuning) to a trainer; everything else stays equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW whose step is one launch over everything that has a gradient, and what its state is kept in."""
+"""``MaskedAdamW``: AdamW as one kernel launch over every parameter with a gradient; and the formats of its state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KEPT_TABLES = 8  # of what was frozen and unfrozen in turn; they hold no tensor
 
 @dataclass(frozen=True)
 class StateFormat:
-    """What a weight's optimizer state is kept in.
+    """The format of optimizer state: master copy or not, and the type of the moments.
 
     Bytes read and written for an element of a bf16 weight with a bf16 gradient: ``mixed`` 28, with 8-bit moments 16;
     ``stochastic_rounding`` 22, with bf16 moments 14, with 8-bit moments 10.
@@ -57,14 +57,14 @@ class StateFormat:
         return weight != torch.float32 and self.precision == "mixed"
 
     def moments_of(self, weight: torch.dtype) -> str:
-        """What the moments of a weight of this type are kept in: fp32 weights are not rounded, and neither are their moments."""
+        """The format of the moments of a weight of this type: never bf16 for fp32 weights, which are not rounded."""
         return "fp32" if weight == torch.float32 and self.moments == "bf16" else self.moments
 
     def new_moments(self, weight: Tensor, sizes: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Zero moments and step count, under the names that ``torch.optim.AdamW`` gives them.
 
         Args:
-            weight: Whose; ``(numel,)`` or any shape.
+            weight: The weight they are for; ``(numel,)`` or any shape.
             sizes: Elements of the segments that it consists of, if of more than one: each has scales of its own.
         """
         kind = self.moments_of(weight.dtype)
@@ -82,7 +82,7 @@ class StateFormat:
 
 
 class MaskedAdamW(torch.optim.Optimizer):
-    """``torch.optim.AdamW`` in one launch: parameters without a gradient are neither read nor written, nor have they state.
+    """``torch.optim.AdamW`` in one launch: parameters without a gradient have no state, and are not read or written.
 
     Each parameter counts its own steps, so one that was frozen for a while is corrected for its own history. Loss scale, clip
     coefficient and an overflow are read on the device: with ``torch.amp.GradScaler``, or captured in a CUDA graph, nothing waits.
@@ -97,7 +97,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         precision: ``mixed`` or ``stochastic_rounding``, see :class:`StateFormat`.
         moments: ``fp32``, ``bf16`` or ``int8``, likewise.
         max_grad_norm: Clip gradients to this global norm inside the step, which is skipped where the norm is not finite.
-        seed: Of stochastic rounding.
+        seed: Seed of stochastic rounding.
         backend: ``reference``, ``cpu``, ``triton`` or ``cuda``; None for the best that is available.
 
     Example:
@@ -186,7 +186,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 self.state[parameter] = self._converted(saved[identifier], parameter)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For ``copy`` and ``pickle``: what torch's base class keeps, and what is ours."""
+        """For ``copy`` and ``pickle``: the attributes of torch's base class, and those of this one."""
         ours = ("format", "max_grad_norm", "grad_norm", "_seed", "_backend")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in ours}}
 
@@ -196,7 +196,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._launches, self._captured = {}, []
 
     def _with_gradient(self) -> dict[Any, list[tuple[Tensor, dict[str, Any], int]]]:
-        """Parameters with a gradient, their group and number, by what may share a launch."""
+        """Parameters with a gradient, their group and number, grouped by what may share a launch."""
         chosen: dict[Any, list[tuple[Tensor, dict[str, Any], int]]] = {}
         number = -1
         for group in self.param_groups:
@@ -211,7 +211,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         return chosen
 
     def _launch(self, key: Any, chosen: list[tuple[Tensor, dict[str, Any], int]]) -> SegmentTable:
-        """The table over ``chosen``: the last step's if it was over as many elements, pointed at where they are now."""
+        """The table over ``chosen``: the last step's if it had the same sizes, pointed at the tensors of this step."""
         device = key[0]
         key = (*key, *((number, parameter.numel()) for parameter, _, number in chosen))
         table = self._launches.get(key)
@@ -266,7 +266,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         return coefficient if factor is None else coefficient * factor.to(device), bad
 
     def _converted(self, saved: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
-        """State of any format in this one's."""
+        """State of any format, converted to this optimizer's."""
         saved = {key: value.detach() if isinstance(value, Tensor) else value for key, value in saved.items()}
         state = self.format.new_moments(parameter)
         state["step"].fill_(float(saved["step"]))

@@ -21,7 +21,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "triton")
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """What repeated measurements come to."""
+    """Median and spread of repeated measurements."""
 
     value: float
     """Median."""
@@ -38,7 +38,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """A number, and all it takes to believe it."""
+    """A measured number, with the hardware, commit, versions and settings it belongs to."""
 
     name: str
     """What was measured: ``switch_time``."""

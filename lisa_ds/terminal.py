@@ -1,4 +1,4 @@
-"""What every command has in common: how options may be spelled, how a mistake is told, and how a command ends early."""
+"""What all commands share: spelling of options, one-line error messages, exit codes, and clean ends on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INTERRUPTED = 128 + signal.SIGINT
 """Exit code after Ctrl-C, as shells count."""
 
 READER_GONE = 128 + signal.SIGPIPE
-"""Exit code of a command whose output nobody reads any more, such as in ``| head``."""
+"""Exit code of a command whose output is no longer read (a closed pipe), such as in ``| head``."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,12 +64,12 @@ def run(command: Callable[[], int | None], prefix: str = "lisa-ds: ") -> int:
     """Run ``command`` and end as a Unix tool does.
 
     Args:
-        command: What is done; returns an exit code, None for 0.
-        prefix: What its last words begin with.
+        command: The command; returns an exit code, None for 0.
+        prefix: Put before an error message.
 
     Returns:
         What ``command`` returns; 2 after an error that is the user's to put right; :data:`INTERRUPTED` after Ctrl-C,
-        :data:`READER_GONE` where nobody reads the output any more. Anything else is raised.
+        :data:`READER_GONE` if the reader of the output is gone. Anything else is raised.
     """
     for stream in _streams():
         if isinstance(stream, io.TextIOWrapper):

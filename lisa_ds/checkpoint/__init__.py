@@ -1,4 +1,4 @@
-"""Checkpoints as files: what leaves a run for other programs."""
+"""Checkpoints as files: exports trained models and adapters for other programs."""
 
 from __future__ import annotations
 

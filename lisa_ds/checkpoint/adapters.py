@@ -1,4 +1,4 @@
-"""Checkpoints of PEFT models: which they are, and the model that their weights are of."""
+"""Checkpoints of PEFT models: recognises them, and rebuilds the model that their weights belong to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_CONFIG = f"there is no {_CONFIG} in it or beside it"
 
 
 def config_beside(checkpoint: Path) -> Any | None:
-    """The adapter's config that lies in a checkpoint, or in the directory of its tag's; None if there is none.
+    """The adapter's config in a checkpoint, or in the directory of one of its tags; None if there is none.
 
     Raises:
         CheckpointError: PEFT is not installed.
@@ -37,12 +37,12 @@ def are_of_adapters(names: Iterable[str]) -> bool:
 
 
 def wrapped(skeleton: Any, config: Any, names: Iterable[str]) -> Any:
-    """``skeleton`` with adapters on it as ``config`` says, on the meta device as well.
+    """``skeleton`` wrapped with the adapters that ``config`` describes, which are on the meta device too.
 
     Args:
         skeleton: The base model, without values.
-        config: Of the adapter.
-        names: Of the weights to come, which tell what the adapter is called.
+        config: The adapter's config.
+        names: Names of the weights to be loaded; they contain the adapter's name.
     """
     import torch
     from peft import get_peft_model

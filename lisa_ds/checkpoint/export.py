@@ -1,4 +1,4 @@
-"""From a training checkpoint to a directory that ``from_pretrained`` reads."""
+"""Exports a training checkpoint to a directory that ``from_pretrained`` reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lisa_ds.errors import CheckpointError, ModelError
 from lisa_ds.models import resolve
 
 ReadWeights = Callable[[Path, torch.dtype], dict[str, Tensor]]
-"""An engine's reader: the checkpoint and a dtype to whole parameters by name."""
+"""An engine's reader: from the checkpoint and a dtype to whole (not partitioned) parameters by name."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,12 +31,12 @@ def export(
     dtype: str | None = None,
     merged: bool = False,
 ) -> None:
-    """Write weights as safetensors, with config and tokenizer; of a PEFT model, the adapter alone or the model it is merged into.
+    """Write weights as safetensors, with config and tokenizer; for a PEFT model, the adapter alone or the merged model.
 
     Args:
         checkpoint: The directory of a checkpoint.
-        out: Where to. It appears whole or not at all, and must not exist or be empty.
-        read_weights: How the engine that wrote the checkpoint reads it.
+        out: The directory to write. It appears whole or not at all; before, it must be absent or empty.
+        read_weights: The reader of the engine that wrote the checkpoint.
         model: Where config and tokenizer are taken from if the checkpoint does not hold them: a name or a directory.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default the one in the config.
         merged: Whether to merge the adapter of a PEFT model into it.
@@ -121,12 +121,12 @@ def _beside_weights(checkpoint: Path) -> Path:
 
 
 def _files_of(source: str) -> Path:
-    """The directory of a model, also of a hub's name: its snapshot in the cache."""
+    """The local directory of a model; for a name on the hub, its snapshot in the cache."""
     return Path(transformers.utils.cached_file(source, "config.json")).parent
 
 
 def _copy_generation_config(source: str, target: Path) -> None:
-    """What a chat model stops at, and how it is sampled, is often said there alone."""
+    """Copy it if there is one: a chat model's stop tokens and sampling settings are often nowhere else."""
     try:
         generation = transformers.GenerationConfig.from_pretrained(source)
     except (OSError, ValueError):  # a model may have none

@@ -1,8 +1,9 @@
-"""Names of tensors: those of an exported model are those of the files that it was loaded from.
+"""Gives the tensors of an exported model the names they have in the files that the model was loaded from.
 
-transformers may rename and merge tensors while it loads them, and undoes of that what it knows. It does not know whether a file had the
-base model's prefix or not, drops one of two names of a tied weight, and leaves out what it has no use for, such as the causal masks in
-GPT-2's files or the layers of a token predictor. Tools that read a model by the names it was published under miss them.
+transformers may rename and merge tensors while it loads them, and reverts most of that when it saves. It does not know
+whether a file had the base model's prefix or not, drops one of two names of a tied weight, and leaves out what it has
+no use for, such as the causal masks in GPT-2's files or the layers of a token predictor. Tools that read a model by the
+names it was published under miss them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def stored_in(directory: Path) -> dict[str, StoredTensor]:
 
 
 def undo_what_was_done(model: Any, names: Iterable[str]) -> None:
-    """Have ``save_pretrained`` undo those of transformers' renamings that loading tensors of these names took, and no others."""
+    """Have ``save_pretrained`` revert the renamings that transformers applied to these names, and no others."""
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -40,7 +41,7 @@ def undo_what_was_done(model: Any, names: Iterable[str]) -> None:
 
 
 def used(conversions: Iterable[Any]) -> list[Any]:
-    """Those of transformers' renamings and conversions that some tensor took; all of them in releases that do not tell."""
+    """The renamings and conversions that transformers has applied; all, in releases that do not record them."""
     return [entry for entry in conversions if not hasattr(entry, "was_used") or entry.was_used()]
 
 
@@ -48,9 +49,9 @@ def restore(directory: Path, inputs: Mapping[str, StoredTensor], model: Any) -> 
     """Give the tensors in ``directory``, which ``model.save_pretrained`` wrote, the names that they have in ``inputs``.
 
     Args:
-        directory: Of safetensors files; left as it is if they have those names.
+        directory: Holds the safetensors files; unchanged if they have those names already.
         inputs: The tensors that the model was loaded from, by name.
-        model: Who was saved; its weights are not looked at.
+        model: The model that was saved; its weights are not read.
     """
     prefix = f"{model.base_model_prefix}."
     saved = {
@@ -91,7 +92,7 @@ def _input_name(name: str, inputs: Collection[str], prefix: str) -> str:
 
 
 def _twin(name: str, present: Collection[str], model: Any, prefix: str) -> str | None:
-    """Under which name the tensor that is tied to ``name`` was kept."""
+    """The name under which the tensor tied to ``name`` was saved."""
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for own in (name, prefix + name, name.removeprefix(prefix)):
         source = tied.get(own, own)

@@ -1,7 +1,7 @@
-"""``lisa-ds``: a run before, during and after it, as commands.
+"""``lisa-ds``, the command line: plan, check, train, inspect and export a run.
 
-A module holds a group of commands. Its ``add`` declares them, and it is entered in :mod:`lisa_ds.cli.parser`; what they
-need is imported when they run: ``lisa-ds --version`` on a login node loads neither torch nor DeepSpeed.
+Each module holds a group of commands. Its ``add`` declares them, and :mod:`lisa_ds.cli.parser` lists it. What a command
+needs is imported when it runs: ``lisa-ds --version`` on a login node loads neither torch nor DeepSpeed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        An exit code, as :func:`lisa_ds.terminal.run` has them.
+        The exit code, see :func:`lisa_ds.terminal.run`.
     """
 
     def command() -> int | None:

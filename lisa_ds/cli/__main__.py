@@ -1,4 +1,4 @@
-"""``python -m lisa_ds.cli``, and so ``deepspeed --module lisa_ds.cli check``."""
+"""Entry point of ``python -m lisa_ds.cli``, and so of ``deepspeed --module lisa_ds.cli check``."""
 
 import sys
 

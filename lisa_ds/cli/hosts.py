@@ -1,4 +1,4 @@
-"""What a machine, or many, can do: whether hosts fit together, and which kernels they have."""
+"""The commands `check` and `ops`: whether the hosts of a job fit together, and which kernels this machine can run."""
 
 from __future__ import annotations
 

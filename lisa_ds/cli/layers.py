@@ -1,4 +1,4 @@
-"""A model's layers, one by one: scored before a run, reported after it."""
+"""The commands `profile` and `report layers`: score a model's layers before a run, show their statistics after it."""
 
 from __future__ import annotations
 

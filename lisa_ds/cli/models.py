@@ -1,4 +1,4 @@
-"""Models that have been trained: written for others, and asked."""
+"""The commands `export` and `generate`: write a trained model for other programs, and prompt it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a whole."""
+"""The argument parser of all commands, and the call of the one that was named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def call(argv: Sequence[str] | None) -> int | None:
         Its exit code, None for 0.
 
     Raises:
-        LisaError: Of the command, or of the command line itself.
+        LisaError: The command raised it, or the command line is wrong.
     """
     parser = build()
     arguments, rest = parser.parse_known_args(argv)

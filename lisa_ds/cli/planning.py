@@ -1,4 +1,4 @@
-"""What can be known of a run before it starts."""
+"""The command `plan`: the memory a run takes on each rank, before it starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lisa_ds.config import load_config, model_alone
 from lisa_ds.errors import ConfigError
 
 NOT_FITTING = 2
-"""Exit code of `plan` for a run that does not fit: a batch script can ask before it starts."""
+"""Exit code of `plan` for a run that does not fit into the device's memory, for batch scripts to test."""
 
 
 def add(commands: values.Commands) -> None:

@@ -1,4 +1,4 @@
-"""A run's data, looked at before it is trained on."""
+"""The command `preview`: shows rows as they will be trained on, before a run."""
 
 from __future__ import annotations
 

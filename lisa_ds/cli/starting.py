@@ -1,4 +1,4 @@
-"""The file of a run: a new one from a few answers, or one of those that come with the package."""
+"""The commands `init` and `recipes`: a run file from a few answers, or one of those that come with the package."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _init(arguments: argparse.Namespace) -> None:
 
 
 def next_commands(file: Path, gpus: int, memory: int | None) -> list[str]:
-    """What is done with the file of a run."""
+    """The commands to try next with a run file, a line each."""
     room = f" --gpu-memory {memory / 2**30:g}GB" if memory else ""
     return [
         f"lisa-ds preview {file}",
@@ -114,7 +114,7 @@ def _recipes(arguments: argparse.Namespace) -> None:
 
 
 def _shipped() -> dict[str, Path]:
-    """By name: ``configs``, beside the package in a checkout, inside of it in an installed one."""
+    """Recipes by name, from ``configs``: beside the package in a checkout, inside it when installed."""
     package = Path(lisa_ds.__file__).parent
     for place in (package / "configs", package.parent / "configs"):
         if (place / "recipes").is_dir():
@@ -132,7 +132,7 @@ def _check_new(file: Path, *, force: bool) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    """Write a run; the file appears whole, and as the loader takes it, or not at all."""
+    """Write a run file, which the loader has accepted; it appears whole or not at all."""
     unfinished = file.with_name(f".{file.stem}.unfinished-{os.getpid()}{file.suffix}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

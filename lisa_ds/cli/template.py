@@ -1,4 +1,4 @@
-"""What `lisa-ds init` writes: a run with a reason beside each key, made to fit the GPUs it is for."""
+"""The run file that `lisa-ds init` writes: a reason beside each key, and settings that fit the given GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lisa_ds.memory import advice, catalogue, settings
 from lisa_ds.memory.architectures import Architecture
 
 SMALL = 1_000_000_000
-"""Parameters below which a model takes a larger learning rate."""
+"""A model with fewer parameters than this gets a larger learning rate."""
 
 _COMMENTS = {
     "model.name_or_path": "a directory, or a name on the Hugging Face hub",
@@ -46,14 +46,14 @@ _COMMENTS = {
 
 @dataclass(frozen=True)
 class Template:
-    """A run, and what is to be said about it."""
+    """The keys of a run file, and notes for the user: what was changed to fit the GPUs."""
 
     fields: dict[str, Any]
     notes: list[str]
 
 
 def memory_of_device() -> int:
-    """Bytes of the first GPU here."""
+    """Memory of this machine's first GPU, in bytes."""
     import torch
 
     return int(torch.cuda.get_device_properties(0).total_memory)
@@ -97,7 +97,7 @@ def make(model: str, data: str, method: str, gpus: int, memory: int | None) -> T
 
 
 def text(run: Template) -> str:
-    """The file."""
+    """The text of the run file."""
     head = [
         "# A run for `lisa-ds train`. docs/config.md has every key; the command line overrides any: training.max_steps=20",
         "# output_dir is runs/ and the name of this file, unless training.output_dir says otherwise.",
@@ -166,7 +166,7 @@ def _lines(fields: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[st
 
 
 def _scalar(value: Any) -> str:
-    """In one line, quoted where it has to be."""
+    """A value as YAML on one line, quoted where it has to be."""
     written: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
     written = written.removesuffix("\n").removesuffix("\n...")
     return written if parse_yaml(written) == value else json.dumps(value)  # 1e-3 is a number here, and not to PyYAML

@@ -1,4 +1,4 @@
-"""A run itself."""
+"""The command `train`: checks a run file, and starts DeepSpeed's launcher with it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _check_file(file: str, overrides: list[str]) -> None:
-    """Tell mistakes before a rank is started; rank 0 will read the file again, and tell of what it notices besides."""
+    """Report mistakes before a rank is started; rank 0 reads the file again, and prints the notices about it."""
     log = logging.getLogger("lisa_ds")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Values that several commands take."""
+"""Arguments that several commands have: a run file, sizes, counts and times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_run(parser: Parser, *, help: str = "a YAML or JSON file; --lisa_config FILE says the same") -> None:
-    """Let a command take a run: its file, and keys that override it. :func:`run_file` tells them apart."""
+    """Give a command the arguments of a run: its file, and keys that override it. :func:`run_file` tells them apart."""
     parser.add_argument("config", nargs="?", metavar="FILE", help=f"the run: {help}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.bf16=true")
     parser.add_argument("--lisa_config", metavar="FILE", help=argparse.SUPPRESS)
@@ -54,7 +54,7 @@ def count(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """Of a wait: more than 0, at most an hour."""
+    """Seconds to wait: more than 0, at most an hour."""
     try:
         number = float(text)
     except ValueError:

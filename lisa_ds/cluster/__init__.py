@@ -1,1 +1,1 @@
-"""Many hosts: who a rank is, whether the hosts fit together, and what happens when the scheduler wants them back."""
+"""Many hosts: a process's rank, checks that hosts fit together, ranks that hang, and preemption by the scheduler."""

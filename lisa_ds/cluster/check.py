@@ -1,7 +1,7 @@
-"""A preflight on all ranks of a job: everything that would end a run, or slow it down, told at once and by host.
+"""A preflight on all ranks of a job: reports everything that would end a run, or slow it down, at once and by host.
 
 Rank 0 asks, all answer through a store (:mod:`lisa_ds.cluster.exchange`), and rank 0 draws the conclusions. A rank that
-does not answer in time is named and asked no more; what needs every rank is then left out.
+does not answer in time is reported and no longer asked; checks that need every rank are then skipped.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def check(place: Place, environ: Mapping[str, str], options: Options) -> int:
 
 
 class _Asking:
-    """Rank 0's part, in the order in which :func:`_answer` follows."""
+    """Rank 0's side of the check; :func:`_answer` is the other ranks', in the same order."""
 
     def __init__(self, exchange: Exchange, options: Options, names: Mapping[int, str]) -> None:
         self._exchange = exchange
@@ -164,14 +164,16 @@ class _Asking:
                 self._report.notes.append(f"{name}: {targets.read[name]} is taken for a name on the hub: not looked at")
 
     def _links(self, leaders: Mapping[int, str]) -> None:
-        with _door(self._place) as mine:
-            doors = self._gather("door", mine, leaders, "could not listen")
-            doors = {rank: tuple(door) for rank, door in doors.items() if door is not None}
-            self._exchange.tell("doors", doors)
-            tried = self._gather("tried", links.unreachable(0, doors), doors, "does not answer about its network")
+        with _listening(self._place) as mine:
+            listeners = self._gather("door", mine, leaders, "could not listen")
+            listeners = {rank: tuple(listener) for rank, listener in listeners.items() if listener is not None}
+            self._exchange.tell("doors", listeners)
+            tried = self._gather(
+                "tried", links.unreachable(0, listeners), listeners, "does not answer about its network"
+            )
             self._exchange.tell("tried all")
         lost = {rank: {int(other): why for other, why in reasons.items()} for rank, reasons in tried.items()}
-        self._report.add(links.findings(leaders, doors, lost))
+        self._report.add(links.findings(leaders, listeners, lost))
         self._is_linked = not any(lost.values())
 
     def _speed(self) -> None:
@@ -203,7 +205,7 @@ class _Asking:
                 report.add([Finding("all hosts", what, remedy)])
 
     def _gather(self, name: str, mine: Any, ranks: Iterable[int], what: str, *, late: bool = False) -> dict[int, Any]:
-        """Those answers that came, after an error for each that did not."""
+        """The answers that came; adds an error for each that did not."""
         ranks = list(ranks)
         told = self._exchange.gather(name, mine, ranks, grace=0.0 if late else GRACE_S)
         lost = [rank for rank in ranks if rank not in told]
@@ -219,7 +221,7 @@ class _Asking:
 
 
 def _answer(exchange: Exchange, options: Options, mine: facts.Facts) -> int:
-    """What every other rank does."""
+    """The side of every other rank, in the order of :class:`_Asking`."""
     place = exchange.place
     exchange.gather("arrival", asdict(mine), [])
     plan = exchange.tell("plan")
@@ -233,12 +235,12 @@ def _answer(exchange: Exchange, options: Options, mine: facts.Facts) -> int:
     folders = exchange.tell("folders")
     if leads:
         exchange.gather("seen", _look(place, options, folders["token"], folders["lost"]), [])
-    with _door(place) as door:
+    with _listening(place) as listener:
         if leads:
-            exchange.gather("door", door, [])
-        doors = {int(rank): tuple(at) for rank, at in exchange.tell("doors").items()}
+            exchange.gather("door", listener, [])
+        listeners = {int(rank): tuple(at) for rank, at in exchange.tell("doors").items()}
         if leads:
-            exchange.gather("tried", links.unreachable(place.rank, doors), [])
+            exchange.gather("tried", links.unreachable(place.rank, listeners), [])
         exchange.tell("tried all")
     speed = exchange.tell("speed")
     exchange.gather("measured", _measure(exchange, options, plan["device"], speed["all_reduce"]), [])
@@ -249,7 +251,7 @@ def _answer(exchange: Exchange, options: Options, mine: facts.Facts) -> int:
 
 
 def _look(place: Place, options: Options, token: str, lost: Mapping[str, str]) -> dict[str, Any] | str:
-    """What this host sees of the folders, or that they hang."""
+    """What this host sees in the folders, or that looking took too long."""
     patience = min(paths.PATIENCE_S, options.timeout / 2)
     try:
         return asdict(
@@ -260,16 +262,16 @@ def _look(place: Place, options: Options, token: str, lost: Mapping[str, str]) -
 
 
 @contextmanager
-def _door(place: Place) -> Iterator[tuple[str, int] | None]:
+def _listening(place: Place) -> Iterator[tuple[str, int] | None]:
     try:
-        door = links.Door(place)
+        listener = links.Listener(place)
     except OSError:
         yield None
         return
     try:
-        yield door.address, door.port
+        yield listener.address, listener.port
     finally:
-        door.close()
+        listener.close()
 
 
 def _measure(exchange: Exchange, options: Options, kind: str, together: bool) -> dict[str, Any]:

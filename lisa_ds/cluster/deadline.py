@@ -1,4 +1,4 @@
-"""No wait without an end, whatever it is that does not answer: a file system, a library, a host."""
+"""Deadlines for calls that may hang: on a file system, in a library, on another host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _stuck = threading.Event()
 
 
 class TookTooLong(ClusterError):
-    """What was called has not come back; its thread is left behind."""
+    """The call has not returned in time; its thread is left behind."""
 
 
 def within(seconds: float, call: Callable[[], T], what: str) -> T:

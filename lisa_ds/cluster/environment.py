@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, as torch wants to be told: from a launcher, from Slurm, or alone.
+"""The environment variables that torch.distributed reads (``RANK`` and others), also under Slurm, MPI or no launcher.
 
 ``deepspeed`` and ``torchrun`` set ``RANK`` and its companions. ``srun`` starts a process for each task and sets ``SLURM_*``
 variables instead; running ranks by it directly lets the scheduler's signals reach every one of them.
@@ -21,7 +21,8 @@ _OF_MPI = (
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),
 )
-"""What `mpirun` of Open MPI, of MVAPICH, and of MPICH and Intel tell a process: rank, local rank, ranks, ranks on its host."""
+"""Variables set by `mpirun` of Open MPI, of MVAPICH, and of MPICH and Intel: rank, local rank, ranks, ranks on the
+host."""
 
 
 def fill(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -55,7 +56,7 @@ def fill(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def started_by_mpi(environ: Mapping[str, str]) -> tuple[str, str, str, str] | None:
-    """The names under which an ``mpirun`` has told this process who it is; None if none has."""
+    """The names of the variables that an ``mpirun`` has set for this process; None if none has."""
     return next((names for names in _OF_MPI if all(name in environ for name in names)), None)
 
 
@@ -71,7 +72,7 @@ def _fill_from_mpi(environ: MutableMapping[str, str], names: tuple[str, str, str
 
 
 def port_of_job(job_id: str) -> int:
-    """A port that all ranks of a Slurm job know without talking, and that two jobs on one host do not share.
+    """A port that all ranks of a Slurm job know without communication, and that two jobs on one host do not share.
 
     Example:
         >>> port_of_job("40012")
@@ -104,7 +105,7 @@ def host_names(nodes: str) -> list[str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port on this host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""How the ranks of a check talk: through one store at the master's address, and never without a deadline.
+"""How ranks exchange values during a check: through one store at the master's address, always with a deadline.
 
 Rank 0 asks and tells, the others answer. Values are JSON.
 """
@@ -23,7 +23,7 @@ from lisa_ds.errors import ClusterError
 
 CLOCK_SAMPLES = 8
 GRACE_S = 2.0
-"""What rank 0 waits longer than others, who may have to say that something on their host took too long."""
+"""Seconds that rank 0 waits longer than other ranks, which may have to report that something took too long for them."""
 
 _RETRY_S = 0.2
 
@@ -37,7 +37,7 @@ class NotMet(ClusterError):
 
 
 def meet(place: Place, timeout: float) -> Exchange:
-    """Open the store on rank 0, or find it.
+    """Open the store on rank 0; connect to it on other ranks.
 
     Raises:
         NotMet: The port is taken, or the master cannot be reached; says from where and why.
@@ -74,11 +74,11 @@ def meet(place: Place, timeout: float) -> Exchange:
 
 
 class Exchange:
-    """Answers to rank 0, and its word to all.
+    """Gathers values on rank 0, and broadcasts values from it.
 
     Args:
         place: Who this rank is.
-        store: Where they are left.
+        store: Holds the values.
         timeout: Seconds that one wait may take.
     """
 
@@ -110,7 +110,7 @@ class Exchange:
         return answers
 
     def tell(self, name: str, value: Any = None) -> Any:
-        """Rank 0's word, which all ranks return.
+        """Broadcast a value from rank 0; all ranks return it.
 
         Raises:
             ClusterError: Rank 0 says nothing for longer than it may wait itself.
@@ -125,7 +125,7 @@ class Exchange:
         return json.loads(told)
 
     def serve_clock(self, ranks: Iterable[int]) -> None:
-        """On rank 0: tell ``ranks`` the time as often as each asks."""
+        """On rank 0: answer each request of ``ranks`` for the time."""
         deadline = time.monotonic() + self._timeout
         for rank in ranks:
             for sample in range(CLOCK_SAMPLES):
@@ -171,7 +171,7 @@ class Exchange:
 
 
 def _check_free(place: Place, here: str) -> None:
-    """Torch says so, too, but with a C++ stack."""
+    """Refuse a port that is taken. Torch does so, too, but with a C++ stack trace."""
     with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -185,7 +185,7 @@ def _check_free(place: Place, here: str) -> None:
 
 
 def _knock(place: Place, here: str, deadline: float) -> None:
-    """Connect once by hand, until rank 0 has come: the reason of a failure is then known."""
+    """Wait until rank 0 accepts a plain connection: if that fails, the reason is known."""
     while True:
         try:
             socket.create_connection((place.address, place.port), timeout=max(0.1, deadline - time.monotonic())).close()

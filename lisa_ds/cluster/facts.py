@@ -1,4 +1,4 @@
-"""What a rank finds on its host, and whether hosts that shall train together are alike."""
+"""What a rank finds on its host, and how the hosts of a job differ."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHM_BYTES = 1 << 30
 """Shared memory below which NCCL and data loaders are known to fail; a container's default is 64 MiB."""
 
 FREE_GPU_SHARE = 0.9
-"""Of a GPU's memory; below it something else is using the GPU."""
+"""Free share of a GPU's memory below which something else is using the GPU."""
 
 _PACKAGES = ("deepspeed", "transformers", "triton", "accelerate", "datasets")  # torch: the one that was loaded
 
@@ -76,7 +76,7 @@ def collect(place: Place) -> Facts:
 
 
 def differences(facts: Mapping[int, Facts]) -> list[Finding]:
-    """What has to be the same on all hosts, and is not."""
+    """Findings about what has to be the same on all hosts, and is not."""
     hosts: dict[str, Facts] = {}
     for one in facts.values():
         hosts.setdefault(one.host, one)
@@ -95,7 +95,7 @@ def differences(facts: Mapping[int, Facts]) -> list[Finding]:
 
 
 def shortages(facts: Mapping[int, Facts]) -> list[Finding]:
-    """What a run may run out of."""
+    """Findings about memory and limits that a run may exhaust."""
     findings = []
     ranks_on: dict[str, int] = {}
     for one in facts.values():
@@ -125,7 +125,7 @@ def shortages(facts: Mapping[int, Facts]) -> list[Finding]:
 
 
 def _versions(has_cuda: bool) -> dict[str, str]:
-    """Of what numbers depend on; those that are absent are left out."""
+    """Versions of the packages that results depend on; those that are absent are left out."""
     found = records.versions(_PACKAGES)
     found["torch"] = torch.__version__
     found["lisa_ds"] = lisa_ds.__version__
@@ -139,7 +139,7 @@ def _versions(has_cuda: bool) -> dict[str, str]:
 
 
 def _memory() -> tuple[int, int]:
-    """All, and what is free for a new program; of the control group, if that is less."""
+    """Bytes of memory in total, and available to a new program; those of the control group, if that is less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines}
     total, free = sizes["MemTotal"], sizes["MemAvailable"]

@@ -1,4 +1,4 @@
-"""What a check has found, and how it is told."""
+"""What a check has found, and the report of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """All that rank 0 knows at the end."""
+    """The result of a check, on rank 0."""
 
     world_size: int
     findings: list[Finding] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Report:
     """What each host has and measured, by name."""
 
     all_reduce: list[dict[str, float]] = field(default_factory=list)
-    """A size each: ``bytes, seconds, algorithm_gb_per_s, bus_gb_per_s``."""
+    """For each size: ``bytes, seconds, algorithm_gb_per_s, bus_gb_per_s``."""
 
     backend: str = ""
     notes: list[str] = field(default_factory=list)
@@ -47,16 +47,16 @@ class Report:
 
     @property
     def errors(self) -> list[Finding]:
-        """What a run would fail of."""
+        """Findings that would make a run fail."""
         return [finding for finding in self.findings if finding.is_error]
 
     @property
     def warnings(self) -> list[Finding]:
-        """What a run may suffer from."""
+        """Findings that may slow a run down or harm it."""
         return [finding for finding in self.findings if not finding.is_error]
 
     def add(self, findings: Iterable[Finding]) -> None:
-        """Add what is not known yet: ranks of one host find the same."""
+        """Add findings, each once: ranks of one host find the same."""
         self.findings += [finding for finding in dict.fromkeys(findings) if finding not in self.findings]
 
     def as_dict(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Report:
         }
 
     def lines(self) -> list[str]:
-        """All but the errors, to be read."""
+        """Everything but the errors, as text."""
         rows: list[tuple[str, ...]] = [("host", "ranks", "GPUs", "memory free", "disk free", "clock", "copy", "matmul")]
         rows += [_row(name, host) for name, host in self.hosts.items()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -1,4 +1,4 @@
-"""What the hosts of a job are called, also those that say nothing themselves."""
+"""The host names of a job's ranks, also of hosts that do not answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lisa_ds.errors import ClusterError
 
 @dataclass(frozen=True)
 class Place:
-    """Who this process is, and where the ranks meet."""
+    """This process's rank and host, and the address where the ranks meet."""
 
     rank: int
     world_size: int
@@ -27,7 +27,7 @@ class Place:
     """Whether torchrun's agent has opened the port already, so that rank 0 is a client as all others."""
 
     attempt: str = "0"
-    """How often torchrun has started the ranks again: its store remembers what earlier ones have said."""
+    """How often torchrun has restarted the ranks: its store still holds the values of earlier attempts."""
 
     @property
     def who(self) -> str:
@@ -36,7 +36,7 @@ class Place:
 
 
 def place(environ: Mapping[str, str]) -> Place:
-    """Read it from what a launcher, or :func:`lisa_ds.cluster.environment.fill`, has set.
+    """Read it from the variables that a launcher, or :func:`lisa_ds.cluster.environment.fill`, has set.
 
     Raises:
         ClusterError: A variable is missing or is no number; all of them are named.
@@ -74,12 +74,13 @@ def this_host(environ: Mapping[str, str]) -> str:
 def expected(environ: Mapping[str, str], world_size: int, hostfile: Path | None = None) -> dict[int, str]:
     """The host of every rank, as far as it is known before any rank has spoken; empty if it is not.
 
-    Known is it from ``hostfile``, or inside a Slurm step whose tasks are distributed in blocks, as they are by default.
+    It is known from ``hostfile``, or inside a Slurm step whose tasks are distributed in blocks, which is Slurm's
+    default.
 
     Args:
-        environ: Of any rank.
+        environ: Environment variables of any rank.
         world_size: How many ranks there are.
-        hostfile: DeepSpeed's: ``gpu1 slots=8`` a line, in the order of ranks.
+        hostfile: A DeepSpeed hostfile, with lines such as ``gpu1 slots=8``, in the order of ranks.
 
     Raises:
         ClusterError: ``hostfile`` cannot be read, or a line of it is not one.
@@ -97,7 +98,7 @@ def expected(environ: Mapping[str, str], world_size: int, hostfile: Path | None 
 
 
 def read_hostfile(path: Path) -> list[tuple[str, int]]:
-    """Hosts and the ranks of each, from a file of DeepSpeed's.
+    """Hosts and the number of ranks on each, from a DeepSpeed hostfile.
 
     Raises:
         ClusterError: It cannot be read, or a line is not one.

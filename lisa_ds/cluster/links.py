@@ -1,4 +1,4 @@
-"""Whether hosts can reach one another at ports that nobody has named: collectives open such ones on every host."""
+"""Whether hosts can reach one another at arbitrary ports: collectives open such ports on every host."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lisa_ds.cluster.findings import Finding
 from lisa_ds.cluster.hosts import Place
 
 NEIGHBOURS = 8
-"""Hosts that each tries, the next ones in the order of ranks; up to nine hosts all try all."""
+"""How many hosts each host tries, the next ones in the order of ranks; up to nine hosts all try all."""
 
 _CONNECT_S = 5.0
 
 
-class Door:
-    """A port on this host that takes connections and says nothing, until it is closed."""
+class Listener:
+    """An open port on this host, which accepts connections and sends nothing until it is closed."""
 
     def __init__(self, place: Place) -> None:
         address = _own_address(place)
@@ -28,30 +28,30 @@ class Door:
         self.port: int = self._socket.getsockname()[1]
 
     def close(self) -> None:
-        """Take no more."""
+        """Accept no more connections."""
         self._socket.close()
 
 
-def unreachable(rank: int, doors: Mapping[int, tuple[str, int]]) -> dict[int, str]:
-    """Which of the doors, by the rank that opened them, this rank cannot reach, and why."""
-    ranks = sorted(doors)
+def unreachable(rank: int, listeners: Mapping[int, tuple[str, int]]) -> dict[int, str]:
+    """The open ports that this rank cannot reach, by the rank that opened them, and why."""
+    ranks = sorted(listeners)
     at = ranks.index(rank)
     others = [ranks[(at + step) % len(ranks)] for step in range(1, min(len(ranks), NEIGHBOURS + 1))]
     if not others:
         return {}
     with ThreadPoolExecutor(len(others)) as pool:
-        reasons = pool.map(lambda other: _try(*doors[other]), others)
+        reasons = pool.map(lambda other: _try(*listeners[other]), others)
         return {other: reason for other, reason in zip(others, reasons, strict=True) if reason}
 
 
 def findings(
-    hosts: Mapping[int, str], doors: Mapping[int, tuple[str, int]], lost: Mapping[int, Mapping[int, str]]
+    hosts: Mapping[int, str], listeners: Mapping[int, tuple[str, int]], lost: Mapping[int, Mapping[int, str]]
 ) -> list[Finding]:
-    """What of it is wrong, by the ranks that tried."""
+    """Findings about open ports that ranks could not reach."""
     return [
         Finding(
             hosts[rank],
-            f"cannot connect to {hosts[other]} at {doors[other][0]}:{doors[other][1]} ({reason})",
+            f"cannot connect to {hosts[other]} at {listeners[other][0]}:{listeners[other][1]} ({reason})",
             "open all ports between the hosts, and name the right network by GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME",
         )
         for rank, reasons in lost.items()

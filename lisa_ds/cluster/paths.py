@@ -26,7 +26,7 @@ _SHARE = "mount it at that path on all hosts, or choose a folder on a shared fil
 
 @dataclass(frozen=True)
 class Targets:
-    """What a run reads and writes, by what for."""
+    """The files and folders that a run reads and writes, by purpose."""
 
     shared: dict[str, Path] = field(default_factory=dict)
     """Folders that all hosts write to together."""
@@ -36,7 +36,7 @@ class Targets:
 
     read: dict[str, Path] = field(default_factory=dict)
     may_be_elsewhere: frozenset[str] = frozenset()
-    """Of ``read``, names that may also be those of a hub's."""
+    """Keys of ``read`` whose value may be a name on the hub instead of a path."""
 
     @property
     def written(self) -> dict[str, Path]:
@@ -45,7 +45,7 @@ class Targets:
 
 
 def targets(config: RunConfig | None) -> Targets:
-    """Those of a run; without one, the cache alone."""
+    """The targets of a run; without a run, the cache alone."""
     own = {"cache": cache_dir()}
     if config is None:
         return Targets(own=own)
@@ -65,7 +65,7 @@ class Tokens:
 
     def __init__(self, folders: Mapping[str, Path], token: str) -> None:
         self.problems: dict[str, str] = {}
-        """Of folders that cannot be written to, why."""
+        """Folders that cannot be written to, each with the reason."""
         self._made: list[Path] = []
         for name, folder in folders.items():
             new = [above for above in (folder, *folder.parents) if not above.exists()]
@@ -79,7 +79,7 @@ class Tokens:
                 self._made += [path for path in new if path not in self._made]
 
     def remove(self) -> None:
-        """Leave the file systems as they were."""
+        """Remove every file and folder that was made."""
         for path in self._made:
             with suppress(OSError):  # it is gone, or a run has begun to use it
                 path.rmdir() if path.is_dir() else path.unlink()
@@ -92,20 +92,20 @@ class Seen:
     unshared: list[str]
     unwritable: dict[str, str]
     marks: dict[str, str]
-    """Of what is read: ``missing``, ``!`` and why it cannot be read, or what tells its files from others."""
+    """For each thing that is read: ``missing``, or ``!`` and why it cannot be read, or a fingerprint of its files."""
 
     disk_free: dict[str, int]
     """Bytes on the file systems of the folders."""
 
 
 def look(targets: Targets, token: str, lost: Mapping[str, str], rank: int, patience: float = PATIENCE_S) -> Seen:
-    """What this host sees, which it looks at now for the first time: a network file system remembers what was not there.
+    """What this host sees. It must look here for the first time: a network file system caches that a file was missing.
 
     Args:
         targets: The folders and files.
         token: What rank 0 has written.
-        lost: Folders where it could not.
-        rank: This one's, whose own file is removed again.
+        lost: Folders where rank 0 could not write.
+        rank: This rank, whose own file is removed again.
         patience: Seconds to wait for rank 0's files.
     """
     unshared, unwritable = [], {}
@@ -127,7 +127,7 @@ def look(targets: Targets, token: str, lost: Mapping[str, str], rank: int, patie
 
 
 def findings(targets: Targets, seen: Mapping[str, Seen], lost: Mapping[str, str], first: str) -> list[Finding]:
-    """What of it is wrong.
+    """Findings about these files and folders.
 
     Args:
         targets: The folders and files.
@@ -217,7 +217,7 @@ def _cannot_write(folder: Path, error: OSError) -> str:
 
 
 def _mark(path: Path) -> str:
-    """Tells files by names and sizes, and opens them: a read of all bytes would take the time of loading them."""
+    """Fingerprint of files by names and sizes; also opens them. Reading all bytes would take as long as loading."""
     try:
         if not path.exists():
             return "missing"

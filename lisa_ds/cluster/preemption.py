@@ -1,8 +1,9 @@
-"""What happens when the scheduler wants the hosts back: ranks hear of it, agree on a step, and leave a marker.
+"""Preemption: ranks note the scheduler's signal, agree on the step after which they stop, and leave a marker file.
 
-Slurm sends a signal some time before it kills: at the time limit, on preemption, before maintenance. A handler here only
-notes it. Ranks hear it at different moments, or one of them alone does, and whoever leaves while others compute leaves them
-waiting in a collective; so each asks all others at the end of every step, and they all leave after the same one.
+Slurm sends a signal some time before it kills: at the time limit, on preemption, before maintenance. A handler here
+only notes it. The signal may reach ranks at different moments, or one rank alone, and a rank that left at once would
+leave the others waiting in a collective. So at the end of every step an all-reduce tells all ranks, and all leave after
+the same step.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ MARKER = "preempted.json"
 
 
 class Preempted(Exception):
-    """The run has left off because of a signal. It is no error: every rank raises it at the same place, and exits with 0.
+    """The run has stopped because of a signal. It is no error: all ranks raise it at the same place, and exit with 0.
 
     Args:
         step: Optimizer steps that have been made.
-        checkpoint: From which the run can be continued; None if there was nothing to save.
+        checkpoint: The one from which the run can be resumed; None if there was nothing to save.
         signum: The signal's number.
     """
 
@@ -41,7 +42,7 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Signals that this process has heard, and whether any rank has heard one."""
+    """Signals that this process has received, and whether any rank has received one."""
 
     def __init__(self) -> None:
         self.heard = 0
@@ -50,7 +51,7 @@ class Preemption:
 
     @contextmanager
     def listening(self) -> Iterator[Preemption]:
-        """Note :data:`SIGNALS` instead of dying of them; outside of the block the handlers are those from before.
+        """Note :data:`SIGNALS` instead of being ended by them; after the block the earlier handlers are back.
 
         Only the main thread may call it.
         """
@@ -63,7 +64,7 @@ class Preemption:
 
     @contextmanager
     def marked(self, output_dir: Path) -> Iterator[None]:
-        """Training in ``output_dir``: the marker of an earlier life goes, and if the block raises `Preempted`, a new one comes.
+        """Remove the marker of an earlier attempt from ``output_dir``; write a new one if the block raises `Preempted`.
 
         Every rank enters it, once the process group exists.
         """
@@ -80,7 +81,7 @@ class Preemption:
     def join(self) -> None:
         """Prepare for :meth:`agreed`, once the process group exists. Every rank calls it.
 
-        Signals live on the host, so ranks talk through gloo: with NCCL each question would wait for the GPU.
+        Signals reach the host, so ranks use a gloo group: with NCCL each all-reduce would wait for the GPU.
         """
         import torch.distributed as dist
 
@@ -88,7 +89,7 @@ class Preemption:
             self._group = dist.new_group(backend="gloo")
 
     def agreed(self) -> int:
-        """The largest signal number that any rank has heard, 0 for none: the same on all ranks, which all must ask.
+        """The largest signal number that any rank has received, 0 for none. Every rank must call it.
 
         One all-reduce of four bytes.
         """
@@ -128,14 +129,14 @@ class Preemption:
 
 
 def forget(output_dir: Path) -> None:
-    """Remove the marker of an earlier life of the run; its first rank does."""
+    """Remove the marker of an earlier attempt of the run, on rank 0."""
     if _is_rank_0():
         with suppress(FileNotFoundError):
             (output_dir / MARKER).unlink()
 
 
 def ignore() -> None:
-    """Be deaf to :data:`SIGNALS` for the rest of the process, whose work is done: one of them would spoil its exit code."""
+    """Ignore :data:`SIGNALS` for the rest of the process: its work is done, and a signal would spoil its exit code."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""How fast a rank copies and multiplies, and whether and how fast the ranks add up."""
+"""Speed tests: how fast a rank copies and multiplies, and how fast and whether rightly the ranks all-reduce."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch._C._distributed_c10d import Store
 from lisa_ds.cluster.findings import Finding
 
 SIZES = {"gloo": (2**12, 2**20, 2**24), "nccl": (2**12, 2**20, 2**24, 2**28)}
-"""Bytes of the tensors that are added up, in fp32."""
+"""Bytes of the fp32 tensors that are all-reduced."""
 
 SLOW = 1.5
-"""Times the median of all ranks; a rank that takes longer holds up the others."""
+"""A rank that takes longer than this many times the median of all ranks holds up the others."""
 
 _BUDGET_S = 1.0  # of one size
 _MOST_REPEATS = 20
@@ -28,7 +28,7 @@ _MATMUL_SIDE = {"cpu": 512, "cuda": 8192}
 
 
 def local(device: torch.device) -> dict[str, float]:
-    """Seconds of the quickest of some copies and matrix products on this rank, and what they come to.
+    """The fastest of several copies and matrix products on this rank, in seconds and as a rate.
 
     Returns:
         ``copy_s, matmul_s``; ``copy_gb_per_s`` counts bytes read and written, ``matmul_tflops`` is of bf16 on a GPU and
@@ -67,12 +67,12 @@ def slow_ranks(hosts: Mapping[int, str], measured: Mapping[int, Mapping[str, flo
 def all_reduce(
     store: Store, rank: int, world_size: int, device: torch.device, timeout: float
 ) -> list[dict[str, float]]:
-    """Add up tensors of some sizes over all ranks, compare with the exact sum, and take the time.
+    """All-reduce tensors of several sizes, compare with the exact sum, and take the time.
 
     The process group is made for this and destroyed again. A larger tensor is left out where it would take long.
 
     Returns:
-        A size each: ``bytes, seconds`` (median; of the slowest rank), ``algorithm_gb_per_s`` (bytes / seconds) and
+        For each size: ``bytes, seconds`` (median; of the slowest rank), ``algorithm_gb_per_s`` (bytes / seconds) and
         ``bus_gb_per_s`` (times 2 (n - 1) / n, which does not depend on the number of ranks), and ``wrong``, elements
         that are not the sum.
 
@@ -113,7 +113,7 @@ def _one_size(size: int, rank: int, world_size: int, device: torch.device) -> di
 
 
 def _agreed(value: float, device: torch.device) -> float:
-    """The largest of all ranks'."""
+    """The largest value over all ranks."""
     tensor = torch.tensor(value, device=device, dtype=torch.float64)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.item()

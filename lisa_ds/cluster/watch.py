@@ -1,7 +1,7 @@
-"""Ranks that watch each other: one that stops, lags or fails is named by the others, instead of being waited for in silence.
+"""Ranks that watch each other: the others name one that hangs, lags or fails, instead of waiting in silence.
 
-A thread of each rank says every second where the rank is, through a store of its own: no collective, and nothing on the training's
-stream. Others are read only by a rank that is stuck itself.
+A thread of each rank writes every second to a store of its own where the rank is: no collective, and nothing on the
+training's stream. A rank reads what others wrote only when it is stuck itself.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from lisa_ds.cluster.preemption import Preempted
 from lisa_ds.errors import ConfigError, LisaError
 
 PATIENCE_S = 300.0
-"""How long a rank may stay where it is before it is named; ``LISA_DS_WATCH_S`` in the environment has another, 0 for ever."""
+"""Seconds without progress after which a rank is named; the variable ``LISA_DS_WATCH_S`` overrides it, 0 for never."""
 
 END_S = 10.0
-"""How long ranks go on after another has failed: most find the same error, or are ended by a launcher, before."""
+"""Seconds that ranks go on after another has failed: by then most have met the same error, or the launcher ended
+them."""
 
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 _FAILED = "failed"
 
 
 def patience() -> float:
-    """Seconds, from the environment.
+    """Seconds without progress after which a rank is named, from the environment.
 
     Raises:
         ConfigError: It is not a number of seconds.
@@ -68,10 +69,10 @@ class _Peer:
 
 
 class Watch:
-    """Of one rank; every rank makes one, where the process group exists.
+    """The watch of one rank; every rank makes one, once the process group exists.
 
     Args:
-        where: The phase that the rank's main thread is in, for people, and a count that changes whenever it gets on.
+        where: The phase that the rank's main thread is in, as text, and a count that changes with its progress.
         patience_s: See :data:`PATIENCE_S`; not 0.
     """
 
@@ -91,7 +92,7 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch inside the ``with``; an error that leaves it is told to the other ranks, which end too."""
+        """Watch inside the ``with``; an error that leaves it is published to the other ranks, which end too."""
         self._thread.start()
         try:
             yield
@@ -156,7 +157,7 @@ class Watch:
             self._peers[int(rank)] = _Peer(beat, heard, host, pid, phase, still_s, place, waits)
 
     def _silent(self) -> dict[int, str]:
-        """Ranks that say nothing any more, each in words."""
+        """Ranks that no longer write, each described in words."""
         limit, now = max(3 * self._poll, 2.0), time.monotonic()
         found = {}
         unanswered = now - self._answered
@@ -171,7 +172,7 @@ class Watch:
         return found
 
     def _name(self, still_s: float) -> None:
-        """Say who is waited for, if this is the first of those who wait."""
+        """Name the ranks that are waited for, if this rank is the first of those that wait."""
         suspects = self._silent()
         if not suspects:
             mine = _place()[1]
@@ -194,7 +195,7 @@ class Watch:
         print(f"[rank {self._rank}] {text}", file=sys.stderr, flush=True)
 
     def _fail(self, error: Exception) -> None:
-        """Tell the others, and say which of them have gone: an error of this rank may come of that."""
+        """Tell the other ranks, and name those that are gone: they may be the reason of this rank's error."""
         kind = "" if isinstance(error, LisaError) else f"{type(error).__name__}: "
         told = [f"rank {self._rank} ({socket.gethostname()}, pid {os.getpid()}) failed: {kind}{error}"]
         told.append(str(error.exit_code if isinstance(error, LisaError) else 1))

@@ -1,7 +1,8 @@
 """A run, described by one file: read once, checked whole, never changed afterwards.
 
-``lisa`` holds the method, ``run`` the file with all its sections, ``base`` what makes a mistake readable,
-``files`` YAML and JSON, ``deepspeed`` what is read of its config, ``contradictions`` the facts that two files could tell differently.
+``lisa`` holds the method's section, ``run`` the file with all its sections, ``base`` what all sections share (checks,
+error messages), ``files`` reads YAML and JSON, ``deepspeed`` what is read of DeepSpeed's config, ``contradictions``
+compares values that two files could set differently.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every section shares: frozen, strict, and mistakes told as ``file: key: what, got value``."""
+"""The base of all config sections: frozen, strict, with mistakes reported as ``file: key: what, got value``."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def validate(kind: type[SectionT], fields: Mapping[str, Any], origin: Origin, pr
         kind: The section to build.
         fields: Its keys and values.
         origin: Where they were read.
-        problems: Mistakes that were found before, reported along with those found here.
+        problems: Mistakes found earlier, reported along with those found here.
 
     Raises:
         ConfigError: Every mistake, one a line.
@@ -107,7 +107,7 @@ def _set_origin(section: Section, origin: Origin) -> None:
 
 
 def not_built(**arrives: str) -> BeforeValidator:
-    """Refuse by name the values whose feature is still to come: ``not_built(host="parking of layer state")``."""
+    """A validator that refuses values whose feature is not built yet: ``not_built(host="parking of layer state")``."""
 
     def check(value: Any) -> Any:
         name = next(iter(value), None) if isinstance(value, Mapping) else value
@@ -181,12 +181,12 @@ PathName = Annotated[str, Field(min_length=1), AfterValidator(fits_a_path)]
 
 
 def unfit(fields: Mapping[str, Any], origin: Origin, *, text_keys: bool = False) -> list[str]:
-    """Values that no key means: they would fail far from here, in arithmetic, in a system call or when they are printed.
+    """Find values that no key can mean: they would fail much later, in arithmetic, in a system call or when printed.
 
     Args:
         fields: Keys and values, nested.
         origin: Where they were read.
-        text_keys: Whether a number is no key either.
+        text_keys: Whether keys that are numbers are refused, too.
 
     Returns:
         What is wrong with each, in the order in which they are written.
@@ -222,7 +222,7 @@ def _writable(text: str) -> bool:
 
 
 def _without_none(annotation: Any) -> Any:
-    """The section of a key that may also be left empty."""
+    """The section type in the annotation of a key that may also be None."""
     return next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
 
 

@@ -1,4 +1,4 @@
-"""One home per fact: what the ``training`` section says, the DeepSpeed config must not say differently."""
+"""Contradictions: where the ``training`` section and the DeepSpeed config set the same value, they must agree."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def check_contradictions(
     Args:
         training: The ``training`` section.
         deepspeed: The DeepSpeed config.
-        training_source: How messages call the first, such as ``run.yaml: training``.
-        deepspeed_source: How messages call the second, such as ``configs/zero3.json``.
-        world_size: If given, ``train_batch_size`` is compared with what it is the product of.
+        training_source: What messages call the first, such as ``run.yaml: training``.
+        deepspeed_source: What messages call the second, such as ``configs/zero3.json``.
+        world_size: If given, ``train_batch_size`` is compared with micro-batch size x accumulation steps x ranks.
 
     Raises:
         ConfigError: Every contradiction, one a line.

@@ -1,6 +1,6 @@
-"""What several rooms read of a DeepSpeed config, and the types of gradients that follow from it.
+"""Reads the keys of a DeepSpeed config that several packages need, and works out the gradients' type from them.
 
-Here and without DeepSpeed: the planner, a run's preflight and the engine have to read it alike.
+It does not import DeepSpeed: the planner, a run's preflight and the engine must all read the config alike.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _BYTES = {
 
 
 def section(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A section of a DeepSpeed config; empty where it is missing or no section."""
+    """A section of a DeepSpeed config; empty if it is missing or not a section."""
     found = fields.get(key)
     return found if isinstance(found, Mapping) else {}
 
 
 def autotp_size(fields: Mapping[str, Any], source: str = "deepspeed config", *, num_ranks: int | None = None) -> int:
-    """Ranks that share each layer by AutoTP, as a DeepSpeed config says; 1 where it says nothing, or DeepSpeed's 0 for off.
+    """The tensor-parallel size (AutoTP) in a DeepSpeed config; 1 where it is missing, or 0, which is DeepSpeed's off.
 
     Args:
         fields: The config's own keys.
-        source: How messages call it.
-        num_ranks: All ranks, where their number is known.
+        source: What messages call the config.
+        num_ranks: The number of all ranks, if it is known.
 
     Raises:
         ConfigError: It is no number of ranks, or does not divide them.
@@ -55,7 +55,7 @@ def asked_gradient_bytes(fields: Mapping[str, Any], source: str = "deepspeed con
     """Bytes of the type that ``data_types.grad_accum_dtype`` asks for; None where it asks for none.
 
     Raises:
-        ConfigError: DeepSpeed knows no such type.
+        ConfigError: DeepSpeed has no such type.
     """
     asked = section(fields, "data_types").get("grad_accum_dtype")
     if asked is None:
@@ -69,9 +69,9 @@ def asked_gradient_bytes(fields: Mapping[str, Any], source: str = "deepspeed con
 
 
 def accumulates_in_fp32(asked: object, *, accumulates: bool) -> bool:
-    """Whether LISA adds gradients up in fp32 of its own accord: when there is more than one to add, and no type is asked for.
+    """Whether LISA accumulates gradients in fp32 unasked: where a step has several micro-batches, and no type is set.
 
-    DeepSpeed by itself adds 16-bit gradients of micro-batches in 16 bits.
+    DeepSpeed by itself accumulates 16-bit gradients in 16 bits.
 
     Args:
         asked: ``data_types.grad_accum_dtype``, or its bytes; None where there is none.
@@ -81,11 +81,11 @@ def accumulates_in_fp32(asked: object, *, accumulates: bool) -> bool:
 
 
 def gradient_bytes(asked: int | None, weight_bytes: int, *, accumulates: bool, lisa: bool) -> int:
-    """Bytes of an element of the gradient that waits for the step.
+    """Bytes per element of the accumulated gradient, which the optimizer step reads.
 
     Args:
         asked: From :func:`asked_gradient_bytes`.
-        weight_bytes: Of the weights, whose type it is by default.
+        weight_bytes: Bytes per element of the weights; gradients have their type by default.
         accumulates: Whether a step may have more than one micro-batch.
         lisa: Whether LISA's engine trains, not DeepSpeed's own.
 

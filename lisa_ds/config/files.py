@@ -91,7 +91,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _unfolded(value: Any) -> Any:
-    """``value`` as it is, if it can be walked: aliases may make a few lines endless, or as good as that.
+    """``value`` unchanged, if it can be traversed: YAML aliases may make a few lines endless, or nearly so.
 
     Raises:
         ValueError: It cannot.

@@ -1,6 +1,6 @@
-"""What optimizer state may be kept in, and the sizes in which it is worked on: told once to planner, kernels and engine.
+"""Formats of optimizer state, and the block sizes of kernels and scoring: shared by planner, kernels and engine.
 
-The planner has no torch, and so can ask neither the kernels nor the engine.
+They are here because the planner must not import torch, and so can read them neither from the kernels nor the engine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ Weights = Literal["mixed", "stochastic_rounding"]
 """How 16-bit weights are updated: beside an fp32 master copy, or in place, rounded at random."""
 
 Moments = Literal["fp32", "bf16", "int8"]
-"""What the two moments are kept in."""
+"""The format of the two moments."""
 
 QUANT_BLOCK = 256
 """Elements of 8-bit moments that share an fp32 scale. Blocks begin with their segment; csrc/ has it as kQuantBlock."""

@@ -1,4 +1,4 @@
-"""The ``lisa`` section: which layers train, for how long, and what they leave behind."""
+"""The ``lisa`` section: which layers train, for how long, and what becomes of their optimizer state."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class OptimizerConfig(Section):
     """The optimizer of the sampled layers."""
 
     name: Literal["masked_adamw", "adamw"] = "masked_adamw"
-    """``masked_adamw``: AdamW in one launch over all sampled layers, whichever AdamW the engine is given. ``adamw``: the
-    optimizer that it is given, of any kind, a sub-group at a time."""
+    """``masked_adamw``: AdamW as one kernel launch over all sampled layers, in place of the AdamW that the engine is
+    given. ``adamw``: the optimizer that the engine is given, of any kind, one sub-group at a time."""
 
     precision: Weights = "mixed"
     """``mixed``: 16-bit weights with an fp32 master copy (plain fp32 if the model is fp32). ``stochastic_rounding``: bf16
@@ -99,7 +99,7 @@ class LisaConfig(Section):
     first draw, by a draw of their own), or ``{every: n}`` (in intervals 0, n, 2n, ...)."""
 
     lm_head: Policy = "always"
-    """When the head trains, said likewise. Tied to the embeddings it is one weight, under one policy: theirs."""
+    """When the head trains, with the same values. A head that is tied to the embeddings follows their policy."""
 
     rest: Fixed = "always"
     """Whether (``always`` or ``never``) what is in neither blocks, embeddings nor head trains: the final norm and the like."""
@@ -114,8 +114,8 @@ class LisaConfig(Section):
     """Factor on the learning rate of the rest."""
 
     rewarm_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate of what has come in at a switch, or at the start, rises from 1/n to its full value;
-    0 for none. What trains ``always``, and a block that is drawn twice in a row, goes on at its rate."""
+    """Steps n of learning-rate warm-up for units that begin to train, at a switch or at the start: from 1/n of the rate
+    to all of it; 0 for none. Units that train ``always``, and blocks drawn twice in a row, keep their rate."""
 
     norm_growth_limit: GrowthLimit | None = None
     """Factor, above 1, by which the norm of a unit's gradient (a block's, the embeddings', the head's, the rest's) may grow from
@@ -127,7 +127,7 @@ class LisaConfig(Section):
     """What becomes of a layer's optimizer state when it leaves the draw: ``drop``, as in the paper."""
 
     state_format: Annotated[Literal["fp32"], not_built(int8="parking of layer state")] = "fp32"
-    """How kept state is stored."""
+    """Format of the state that is kept."""
 
     nvme_path: Annotated[None, BeforeValidator(lambda value: _unset(value, "parking of layer state"))] = None
     """Directory for state kept on NVMe."""
@@ -215,7 +215,7 @@ class LisaConfig(Section):
 
     @classmethod
     def load(cls, source: LisaConfig | Mapping[str, Any] | str | Path | None) -> LisaConfig:
-        """Read the section from wherever a caller keeps it.
+        """Read the section from any form in which a caller has it.
 
         Args:
             source: A config as it is; the keys in a dict; a YAML or JSON file that holds the section alone or

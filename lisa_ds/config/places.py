@@ -1,4 +1,4 @@
-"""Where a mistake in a text is: parsers tell where they noticed it, which may be lines further on."""
+"""Line and column of a mistake in JSON or YAML: parsers report where they noticed it, which may be lines later."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def line_and_column(text: str, position: int) -> tuple[int, int]:
 def of_json(error: json.JSONDecodeError) -> int:
     """The position of what is wrong.
 
-    What is missing is missing behind the last thing there is: not in front of the next one, which may be lines further on.
+    Something missing is reported behind the last token before it, not in front of the next, which may be lines later.
     """
     text, position = error.doc, error.pos
     written = len(text[:position].rstrip())
@@ -35,7 +35,7 @@ def of_json(error: json.JSONDecodeError) -> int:
 def of_yaml(error: yaml.MarkedYAMLError) -> str:
     """What is wrong, as ``line 2: not valid YAML: what (column 5)``.
 
-    What was opened and does not end is told where it was opened: the parser notices at the end of the file.
+    A quote or bracket that is never closed is reported where it was opened: the parser notices at the end of the file.
     """
     mark, opened = error.problem_mark, error.context_mark
     what = str(error.problem)
@@ -54,7 +54,7 @@ def of_yaml(error: yaml.MarkedYAMLError) -> str:
 def of_key_given_twice(text: str) -> int | None:
     """The position of the first key of JSON text that its object has already; None if none is found.
 
-    As YAML, of which JSON is a part, but for tabs: Python's parser of JSON tells no places.
+    The text is parsed as YAML, which JSON is a part of, tabs aside: Python's JSON parser gives no positions.
     """
     try:
         nodes = [yaml.compose(text.replace("\t", " "), yaml.SafeLoader)]

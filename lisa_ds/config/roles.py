@@ -31,7 +31,7 @@ class Every(Section):
 
 
 def _policy(value: Any) -> Any:
-    """Read a policy. Told here, as a union's own messages name its members instead of what the user wrote."""
+    """Read a policy; a union's own messages would name the types in it instead of what the user wrote."""
     if isinstance(value, Every):
         return "always" if value.every == 1 else value
     if isinstance(value, Mapping):
@@ -51,14 +51,14 @@ def _policy(value: Any) -> Any:
 
 
 Fixed = Literal["always", "never"]
-"""Of what trains in every interval or in none."""
+"""Policy of what trains in every interval or in none."""
 
 Policy = Annotated[Literal["always", "never", "sampled"] | Every, BeforeValidator(_policy)]
 """When a role trains; ``{every: 1}`` is read as ``always``."""
 
 
 class Policies(Protocol):
-    """What of the ``lisa`` section, which is made of the types here, decides when a role trains."""
+    """The part of the ``lisa`` section that decides when a role trains. That section imports this module."""
 
     @property
     def embeddings(self) -> str | Every:
@@ -77,7 +77,7 @@ class Policies(Protocol):
 
 
 def policy_of(config: Policies, role: str, *, tied: bool) -> str | Every:
-    """When ``role`` trains. What is left of a tied head, such as a bias, trains with the embeddings.
+    """The policy of ``role``. What is left of a tied head, such as a bias, follows the embeddings' policy.
 
     Args:
         config: The ``lisa`` section.
@@ -92,7 +92,7 @@ def share_of(config: Policies, role: str, *, tied: bool, num_layers: int) -> Fra
     """Share of the intervals in which ``role`` trains, on average: exactly, from 0 to 1.
 
     Raises:
-        ConfigError: As ``config.num_sampled``.
+        ConfigError: See ``LisaConfig.num_sampled``.
     """
     policy = policy_of(config, role, tied=tied)
     if isinstance(policy, Every):

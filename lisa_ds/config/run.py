@@ -45,7 +45,7 @@ class ModelConfig(Section):
     """``builtin:smollm2-135m``, a directory, or a name on the Hugging Face hub."""
 
     task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
-    """What its head is for."""
+    """What the model is trained to do, which decides its head."""
 
     attn_implementation: Name | None = None
     """Passed to ``from_pretrained``: ``eager``, ``sdpa``, ``flash_attention_2``."""
@@ -85,16 +85,16 @@ class DataConfig(Section):
     """Share of the training split to hold out."""
 
     eval_max_rows: Count | None = None
-    """At most so many rows are evaluated."""
+    """The most rows that are evaluated."""
 
     max_rows: Count | None = None
-    """At most so many rows are trained on."""
+    """The most rows that are trained on."""
 
     format: Literal["auto", "alpaca", "messages", "prompt_completion", "text", "classification"] = "auto"
-    """What a row holds; ``auto`` tells by its columns."""
+    """The format of a row; ``auto`` recognises it by its columns."""
 
     max_length: Count = 1024
-    """Tokens of a row at most."""
+    """The most tokens of a row."""
 
     packing: bool = False
     """Whether texts are joined and cut into rows of ``max_length``, for continual pre-training."""
@@ -103,7 +103,7 @@ class DataConfig(Section):
     """The template that conversations go through: a .jinja file, or a name; without it, the tokenizer's own."""
 
     loss_on: Literal["answers", "all"] = "answers"
-    """Which tokens of a conversation are learned."""
+    """Which tokens of a conversation carry loss."""
 
     on_too_long: Literal["truncate", "drop"] = "truncate"
     """What becomes of a row longer than ``max_length``."""
@@ -115,7 +115,7 @@ class DataConfig(Section):
     """Processes that tokenise."""
 
     columns: dict[str, str] = Field(default_factory=dict)
-    """Renames columns before the format is told: ``{question: prompt}``."""
+    """Renames columns before the format is recognised: ``{question: prompt}``."""
 
     ignore: list[Name] = Field(default_factory=list)
     """Columns, and fields of turns, that are left out: ``[tools, reasoning_content]``."""
@@ -207,7 +207,7 @@ class RunConfig(Section):
         return fields
 
     def deepspeed_source(self) -> str:
-        """How messages call DeepSpeed's config: its own file, or the section of this one."""
+        """What messages call DeepSpeed's config: its own file, or the section of this one."""
         return self.deepspeed if isinstance(self.deepspeed, str) else self.where("deepspeed")
 
     def tensor_parallel(self, num_ranks: int | None = None) -> int:
@@ -240,7 +240,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def model_alone(name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run to be planned, of a model alone: 16-bit, rows of 1,024 tokens one at a time; it has no data.
+    """A run for the planner, from a model's name alone: 16-bit, one row of 1,024 tokens at a time, no data.
 
     Args:
         name: Of the model, as ``model.name_or_path``.
@@ -283,7 +283,7 @@ def _overridden(fields: dict[str, Any], overrides: Sequence[str], origin: Origin
 
 
 def _written_out(fields: dict[str, Any], parts: list[str]) -> dict[str, Any]:
-    """``fields`` with what stands for a section put in its place, if one of its keys is to be set: a name, or a file's path."""
+    """``fields`` with a section's short form (a name, a file's path) written out, if a key of it is to be set."""
     lisa = fields.get("lisa")
     if parts[0] == "deepspeed" and len(parts) > 1 and isinstance(fields.get("deepspeed"), str):
         fields["deepspeed"] = read_mapping(fields["deepspeed"])

@@ -1,4 +1,4 @@
-"""The keys that say which layers are drawn, how often each, and how many."""
+"""The ``sampler`` and ``growth`` sections: how layers are drawn, by which scores, and how many."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class SamplerConfig(Section):
     ``bernoulli``: each layer with probability num_sampled_layers / layers, the paper's Algorithm 1. ``fixed``: the
     same layers for the whole run, those of ``layers`` or drawn once. The others draw by scores of the layers:
     ``fixed_scores``: those of a file that ``lisa-ds profile`` wrote. ``weight_norm``: the norms of the weights, or with
-    ``lora_norms`` and ``full_norms`` the paper's ratio of them. ``grad_norm``: the norms of gradients. ``fisher``: how
-    strongly the loss is curved."""
+    ``lora_norms`` and ``full_norms`` the paper's ratio of them. ``grad_norm``: the norms of gradients. ``fisher``: the
+    curvature of the loss."""
 
     layers: Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(strict=False)] | None = None
     """``fixed`` only: the layers to train, counted from 0; left out, they are drawn once."""
@@ -43,18 +43,20 @@ class SamplerConfig(Section):
 
     score: Literal["accumulated", "mean", "ema"] = "accumulated"
     """``grad_norm`` only. ``accumulated``: gradients are added up over calibration batches, and a layer's score is the sum of
-    its parameters' norms. ``mean``: the mean over calibration batches of the norm of a layer's gradient. ``ema``: the same of the
-    training batches, of the layers that train, as a moving average: costs nothing, but knows a layer only once it was drawn."""
+    its parameters' norms. ``mean``: the mean over calibration batches of the norm of a layer's gradient. ``ema``: a
+    moving average of that norm over training batches, for the layers that train: free, but a layer has no score of its
+    own until it is drawn."""
 
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """``grad_norm`` with score ``ema``: how much of the average stays when a layer has trained for another interval."""
 
     estimator: Literal["empirical", "hutchinson"] = "empirical"
-    """``fisher`` only. ``empirical``: the trace of the diagonal empirical Fisher information. ``hutchinson``: an estimate of the
-    trace of the Hessian."""
+    """``fisher`` only. ``empirical``: the trace of the diagonal empirical Fisher information. ``hutchinson``:
+    Hutchinson's estimate of the trace of the Hessian, with Rademacher vectors."""
 
     calibration_batches: Count = 8
-    """Batches of a rank on which scores are measured; one row each for the empirical Fisher information."""
+    """Calibration batches of each rank, on which scores are measured; one row each for the empirical Fisher
+    information."""
 
     probe_blocks: Count = 1
     """Layers whose gradients are accumulated at a time: more take memory, fewer take more passes over the batches."""
@@ -63,10 +65,11 @@ class SamplerConfig(Section):
     """Intervals from one measurement of the scores to the next."""
 
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Of a softmax over the scores, in units of their mean; left out, layers are drawn in proportion to their scores."""
+    """Temperature of a softmax over the scores, in units of their mean; left out, layers are drawn in proportion to
+    their scores."""
 
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The least probability of a layer as a part of the uniform one: 0 lets layers starve, 1 draws uniformly."""
+    """The least probability of a layer, as a fraction of the uniform one: 0 lets layers starve, 1 draws uniformly."""
 
     draw: Literal["systematic", "successive", "bernoulli"] = "systematic"
     """``systematic``: always the same number, each layer with exactly its probability. ``successive``: one after the other,
@@ -94,7 +97,7 @@ class SamplerConfig(Section):
 
     @property
     def kind(self) -> Kind:
-        """The sampler that is named, with its own keys: what others ask."""
+        """The kind of sampler that ``name`` selects, with its own keys: asked instead of comparing names."""
         kind = KINDS[self.name]
         return kind(**{key: getattr(self, key) for key in kind.own_keys()})
 
@@ -114,7 +117,7 @@ class SamplerConfig(Section):
         return self.kind.calibrates
 
     def measuring(self, score: str | None) -> SamplerConfig:
-        """A sampler that has scores measured, on as much data as this one where it says.
+        """A sampler that measures scores, on as much calibration data as this one if it sets that.
 
         Args:
             score: One of :data:`~lisa_ds.config.sampler_kinds.MEASURES`; None for what this one measures, or else the first.
@@ -140,7 +143,7 @@ class GrowthConfig(Section):
     """Intervals without a lower mean training loss after which ``add`` more layers are drawn."""
 
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """By which part the loss of an interval has to be below the lowest so far to count as lower."""
+    """Fraction by which the loss of an interval must be below the lowest so far to count as lower."""
 
     add: Count = 1
     """Layers that are added at a time."""

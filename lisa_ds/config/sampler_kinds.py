@@ -1,9 +1,10 @@
-"""The kinds of samplers: a class each, with the keys that mean something to it and what others have to know of it.
+"""The kinds of samplers: a class each, with the keys it reads and what other modules need to know of it.
 
-A run file has one flat ``sampler`` section, :class:`~lisa_ds.config.sampler.SamplerConfig`, which may spell out every key at its
-default, and whose JSON is part of what a checkpoint is resumed by: a union of sections would refuse the one and change the other.
-So that section reads and checks the keys, and its ``kind`` is the one of these that it names, with its own keys alone. Whoever
-wants to know something of a sampler asks the kind; nobody compares names.
+A run file has one flat ``sampler`` section, :class:`~lisa_ds.config.sampler.SamplerConfig`. It may spell out every key
+at its default, and its JSON enters the fingerprint of the schedule that a checkpoint is resumed by: a union of sections
+would refuse the former and change the latter. So that section reads and checks the keys, and its ``kind`` is the class
+of this module that it names, with the keys of that class alone. Code that needs to know something of a sampler asks the
+kind; it does not compare names.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Name = Literal["uniform", "cyclic", "bernoulli", "fixed", "fixed_scores", "weigh
 
 @dataclass(frozen=True)
 class Kind:
-    """What there is to know of a sampler; the answers are those of one that draws layers alike."""
+    """Facts about a sampler; the defaults are those of one that draws all layers with equal probability."""
 
     name: ClassVar[Name]
 
@@ -42,7 +43,7 @@ class Kind:
 
     @property
     def probe(self) -> str | None:
-        """What is taken of gradients on calibration data, one of :data:`PROBES`; None where there are no such passes."""
+        """What passes over calibration data measure, one of :data:`PROBES`; None where there are no such passes."""
         return None
 
     @property
@@ -52,7 +53,7 @@ class Kind:
 
     @property
     def by_windows(self) -> bool:
-        """Whether calibration takes some layers at a time, ``probe_blocks``, and not all at once."""
+        """Whether a pass over calibration data measures only ``probe_blocks`` layers, not all at once."""
         return False
 
     @property
@@ -62,12 +63,12 @@ class Kind:
 
     @property
     def measure(self) -> str | None:
-        """What scores are measured by, in a word that files and checkpoints keep; None for a sampler that has none measured."""
+        """The measure of the scores, by the name that files and checkpoints keep; None if no scores are measured."""
         return None if self.probe is None else f"{self.name}/{self.probe}"
 
     @property
     def watches_gradients(self) -> bool:
-        """Whether scores are made of the gradients of training."""
+        """Whether scores come from the gradients of training."""
         return False
 
     def problem(self) -> str | None:
@@ -81,7 +82,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Uniform(Kind):
-    """Without replacement in a draw."""
+    """Layers are drawn uniformly, without replacement in a draw."""
 
     name = "uniform"
 
@@ -95,7 +96,7 @@ class Cyclic(Kind):
 
 @dataclass(frozen=True)
 class Bernoulli(Kind):
-    """Each layer on its own."""
+    """Each layer is drawn on its own, with equal probability."""
 
     name = "bernoulli"
 
@@ -115,7 +116,7 @@ class Fixed(Kind):
     layers: tuple[int, ...] | None
 
     def problem(self) -> str | None:
-        """Layers that are none, or some twice."""
+        """See the base class: no layers, or one named twice."""
         if self.layers == ():
             return "layers is empty: name at least one, or leave it out to draw them once"
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
@@ -125,7 +126,7 @@ class Fixed(Kind):
 
 @dataclass(frozen=True, kw_only=True)
 class ByScores(Kind):
-    """Some layers more often than others."""
+    """The base of samplers that draw layers by scores, some more often than others."""
 
     by_scores = True
 
@@ -141,18 +142,18 @@ class ByScores(Kind):
 
     @property
     def varies(self) -> bool:
-        """If each layer is drawn on its own."""
+        """True if each layer is drawn on its own."""
         return self.draw == "bernoulli"
 
     def unread(self) -> Iterator[tuple[str, str]]:
-        """Of successive draws, whose probabilities are what they come to."""
+        """See the base class: successive draws have no floor, as nothing sets their probabilities."""
         if self.by_shares:
             yield "floor", f"with draw {self.draw!r}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixedScores(ByScores):
-    """By the scores of a file."""
+    """Scores come from a file."""
 
     name = "fixed_scores"
     reads_file = True
@@ -160,13 +161,13 @@ class FixedScores(ByScores):
     file: str | None
 
     def problem(self) -> str | None:
-        """There is no file."""
+        """See the base class: no file is named."""
         return None if self.file else "name 'fixed_scores' needs a file of scores; `lisa-ds profile` writes one"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightNorm(ByScores):
-    """By the norms of weights, or the ratio of two runs' norms."""
+    """Scores are the norms of the weights, or the ratios of two runs' norms."""
 
     name = "weight_norm"
 
@@ -176,22 +177,22 @@ class WeightNorm(ByScores):
 
     @property
     def reads_file(self) -> bool:  # type: ignore[override]
-        """If norms of runs are given."""
+        """True if the norms of two runs are given."""
         return self.lora_norms is not None
 
     @property
     def measure(self) -> str | None:
-        """Unless norms of runs are given."""
+        """The norms of the weights; None if the norms of two runs are given."""
         return None if self.reads_file else self.name
 
     def problem(self) -> str | None:
-        """One of the two files is missing."""
+        """See the base class: one of the two files is missing."""
         if (self.lora_norms is None) != (self.full_norms is None):
             return "lora_norms and full_norms go together: the scores are their ratio"
         return None
 
     def unread(self) -> Iterator[tuple[str, str]]:
-        """Of norms of runs, which stay what they were."""
+        """See the base class: norms from files are never measured anew."""
         if self.reads_file:
             yield "every", "on norms that were recorded once"
         yield from super().unread()
@@ -199,7 +200,7 @@ class WeightNorm(ByScores):
 
 @dataclass(frozen=True, kw_only=True)
 class GradNorm(ByScores):
-    """By the norms of gradients."""
+    """Scores are norms of gradients."""
 
     name = "grad_norm"
 
@@ -211,21 +212,21 @@ class GradNorm(ByScores):
 
     @property
     def watches_gradients(self) -> bool:
-        """For a moving average."""
+        """True for a moving average."""
         return self.score == "ema"
 
     @property
     def probe(self) -> str | None:
-        """What the score is, unless it is made on the way."""
+        """The score; None for a moving average, which needs no passes of its own."""
         return None if self.watches_gradients else self.score
 
     @property
     def by_windows(self) -> bool:
-        """Sums are kept, which take memory."""
+        """True if sums of gradients are kept, which take memory."""
         return self.score == "accumulated"
 
     def unread(self) -> Iterator[tuple[str, str]]:
-        """By the score."""
+        """See the base class: it depends on the score."""
         why = f"with score {self.score!r}"
         if not self.watches_gradients:
             yield "ema_decay", why
@@ -240,7 +241,7 @@ class GradNorm(ByScores):
 
 @dataclass(frozen=True, kw_only=True)
 class Fisher(ByScores):
-    """By how strongly the loss is curved."""
+    """Scores measure the curvature of the loss."""
 
     name = "fisher"
 
@@ -251,21 +252,21 @@ class Fisher(ByScores):
 
     @property
     def probe(self) -> str | None:
-        """How the curvature is estimated."""
+        """The estimator."""
         return self.estimator
 
     @property
     def by_windows(self) -> bool:
-        """Weights are moved, of which copies are kept."""
+        """True if weights are moved, of which copies are kept."""
         return self.estimator == "hutchinson"
 
     @property
     def by_row(self) -> bool:
-        """The empirical Fisher information is of single rows."""
+        """True for the empirical Fisher information, which is of single rows."""
         return self.estimator == "empirical"
 
     def unread(self) -> Iterator[tuple[str, str]]:
-        """By the estimator."""
+        """See the base class: it depends on the estimator."""
         if not self.by_windows:
             yield "probe_blocks", f"with estimator {self.estimator!r}"
         yield from super().unread()
@@ -274,7 +275,7 @@ class Fisher(ByScores):
 KINDS: dict[str, type[Kind]] = {
     kind.name: kind for kind in (Uniform, Cyclic, Bernoulli, Fixed, FixedScores, WeightNorm, GradNorm, Fisher)
 }
-"""By name, in the order in which they are told."""
+"""Every kind by its name, in the order in which messages list them."""
 
 MEASURES: dict[str, dict[str, Any]] = {
     "accumulated": {"name": GradNorm.name, "score": "accumulated"},
@@ -283,7 +284,8 @@ MEASURES: dict[str, dict[str, Any]] = {
     "hutchinson": {"name": Fisher.name, "estimator": "hutchinson"},
     "weight_norm": {"name": WeightNorm.name},
 }
-"""What ``lisa-ds profile`` measures -> the keys of the sampler that measures it; the first is what is measured by default."""
+"""What ``lisa-ds profile`` can measure, with the keys of the sampler that measures it; the first is the default."""
 
 PROBES = tuple(score for score in MEASURES if score != WeightNorm.name)
-"""Those that take passes over calibration data: norms of gradients in two ways, the curvature of the loss in two."""
+"""The measures that take passes over calibration data: norms of gradients in two ways, the curvature of the loss in
+two."""

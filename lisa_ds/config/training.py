@@ -1,4 +1,4 @@
-"""The ``training`` section as it is read without transformers: its types and limits, and names that transformers has given up."""
+"""The ``training`` section, read without transformers: types, limits, and names that transformers has dropped."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ EARLY_STOPPING: dict[str, tuple[type, str]] = {
 """Keys of ``training`` that are ours: transformers has them in a callback only."""
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
-"""Names that transformers has for torch's AdamW, for ``optim``; without any it is one of them."""
+"""Values of ``optim`` that mean torch's AdamW; the default is one of them."""
 
 WITHOUT_BETAS = ("sgd", "adagrad", "rmsprop", "adafactor")
-"""Names of those to which ``adam_beta1`` and the like mean nothing."""
+"""Values of ``optim`` whose optimizers do not read ``adam_beta1`` and the like."""
 
 FORMER = {
     "adafactor": "set optim: adafactor",
@@ -92,7 +92,7 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 @dataclass(frozen=True)
 class TrainingValues:
-    """What of the section decides where a run writes and what memory it takes; the defaults are transformers'."""
+    """The keys that decide where a run writes and what memory it takes; the defaults are transformers'."""
 
     output_dir: str | None = None
     per_device_train_batch_size: int = 8
@@ -106,7 +106,7 @@ class TrainingValues:
 
     @property
     def checkpointing(self) -> bool:
-        """Whether activations are computed again in backward, under either of transformers' names."""
+        """Whether activation checkpointing is on (recompute in backward), under either of transformers' names."""
         return bool(self.gradient_checkpointing or self.activation_checkpointing)
 
     @property
@@ -116,11 +116,11 @@ class TrainingValues:
 
 
 def section(hints: Mapping[str, Any], elsewhere: Mapping[str, str] | None = None) -> type[Section]:
-    """``training`` as a section of ours, so that its mistakes read like all others.
+    """``training`` as a section of this package, so that its mistakes read like all others.
 
     Args:
-        hints: Type of each key that there is; ``Any`` for one that is not looked at.
-        elsewhere: Keys that are refused: whatever they would do, something else does it.
+        hints: Type of each key that exists; ``Any`` for one that is not checked.
+        elsewhere: Keys that are refused, each with what does the same instead.
     """
     refused = {name: f"does not belong here: {why}" for name, why in (elsewhere or {}).items()}
     gone = {name: f"the installed transformers has no such argument; {write}" for name, write in FORMER.items()}
@@ -154,7 +154,7 @@ def known() -> type[Section] | None:
 
 
 def _check(name: str, hint: Any, value: Any) -> Any:
-    """Hold ``value`` against the type that transformers declares, and the limits that it does not."""
+    """Check ``value`` against the type that transformers declares, and limits that it does not declare."""
     if hint is Any:
         return value
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)

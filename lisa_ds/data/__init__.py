@@ -1,4 +1,4 @@
-"""Data sets: rows of any common form into tokens, with loss on the answers only."""
+"""Data sets: turns rows of any common form into tokens, with loss on the answers only."""
 
 from __future__ import annotations
 

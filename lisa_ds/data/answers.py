@@ -1,8 +1,8 @@
-"""Where in a conversation the assistant speaks: what carries loss.
+"""Finds the assistant's answers in the text of a conversation: they alone carry loss.
 
-An answer begins where the text leaves what the model is asked with (the template's generation prompt), and ends with
-the token that ends the turn. Blanks that a template writes after that token are left out: nobody generates them. A
-template with ``{% generation %}`` marks is taken at its word.
+An answer begins after the template's generation prompt, and ends with the token that ends the turn. Blanks that a
+template writes after that token are left out, as the model need not generate them. If a template has ``{% generation
+%}`` marks, they decide.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ENDS = "\n >])}:"  # of a word or a mark: an answer does not begin in the midst
 
 
 class Note(enum.IntFlag):
-    """What the user of a row should know, though the row is used."""
+    """Something about a row to report to the user, though the row is used."""
 
     THOUGHT_LEFT_OUT = 1
     ASKED_OTHERWISE = 2
@@ -36,7 +36,7 @@ class Note(enum.IntFlag):
 
 @dataclass(frozen=True)
 class Answers:
-    """A conversation as text, and what of it carries loss."""
+    """A conversation as text, and the spans of it that carry loss."""
 
     text: str
     spans: tuple[Span, ...]
@@ -51,17 +51,17 @@ def find_answers(
     *,
     loss_on_all: bool = False,
 ) -> Answers:
-    """Write a conversation and tell what of it carries loss.
+    """Render a conversation as text, and find the spans that carry loss.
 
     Args:
         tokenizer: With a chat template.
-        conversation: A row's.
-        learn: For each turn, whether the row says that it is learned; none where it says nothing.
+        conversation: The conversation of a row.
+        learn: For each turn, whether the row says that it carries loss; None where it says nothing.
         place: File and line, for messages.
-        loss_on_all: Everything is learned but the turns that the row excepts.
+        loss_on_all: Everything carries loss but the turns that the row excludes.
 
     Raises:
-        DataError: The template raises, leaves something out, or does not let the answers be told from the rest.
+        DataError: The template raises, leaves something out, or does not show where the answers are.
     """
     try:
         return _Finder(Written(tokenizer, conversation), tuple(learn)).find(loss_on_all=loss_on_all)
@@ -76,7 +76,7 @@ def find_answers(
 
 
 def _better(tokenizer: Any, conversation: Conversation, learn: Sequence[bool | None]) -> str | None:
-    """A template that is made for training the same model, if this conversation goes through it."""
+    """The training variant of the same model's template, if it can render this conversation."""
     try:
         training = training_template(tokenizer.get_chat_template(tools=conversation.tools_or_none()))
     except (AttributeError, ValueError):  # one of several, none of which is for all; or none written in Jinja
@@ -120,19 +120,19 @@ class _Finder:
         return self.written.full.written
 
     def _but_excepted(self, spans: Iterable[Span]) -> tuple[Span, ...]:
-        """Without the turns that the row excepts."""
+        """``spans`` without the turns that the row excludes."""
         excepted = [turn for turn, learn in enumerate(self.learn) if learn is False]
         return tuple(_without(spans, map(self._place, excepted)))
 
     def _is_learned(self, turn: int) -> bool:
-        """An answer to something, unless the row says otherwise: a greeting and an empty turn are none."""
+        """Whether a turn carries loss: as the row says, else if it is an answer: not empty, after a user's turn."""
         if self.learn[turn] is not None or self.written.role(turn) != "assistant":
             return bool(self.learn[turn])
         says = any(field.turn == turn for field in self.written.replaced.fields)
         return says and any(earlier["role"] == "user" for earlier in self.written.conversation.turns[:turn])
 
     def _place(self, turn: int) -> Span:
-        """Where a turn stands."""
+        """The span of a turn."""
         if turn not in self._places:
             raise self._untold(turn)
         return self._places[turn]
@@ -186,7 +186,7 @@ class _Finder:
         return start + same, Note.ASKED_OTHERWISE
 
     def _prompt(self, turn: int) -> str:
-        """What the template asks the assistant with, once the turns before are written."""
+        """The generation prompt that the template writes after the turns before ``turn``."""
         if turn == 0:
             return self._usual_prompt
         start, _ = self._places[turn]
@@ -209,7 +209,7 @@ class _Finder:
 
     @cached_property
     def _usual_prompt(self) -> str:
-        """What the assistant is asked with after a single question."""
+        """The generation prompt after a single question."""
         question = Conversation(({"role": "user", "content": "."},))
         silent, asked = (self.written.render(question, ask=ask) for ask in (False, True))
         if asked.text.startswith(silent.text):
@@ -217,7 +217,7 @@ class _Finder:
         return asked.text[asked.written[0][1] :] if 0 in asked.written else ""
 
     def _answer_by_prefix(self, turn: int) -> tuple[Span, Note]:
-        """For a template without a loop over the turns: where one text goes on from another."""
+        """For a template without a loop over the turns: compares renderings, of which one is a prefix of the other."""
         if turn == 0:
             raise self._untold(turn)
         before = self.written.render(self.written.conversation.upto(turn), ask=True).text
@@ -237,7 +237,7 @@ class _Finder:
 
 
 def _without(spans: Iterable[Span], excepted: Iterable[Span]) -> list[Span]:
-    """What is left of ``spans`` outside ``excepted``; nothing of it is empty."""
+    """The parts of ``spans`` outside ``excepted``, without empty ones."""
     left = list(spans)
     for low, high in excepted:
         left = [part for start, end in left for part in ((start, min(end, low)), (max(start, high), end))]
@@ -249,7 +249,7 @@ def _overlap(one: Span, other: Span) -> bool:
 
 
 def _follow(prompt: str, text: str) -> tuple[int, bool]:
-    """How far ``text`` goes along with ``prompt``, other blanks aside, and whether to its end."""
+    """How much of ``text`` matches ``prompt``, blanks aside, and whether all of ``prompt`` is matched."""
     asked, at, same = 0, 0, 0
     while asked < len(prompt):
         if at < len(text) and text[at] == prompt[asked]:

@@ -43,7 +43,7 @@ _CONTENT: dict[formats.Kind, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a source: those whose hash lies in a range, and of these at most so many, lowest hash first."""
+    """Part of a source's rows: those whose hash lies in a range, up to a number of them, lowest hash first."""
 
     low: float = 0.0
     high: float = 1.0
@@ -68,7 +68,7 @@ def build(
     packed: bool,
     num_workers: int,
 ) -> None:
-    """Write ``rows.arrow``, and ``counts.json``: what became of the rows, and which fields of them nothing read.
+    """Write ``rows.arrow``, and ``counts.json``: what became of the rows, and which of their fields were not used.
 
     ``rows`` counts by the names of :class:`Status`, ``notes`` by those of :class:`Note`; ``unused`` holds ``columns`` and
     ``turns``; ``ignored`` counts what ``ignore`` left out.
@@ -126,7 +126,7 @@ def build(
 
 @contextmanager
 def _bar_if_watched() -> Iterator[None]:
-    """No progress bar in a log file, where each of its updates would be a line."""
+    """Disable progress bars unless the output is a terminal: in a log file each update would be a line."""
     if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
         yield
         return
@@ -140,7 +140,7 @@ def _bar_if_watched() -> Iterator[None]:
 def _write_rows(
     path: Path, source: Source, form: formats.Form, columns: Mapping[str, str], ignored: Counter[str], seed: int
 ) -> tuple[npt.NDArray[np.float64], set[int | str], Unused]:
-    """Bring every row to its one form and hash it, so that equal rows never stand on both sides of a split."""
+    """Bring every row to its one form and hash it, so that equal rows are never in both parts of a split."""
     hashes, classes, unused, renamed, names = array("d"), set(), Unused(), set(), tuple(ignored)
     features = datasets.Features(**_CONTENT[form.kind], place=_STRING)
 
@@ -189,7 +189,7 @@ def _kept(tokens: datasets.Dataset, schema: pa.Schema, counts: Counter[int], not
 
 
 def _packed(tables: Iterable[pa.Table], length: int) -> Iterator[pa.Table]:
-    """Texts one after the other, cut into rows of ``length``; the last row is what remains."""
+    """Texts joined and cut into rows of ``length`` tokens; the last row is what remains."""
     rest = np.empty(0, dtype=np.int32)
     for table in tables:
         rest = np.concatenate([rest, *(chunk.flatten().to_numpy() for chunk in table["input_ids"].chunks)])

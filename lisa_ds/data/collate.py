@@ -1,4 +1,4 @@
-"""Rows of tokens into a padded batch."""
+"""Collates rows of tokens into a padded batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lisa_ds.data.tokenise import IGNORED
 
 
 def collator(tokenizer: Any, *, pad_to_multiple_of: int | None = None, task: str = "causal_lm") -> Any:
-    """What pads the rows of :func:`lisa_ds.data.load_dataset` to the longest of a batch.
+    """A collator that pads the rows of :func:`lisa_ds.data.load_dataset` to the longest of a batch.
 
     Labels are padded with -100, whatever the padding token is: with SmolLM2 it is the token that ends an answer,
     and a collator that masked it would teach the model never to stop.

@@ -1,4 +1,4 @@
-"""Tells rows of tokens from others, in little time however many there are."""
+"""A digest of tokenised rows, to tell one data set from another, in little time however large it is."""
 
 from __future__ import annotations
 

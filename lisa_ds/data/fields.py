@@ -1,4 +1,4 @@
-"""What a row or a turn holds: each field is read, or refused by name, or told at the end; none goes without a word."""
+"""The fields of a row or a turn: each is read, refused by name, or reported at the end as not used."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lisa_ds.errors import DataError
 
 @dataclass
 class Unused:
-    """How many rows hold a column, how many turns a field, and how many rows a placeholder, that nothing reads."""
+    """Counts of what was not used: rows with a column, turns with a field, rows with a placeholder."""
 
     columns: Counter[str] = field(default_factory=Counter)
     turns: Counter[str] = field(default_factory=Counter)
     placeholders: Counter[str] = field(default_factory=Counter)
 
     def told(self) -> list[str]:
-        """Such as ``columns not used: 'id' (1,200 rows), 'source' (3 rows)``."""
+        """In words, such as ``columns not used: 'id' (1,200 rows), 'source' (3 rows)``."""
         kinds = (
             ("columns not used", "row", self.columns),
             ("fields of turns not used", "turn", self.turns),
@@ -43,7 +43,7 @@ class Fields:
     Args:
         values: As they were found.
         place: File and line.
-        path: Where in the row, such as ``messages[0]``; nothing for the row itself.
+        path: Where in the row, such as ``messages[0]``; empty for the row itself.
     """
 
     def __init__(self, values: Mapping[str, Any], place: str, path: str = "") -> None:
@@ -56,7 +56,7 @@ class Fields:
         return name in self.values
 
     def take(self, name: str) -> Any:
-        """The value, or None if there is none; from now on it counts as read."""
+        """The value, or None if there is none; the field then counts as read."""
         self._read.add(name)
         return self.values.get(name)
 
@@ -71,7 +71,7 @@ class Fields:
         return Fields(value, self.place, self.at(name))
 
     def text(self, name: str, *, optional: bool = False) -> str:
-        """The value, which is text; of an optional one that is not there, nothing."""
+        """The value, which must be text; empty if it is optional and missing."""
         value = self.take(name)
         if optional and value is None:
             return ""
@@ -80,7 +80,7 @@ class Fields:
         return self.encodable(name, value)
 
     def encodable(self, name: str, text: str) -> str:
-        r"""Refuse half of a surrogate pair: JSON may say ``\ud83d``, but no tokenizer takes it."""
+        r"""Refuse half of a surrogate pair: JSON may hold ``\ud83d``, but no tokenizer takes it."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -88,13 +88,13 @@ class Fields:
         return text
 
     def rest(self) -> Iterator[tuple[str, Any]]:
-        """What was not read and says something."""
+        """The fields that were not read and are not empty."""
         for name, value in self.values.items():
             if name not in self._read and says_something(value):
                 yield name, value
 
     def says(self, name: str) -> bool:
-        """Whether the field is there and says something."""
+        """Whether the field is there and not empty, see :func:`says_something`."""
         return says_something(self.values.get(name))
 
     def at(self, name: str) -> str:
@@ -102,11 +102,11 @@ class Fields:
         return f"{self.path}.{name}" if self.path else name
 
     def wrong(self, name: str, expected: str, value: object) -> DataError:
-        """What to raise about a value."""
+        """The error about a wrong value."""
         return DataError(f"{self.place}: {self.at(name)} should be {expected}, got {shown(value)}")
 
     def refused(self, name: str, why: str) -> DataError:
-        """What to raise about a field that means something to others and cannot be honoured."""
+        """The error about a field that other tools honour and this package cannot."""
         return DataError(f"{self.place}: {self.at(name)} {why}")
 
 

@@ -96,11 +96,11 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 class _Unreadable(Exception):
-    """A column holds what Python cannot: the message names it."""
+    """A column holds a value that Python cannot represent: the message names it."""
 
 
 def _arrow_rows(batch: Any) -> list[dict[str, Any]]:
-    """The rows of a batch. Objects of one column share their keys in Arrow, so that most are null in most rows."""
+    """The rows of a batch. All objects of a column have the same keys in Arrow, so that most are null in most rows."""
     columns = {}
     for name, values in zip(batch.schema.names, batch.columns, strict=True):
         try:
@@ -188,7 +188,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _undecodable(path: Path, error: UnicodeDecodeError) -> str:
-    """Line and byte of what is not UTF-8: the error itself counts from the start of some block."""
+    """Line and byte of what is not UTF-8: the error itself counts from the start of a block of the file."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:

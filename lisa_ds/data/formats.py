@@ -1,4 +1,4 @@
-"""The forms that rows come in, told by their columns, and the one form that each is brought to.
+"""The formats of rows, recognised by their columns, and the one format that each is converted to.
 
 ======================  ==============================================================================
 columns                 what they hold
@@ -52,10 +52,10 @@ class Form:
 
         Args:
             row: The row.
-            unused: Is told what nothing reads.
+            unused: Counts what is not used.
 
         Raises:
-            DataError: A column is missing or holds something else, or what it says cannot be honoured.
+            DataError: A column is missing, has a wrong value, or asks for something that is not supported.
         """
         missing = [column for column in self.columns if column not in row.fields]
         if missing:
@@ -74,7 +74,7 @@ class Form:
 
 
 def tell(row: Row, option: str) -> Form:
-    """The form of a data set, by its first row.
+    """The form of a data set, recognised by its first row.
 
     Raises:
         DataError: No form has these columns, or not the one that was asked for.
@@ -120,7 +120,7 @@ def rename(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def hidden(row: Row, columns: Mapping[str, str]) -> list[str]:
-    """The columns that say something and whose name :func:`rename` gives to others."""
+    """The columns that are not empty and whose name :func:`rename` gives to others."""
     names = {new for old, new in columns.items() if old in row.fields} - columns.keys()
     return [name for name in names if says_something(row.fields.get(name))]
 
@@ -169,7 +169,7 @@ def _pair_of_turns(row: Fields, unused: Unused) -> dict[str, Any]:
 
 
 def _conversation(row: Fields, turns: list[Turn]) -> dict[str, Any]:
-    """Turns with the columns that hold for all of them: ``system`` and ``tools``."""
+    """Turns with the columns that apply to all of them: ``system`` and ``tools``."""
     system = row.text("system", optional=True)
     if system and turns[0]["role"] == "system":
         if turns[0]["content"] != system:
@@ -205,7 +205,7 @@ _PAIR_OF_TURNS = Form(
 
 
 def _renaming(forms: Collection[Form], found: Mapping[str, Any]) -> str:
-    """Which renaming would make the columns fit, if a single one of others' names does."""
+    """The renaming that would make the columns fit, if renaming a single column, by a name of other tools, does."""
     best: dict[str, str] | None = None
     for form in forms:
         renamed = {}

@@ -1,4 +1,4 @@
-"""What ``data.ignore`` leaves out of rows: columns, and fields of turns, by their own names or by ours."""
+"""Applies ``data.ignore``: leaves columns, and fields of turns, out of rows, by their own names or by ours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lisa_ds.data.files import Row
 
 
 def leave_out(row: Row, names: Collection[str], counts: Counter[str]) -> Row:
-    """The row as it was found, without columns and fields of turns of these names."""
+    """The row as it was read, without the columns and the fields of turns that ``names`` holds."""
     if not names:
         return row
     fields = _without(row.fields, names, counts)
@@ -22,7 +22,7 @@ def leave_out(row: Row, names: Collection[str], counts: Counter[str]) -> Row:
 
 
 def leave_out_read(content: dict[str, Any], names: Collection[str], counts: Counter[str]) -> dict[str, Any]:
-    """The same for a row that was read, where a field has our name: ``reasoning_content`` for ``thinking``."""
+    """The same for a converted row, where a field has our name: ``reasoning_content`` for ``thinking``."""
     if not names or "messages" not in content:
         return content
     given = {**content, "messages": [_without(turn, names, counts) for turn in content["messages"]]}

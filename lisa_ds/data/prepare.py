@@ -1,4 +1,4 @@
-"""From the ``data`` section of a config to rows of tokens, built once on a machine."""
+"""Builds rows of tokens from the ``data`` section of a config, once on a machine."""
 
 from __future__ import annotations
 
@@ -50,12 +50,13 @@ def load_dataset(
 
     Args:
         config: The ``data`` section.
-        tokenizer: Of the model. It is given ``data.chat_template``, or one if it has none and needs one, and keeps it.
+        tokenizer: The model's. Its chat template is set to ``data.chat_template``, or to a default if it needs one and
+            has none.
         task: ``causal_lm`` or ``sequence_classification``.
 
     Raises:
         DataError: Data is missing, malformed or empty, or does not go with the other settings.
-        ConfigError: ``data.chat_template`` is none.
+        ConfigError: ``data.chat_template`` is not a chat template.
     """
     set_chat_template(tokenizer, config)
     source = open_source(config.path, config.split, config.where("path"))
@@ -95,7 +96,7 @@ def describe(rows: datasets.Dataset) -> str:
 
 
 def preview(row: dict[str, Any], tokenizer: Any) -> str:
-    """The text of a row with what carries loss in ``⟦ ⟧``, to be looked at."""
+    """The text of a row for people to read, with the parts that carry loss in ``⟦ ⟧``."""
     runs: list[tuple[bool, list[int]]] = []
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         learned = label != IGNORED
@@ -114,7 +115,7 @@ def _load(
     labels: tuple[str, ...] | None = None,
     told: bool = False,
 ) -> datasets.Dataset:
-    """A part of a source; ``told`` says that what its rows hold besides was told with another part."""
+    """A part of a source; ``told`` says that its unused fields were already reported with another part."""
     first = next(source.rows(), None)
     if first is None:
         raise DataError(f"{source.name}: holds no rows")
@@ -181,7 +182,7 @@ def _check(form: formats.Form, config: DataConfig, task: str, name: str) -> None
 
 
 def _report(name: str, found: dict[str, Any], config: DataConfig) -> None:
-    """Say what was lost, each time: a cached data set is as much shorter as a fresh one."""
+    """Report the rows that were lost, also of a data set from the cache, which is as much shorter."""
     counts = found["rows"]
     what = {
         Status.CUT: f"cut at data.max_length {config.max_length}",
@@ -198,7 +199,7 @@ def _report(name: str, found: dict[str, Any], config: DataConfig) -> None:
 
 @cache
 def _code() -> str:
-    """What turns rows into tokens besides the settings: this room, and the libraries below it."""
+    """What rows of tokens depend on besides the settings: the code of this package, and versions of libraries."""
     digest = hashlib.sha256(repr([m.__version__ for m in (datasets, tokenizers, transformers)]).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

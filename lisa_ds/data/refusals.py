@@ -1,6 +1,6 @@
-"""Fields that change what a row means and that nothing here can honour: each with a remedy.
+"""Refuses fields that change what a row means and are not supported here, each with a remedy.
 
-To train on such rows all the same is for the user to say, by ``data.ignore``.
+The user may still train on such rows, by naming the fields in ``data.ignore``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Refusal:
 
 
 def _desirable(value: Any) -> bool:
-    """Whether a label says yes or no, rather than naming a class."""
+    """Whether a label says desirable or not (preference data), rather than naming a class."""
     return isinstance(value, bool) or str(value).strip().lower() in ("true", "false", "0", "1", "0.0", "1.0")
 
 
@@ -159,10 +159,10 @@ _OF_TURNS = (
 
 
 def refuse_columns(row: Fields, form: str | None) -> None:
-    """Refuse what is left of a row, once its form is read; of a row of no form, whatever has a meaning somewhere.
+    """Refuse unread columns once a row's form is read; in a row of no form, every column that has a known meaning.
 
     Raises:
-        DataError: A column means something that cannot be honoured.
+        DataError: A column means something that is not supported.
     """
     for name, value in row.rest():
         if form is None and name not in _FORMS_OF_OTHERS:
@@ -173,10 +173,10 @@ def refuse_columns(row: Fields, form: str | None) -> None:
 
 
 def refuse_turn_fields(turn: Fields) -> None:
-    """Refuse what is left of a turn.
+    """Refuse unread fields of a turn.
 
     Raises:
-        DataError: A field means something that cannot be honoured.
+        DataError: A field means something that is not supported.
     """
     for name, value in turn.rest():
         for refusal in _OF_TURNS:
@@ -185,10 +185,10 @@ def refuse_turn_fields(turn: Fields) -> None:
 
 
 def refuse_placeholders(row: Fields, texts: Collection[str]) -> None:
-    """Refuse ``<image>`` and its like in a row that has a column for what they stand for, even if that is empty.
+    """Refuse placeholders such as ``<image>`` in a row that has a column for what they stand for, even an empty one.
 
     Raises:
-        DataError: A text has one.
+        DataError: A text has a placeholder.
     """
     if not any(name in row for name in _MEDIA):
         return

@@ -1,8 +1,8 @@
-"""A conversation as its chat template writes it, and which turn each stretch of the text was written for.
+"""Renders a conversation by its chat template, and finds the span of text that was written for each turn.
 
-The template's own loop over the turns says so: a copy of the template writes a mark where it takes up a turn, where the
-loop ends, and where its ``{% generation %}`` marks begin and end. The copy counts only if, its marks taken out, it
-wrote the very text that the tokenizer's ``apply_chat_template`` does.
+The template's own loop over the turns shows that: a copy of the template writes a mark where it begins a turn, where
+the loop ends, and where its ``{% generation %}`` marks begin and end. The copy's result is used only if, without the
+marks, it equals the text of the tokenizer's ``apply_chat_template``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TemplateRefusal(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template is given."""
+    """The input of a chat template: turns and tools."""
 
     turns: tuple[Turn, ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
@@ -77,12 +77,12 @@ class Rendered:
 
 
 def render(tokenizer: Any, conversation: Conversation, *, ask: bool = False) -> Rendered:
-    """Write ``conversation`` through the tokenizer's chat template.
+    """Render ``conversation`` by the tokenizer's chat template.
 
     Args:
         tokenizer: With a chat template.
-        conversation: What is written.
-        ask: Whether to end with what makes the assistant speak.
+        conversation: The conversation to render.
+        ask: Whether to end with the generation prompt.
 
     Raises:
         TemplateRefusal: The template raises on it.
@@ -108,12 +108,12 @@ def render(tokenizer: Any, conversation: Conversation, *, ask: bool = False) -> 
 
 
 def is_marked(template: str) -> bool:
-    """Whether a template says itself what the assistant generates."""
+    """Whether a template has ``{% generation %}`` marks."""
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
 
 
 def _places(pieces: Sequence[str]) -> tuple[dict[int, Span], tuple[Span, ...]]:
-    """Where turns and marks stand, from texts with a mark between any two."""
+    """The spans of turns and marks, from the pieces of text between the marks."""
     written: dict[int, list[Span]] = {}
     marked: list[Span] = []
     turn, begun, at = -1, None, 0
@@ -137,7 +137,7 @@ def _places(pieces: Sequence[str]) -> tuple[dict[int, Span], tuple[Span, ...]]:
 
 
 class _Marks:
-    """What the copy of a template calls while it is rendered: which turn is being written now."""
+    """Functions that the copy of a template calls while it is rendered, to note which turn is being written."""
 
     def __init__(self, turns: Sequence[Turn]) -> None:
         self._numbers = {id(turn): number for number, turn in enumerate(turns)}
@@ -166,7 +166,7 @@ class _Marks:
 
 
 class _Marker(NodeTransformer):
-    """Adds to a parsed template what writes the marks."""
+    """Adds the calls that write marks to a parsed template."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -208,7 +208,7 @@ def _output(*expressions: nodes.Expr) -> nodes.Output:
 
 
 def _known_by_every_name(turn: Turn) -> dict[str, Any]:
-    """A turn of its own, without what is null, its reasoning also under the name that gpt-oss and LFM2.5 read."""
+    """A copy of a turn without null fields, its reasoning also under the name that gpt-oss and LFM2.5 read."""
     given = {key: value for key, value in turn.items() if value is not None}
     return {"thinking": given["reasoning_content"], **given} if "reasoning_content" in given else given
 

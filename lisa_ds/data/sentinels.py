@@ -1,4 +1,4 @@
-"""A conversation whose every field is replaced by a sentinel: shows where a template writes a field, or that it does not."""
+"""Replaces every field of a conversation by a sentinel text, to see whether and where a template writes the field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _THINKING = re.compile(r"(\s*(?:<think>\s*)?)(.*?)(\s*</think>\s*)(.*)", re.DOTA
 
 @dataclass(frozen=True)
 class Field:
-    """A part of a conversation that says something, so that a template must write it."""
+    """A field of a conversation that is not empty, so that a template must write it."""
 
     turn: int | None  # none for the list of tools
     name: str
@@ -27,7 +27,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Replaced:
-    """A conversation of sentinels, and what each of them stands for."""
+    """A conversation of sentinels, and the field that each stands for."""
 
     conversation: Conversation
     fields: tuple[Field, ...]
@@ -39,7 +39,7 @@ def found(text: str) -> frozenset[int]:
 
 
 def replace_fields(conversation: Conversation) -> Replaced:
-    """Put a sentinel for each text of a conversation, and keep its shape: its roles, keys, calls and thoughts."""
+    """Replace each text of a conversation by a sentinel, and keep its shape: roles, keys, calls and reasoning."""
     fields: list[Field] = []
     count = 0
 
@@ -103,7 +103,7 @@ def replace_fields(conversation: Conversation) -> Replaced:
 
 
 def _but_for(conversation: Conversation, number: int) -> Callable[..., Conversation]:
-    """What makes the conversation with a turn changed; a key of None is taken out."""
+    """A function that returns the conversation with keys of a turn changed; a key set to None is removed."""
 
     def changed(**changes: Any) -> Conversation:
         turn = {key: value for key, value in {**conversation.turns[number], **changes}.items() if value is not None}

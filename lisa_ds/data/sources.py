@@ -24,7 +24,7 @@ _HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that can be read again and again, and what tells whether they are still the same."""
+    """Rows that can be read repeatedly, and a fingerprint that tells whether they are still the same."""
 
     name: str
     fingerprint: str

@@ -1,4 +1,4 @@
-"""``builtin:stdlib-docs``: what Python's own standard library says about itself, as questions and answers.
+"""``builtin:stdlib-docs``: docstrings of Python's standard library as questions and answers.
 
 Every machine that runs this package has it. The source files are parsed, never imported; the same Python gives the
 same bytes. Whole modules are held out, so that a test question is about a module that was not trained on.
@@ -116,7 +116,7 @@ def _is_public(name: str) -> bool:
 
 
 def _answer(docstring: str | None) -> str | None:
-    """The first paragraphs, as many as fit; None if they say next to nothing."""
+    """The first paragraphs, as many as fit; None if they are too short to be an answer."""
     if docstring is None:
         return None
     paragraphs = [_unwrap(paragraph) for paragraph in docstring.strip().split("\n\n")]

@@ -1,4 +1,4 @@
-"""JSON as data files hold it: a mistake has one place, and no object says a thing twice."""
+"""A strict JSON parser for data files: a mistake has one position, and no object may have a key twice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lisa_ds.config import places
 
 
 class NotJSON(ValueError):
-    """What is wrong, without a place; ``position`` is the character where it is, if that is known."""
+    """What is wrong, without a file or line; ``position`` is the index of the character, if that is known."""
 
     def __init__(self, reason: str, position: int | None = None) -> None:
         super().__init__(reason)

@@ -1,4 +1,4 @@
-"""Which chat template is used: the tokenizer's own, or one that ``data.chat_template`` names."""
+"""Chooses the chat template: the tokenizer's own, or one that ``data.chat_template`` names."""
 
 from __future__ import annotations
 

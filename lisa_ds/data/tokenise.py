@@ -1,4 +1,4 @@
-"""Rows into tokens, and which of them carry loss.
+"""Turns rows into tokens, and decides which of these carry loss.
 
 A conversation goes through the tokenizer's chat template. Loss is on what the assistant says and on the token that
 ends its turn, and on nothing else; :mod:`lisa_ds.data.answers` says where that is in the text.
@@ -36,7 +36,7 @@ INSTRUCTION_TEMPLATE = (
 
 
 class Status(enum.IntEnum):
-    """What became of a row."""
+    """What became of a row: kept, cut to length, or left out for want of an answer or for its length."""
 
     KEPT = 0
     CUT = 1
@@ -55,7 +55,7 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokeniser:
-    """Rows of one kind into ``input_ids`` and ``labels``."""
+    """Turns rows of one kind into ``input_ids`` and ``labels``."""
 
     tokenizer: Any
     kind: Kind
@@ -66,7 +66,7 @@ class Tokeniser:
     labels: tuple[str, ...] | None = None  # names of the classes; none if they are numbers
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """A batch of rows, as ``Dataset.map`` hands it over."""
+        """Tokens of a batch of rows, for ``Dataset.map``."""
         made = [self.row(dict(zip(rows, values, strict=True))) for values in zip(*rows.values(), strict=True)]
         return dict(zip(("input_ids", "labels", "status", "notes"), map(list, zip(*made, strict=True)), strict=True))
 
@@ -132,7 +132,7 @@ class Tokeniser:
         return ids, loss, notes if self.loss_on_all or self._ends(ids, loss) else notes | Note.NO_END
 
     def _ends(self, ids: list[int], loss: list[bool]) -> bool:
-        """Whether each answer ends with a token that is not text, blanks after it aside: else nothing says stop."""
+        """Whether each answer ends with a special token, blanks aside: else the model does not learn to stop."""
         for end, (learned, goes_on) in enumerate(pairwise([*loss, False])):
             if learned and not goes_on:
                 said = takewhile(lambda i: loss[i], range(end, -1, -1))
@@ -144,9 +144,9 @@ class Tokeniser:
     def _located(self, text: str, spans: Sequence[Span], place: str) -> tuple[list[int], list[bool]]:
         """Tokens of ``text``, and which of them lie in ``spans``.
 
-        The text is cut where an answer begins and ends and the parts are tokenised apart: no token then holds the
-        end of a question and the start of an answer, which are never one token when the model is asked. Where that
-        would write another text (a tokenizer that begins every text with a space), tokens are located by offsets.
+        The text is cut where an answer begins and ends, and the parts are tokenised apart: no token then spans the end
+        of a question and the start of an answer, which are never one token at inference. Where that would change the
+        text (a tokenizer that begins every text with a space), tokens are located by offsets.
         """
         if list(spans) == [(0, len(text))]:
             ids = self._ids(text)
@@ -196,23 +196,24 @@ class Tokeniser:
 
 
 def _shown(turn: dict[str, Any]) -> dict[str, Any]:
-    """What the template sees: not whether the turn is learned."""
+    """A turn as the template sees it: without ``learn``."""
     return {key: value for key, value in turn.items() if key != "learn"}
 
 
 def first_token(tokenizer: Any) -> str:
-    """What the tokenizer puts before every text: its beginning-of-text token, or nothing."""
+    """The beginning-of-text token that the tokenizer puts before every text, if it does."""
     return tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("")["input_ids"] else ""
 
 
 def prepare_tokenizer(tokenizer: Any, kind: Kind) -> None:
-    """Give a tokenizer what rows of this kind need.
+    """Set the chat template and end-of-text token that rows of this kind need.
 
-    One without a chat template gets :data:`INSTRUCTION_TEMPLATE` for conversations and keeps it: saved with the
-    trained model, it asks the way the model was trained. Pairs of texts need none, they are simply joined.
+    A tokenizer without a chat template gets :data:`INSTRUCTION_TEMPLATE` for conversations and keeps it: it is saved
+    with the trained model, which is then prompted as it was trained. Pairs of texts need no template, they are simply
+    joined.
 
     Raises:
-        DataError: It has no token that ends a text.
+        DataError: The tokenizer has no end-of-text token.
     """
     if kind == "classification":
         return
@@ -223,7 +224,7 @@ def prepare_tokenizer(tokenizer: Any, kind: Kind) -> None:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """The same for tokenizers that make the same tokens."""
+    """A fingerprint, equal for tokenizers that make the same tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: Any = sorted(tokenizer.get_vocab().items())

@@ -1,4 +1,4 @@
-"""The turns of a conversation, by whatever names: one form for the chat template.
+"""Reads the turns of a conversation, under whatever names, into one form for the chat template.
 
 A turn is a dict of ``role`` and ``content`` (a text, empty if there is none) and, where the row has them,
 ``reasoning_content``, ``tool_calls``, ``tool_call_id``, ``name`` and ``learn``: whether the row itself says that an
@@ -33,7 +33,7 @@ _THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
 def turn(role: str, content: str) -> Turn:
-    """A turn that only says something."""
+    """A turn with a role and text, and nothing else."""
     return {"role": role, "content": content}
 
 
@@ -43,11 +43,11 @@ def read_turns(row: Fields, column: str, unused: Unused, keys: tuple[str, str] =
     Args:
         row: The row.
         column: Its name.
-        unused: Is told what nothing reads.
-        keys: What role and content are called in this form, for messages; those of others are understood.
+        unused: Counts what is not used.
+        keys: The names of role and content in this form, for messages; other forms' names are read, too.
 
     Raises:
-        DataError: A turn is malformed, or says something that cannot be honoured.
+        DataError: A turn is malformed, or has something that is not supported.
     """
     values = row.take(column)
     if not isinstance(values, list) or not values:
@@ -92,7 +92,7 @@ def _malformed(fields: Fields, keys: tuple[str, str]) -> DataError:
 
 
 def _add_fields(fields: Fields, found: Turn) -> None:
-    """What a turn says besides."""
+    """Add the optional fields of a turn."""
     _add_reasoning(fields, found)
     for name in ("tool_call_id", "name"):
         if text := fields.text(name, optional=True):
@@ -101,7 +101,7 @@ def _add_fields(fields: Fields, found: Turn) -> None:
 
 
 def _goes_on(before: Turn, found: Turn) -> bool:
-    """Whether a call that has a turn of its own belongs to what the assistant said, or called, right before."""
+    """Whether a tool call in a turn of its own belongs to the assistant's turn right before it."""
     only_calls = {"role", "content", "tool_calls", "learn"}
     return (
         before["role"] == found["role"] == "assistant"
@@ -170,7 +170,7 @@ def _tool_calls(fields: Fields, role: str, unused: Unused) -> list[dict[str, Any
 
 
 def _call_turn(fields: Fields, key: str, unused: Unused) -> Turn:
-    """A turn whose content is a call, or a list of calls, as JSON; thoughts may go before it."""
+    """A turn whose content is a call, or a list of calls, as JSON; reasoning may precede it."""
     content = fields.text(key)
     found = turn("assistant", "")
     if thought := _THOUGHT.search(content):
@@ -203,7 +203,7 @@ def _call(fields: Fields, at: str, value: Any, unused: Unused) -> dict[str, Any]
 
 
 def _parsed(fields: Fields, name: str, value: Any) -> Any:
-    """What a text says in JSON; nothing for a blank one. Other values are what they are, if JSON can say them."""
+    """A text parsed as JSON; None for a blank one. Other values are returned as they are, if JSON can hold them."""
     if isinstance(value, str):
         if not value.strip():
             return None

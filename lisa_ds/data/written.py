@@ -1,4 +1,4 @@
-"""A conversation and what its chat template makes of it: in which shape it is taken, and what is left out."""
+"""Checks how a chat template renders a conversation: which shape of it is accepted, and what is left out."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _IGNORABLE = ("tools", "tool_calls", "reasoning_content", "name")  # what data.i
 
 
 class Unfit(Exception):
-    """What the template does with a conversation that cannot be trained on.
+    """The template renders a conversation in a way that cannot be trained on.
 
     Args:
         what: Completes "the chat template ...".
         template: Completes "set data.chat_template".
         key: What ``data.ignore`` may name instead.
-        untold: Whether the trouble is only where the answers are.
+        untold: Whether the only problem is that the answers cannot be located.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Written:
     """A conversation as a tokenizer's chat template writes it.
 
     Raises:
-        TemplateRefusal: The template raises, whatever is asked of it.
+        TemplateRefusal: The template raises on every shape of the conversation.
     """
 
     tokenizer: Any
@@ -44,7 +44,7 @@ class Written:
 
     @cached_property
     def _shaped(self) -> tuple[Shape, Rendered, Rendered]:
-        """The first shape of the conversation that the template takes whole; else the first that it takes at all."""
+        """The first shape of the conversation that the template renders whole; else the first it renders at all."""
         first: tuple[Shape, Rendered, Rendered] | TemplateRefusal | None = None
         for shape in SHAPES:
             try:
@@ -65,28 +65,28 @@ class Written:
 
     @property
     def full(self) -> Rendered:
-        """The conversation as it stands."""
+        """The rendering of the conversation itself."""
         return self._shaped[1]
 
     @property
     def bare(self) -> Rendered:
-        """With sentinels for all that the row says: what else is there is the template's own."""
+        """The rendering with sentinels for all of the row's texts: everything else in it is the template's own."""
         return self._shaped[2]
 
     @cached_property
     def replaced(self) -> Replaced:
-        """What the sentinels stand for."""
+        """The conversation of sentinels, and the field that each stands for."""
         return replace_fields(self.conversation)
 
     def render(self, conversation: Conversation, *, ask: bool = False) -> Rendered:
-        """Another conversation, or a part of this, in the same shape."""
+        """Render another conversation, or a part of this one, in the same shape."""
         return render(self.tokenizer, self._shaped[0](conversation), ask=ask)
 
     def thoughts_left_out(self) -> set[int]:
-        """Answers whose thoughts are not written because others follow, as when the model is asked the next question.
+        """Answers whose reasoning the template leaves out because other turns follow, as it does at inference.
 
         Raises:
-            Unfit: Anything else is not written.
+            Unfit: The template leaves anything else out.
         """
         written, earlier = found(self.bare.text), set()
         for field in self.replaced.fields:
@@ -113,15 +113,15 @@ class Written:
             return False
 
     def _is_written_last(self, field: Field, turn: int) -> bool:
-        """Whether the template writes a thought while its turn is the last."""
+        """Whether the template writes the reasoning of a turn while that is the last one."""
         return field.sentinels <= found(self.render(self.replaced.conversation.upto(turn + 1)).text)
 
     def role(self, turn: int) -> str:
-        """Who speaks."""
+        """The role of a turn."""
         role: str = self.conversation.turns[turn]["role"]
         return role
 
 
 def _solid(text: str) -> str:
-    """Without blanks, which templates trim."""
+    """``text`` without blanks, which templates trim."""
     return "".join(text.split())

@@ -1,1 +1,1 @@
-"""Engines: the only rooms that know the private names of a training framework."""
+"""Engines: the only packages that use the private names of a training framework."""

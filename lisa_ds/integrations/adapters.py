@@ -1,4 +1,4 @@
-"""The weights that a PEFT model computes with: what its adapters add, and which of its parameters are no weights of their own."""
+"""The effective weights of a PEFT model: base weights plus adapters' deltas, and which parameters are plain weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Adapters:
-    """The adapters of a model; of one without PEFT there are none, and every parameter is a weight.
+    """The adapters of a model; without PEFT it has none, and every parameter is a plain weight.
 
     Args:
         model: Partitioned by ZeRO-3 or not.
@@ -35,7 +35,7 @@ class Adapters:
         return bool(self._layers or self._copies)
 
     def plain_weights(self) -> list[nn.Parameter]:
-        """The parameters that are weights as they stand: those of adapters are not, nor what is replaced or added to."""
+        """The parameters that are weights by themselves: neither adapters' nor what adapters add to or replace."""
         apart: set[int] = set()
         for layer in self._layers:
             base = {id(parameter) for parameter in layer.get_base_layer().parameters()}
@@ -50,7 +50,7 @@ class Adapters:
 
     @torch.no_grad()
     def effective_squares(self) -> Iterator[tuple[nn.Parameter, float | None]]:
-        """Squared 2-norm of each weight with its adapters in it, by the weight; None where PEFT tells no delta that is added.
+        """Squared 2-norm of each weight with its adapters' deltas added, by the weight; None where PEFT gives no delta.
 
         One module at a time is gathered from its partitions, so under ZeRO-3 every rank must take all.
         """
@@ -72,7 +72,7 @@ class Adapters:
 
 
 def _weight(layer: Any) -> nn.Parameter:
-    """What the delta is added to; of a layer that PEFT treats otherwise, the first parameter there is."""
+    """The weight that the delta is added to; in a layer that PEFT treats otherwise, its first parameter."""
     base: Any = layer.get_base_layer()
     weight: nn.Parameter = base.weight if hasattr(base, "weight") else next(base.parameters())
     return weight

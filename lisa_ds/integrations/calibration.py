@@ -1,4 +1,4 @@
-"""The batches on which a trainer's layers are scored: rows of its training data, the same ones all along."""
+"""Calibration batches, on which a trainer's layers are scored: the same rows of its training data throughout a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a trainer's time goes: training, of that waiting for data, and what is not training."""
+"""Times a trainer's phases: training, waiting for data within it, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 TRAINING, WAITING = "training", "waiting for data"
 _APART = {"evaluate": "evaluating", "_save_checkpoint": "saving", "_load_best_model": "loading the best model"}
-"""Methods of a trainer that are no training, each with what it does."""
+"""Methods of a trainer that are not training, each with the name of its phase."""
 
 
 class Clock(TrainerCallback):
@@ -29,7 +29,7 @@ class Clock(TrainerCallback):
         self._phase: str | None = None  # not training
         self._since = 0.0
         self.moves = 0
-        """Grows whenever the trainer gets on: with each phase, and within an evaluation with each batch."""
+        """Grows whenever the trainer makes progress: with each phase, and with each batch of an evaluation."""
         stock: Callable[..., Any] = trainer.get_batch_samples
 
         @functools.wraps(stock)
@@ -42,7 +42,7 @@ class Clock(TrainerCallback):
 
     @property
     def phase(self) -> str:
-        """What the trainer does now."""
+        """The phase the trainer is in now."""
         return self._phase or "not in training"
 
     @property
@@ -74,7 +74,7 @@ class Clock(TrainerCallback):
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Inside the ``with``, time is that of ``phase``, if this is within training."""
+        """Inside the ``with``, time counts as ``phase``, if this is within training."""
         before = self._phase
         if before is not None:
             self._enter(phase)

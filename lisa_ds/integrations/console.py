@@ -1,6 +1,6 @@
-"""What a run shows of its log entries: one line each, and bars where somebody watches.
+"""Prints a run's log entries on the console: one line each, and progress bars on a terminal.
 
-Trackers and ``log_history`` have the whole entry; a line has what a person looks at, as far as it fits.
+Trackers and ``log_history`` get the whole entry; a line has the most important values, as far as they fit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _UNTOLD = {
 
 
 def show_lines(trainer: Any) -> None:
-    """Have ``trainer`` show its entries by :class:`Console` instead of whatever it has for it."""
+    """Have ``trainer`` print its entries by :class:`Console` instead of its own callback."""
     for stock in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(stock)
     trainer.add_callback(Console(bars=not trainer.args.disable_tqdm and sys.stderr.isatty()))
@@ -88,7 +88,7 @@ def draw(step: int, interval: int, what: str, live_bytes: int) -> str:
 
 
 class Console(ProgressCallback):
-    """Transformers' bars, if somebody watches, and :func:`line` for each entry.
+    """Transformers' progress bars, on a terminal, and :func:`line` for each entry.
 
     Args:
         bars: Whether to show them; in a file they would be noise.
@@ -100,7 +100,7 @@ class Console(ProgressCallback):
         self._begun = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say what comes before the first step, and show a bar."""
+        """Announce what comes before the first step, and show a progress bar."""
         self._begun = False
         if self._bars:
             super().on_train_begin(args, state, control, **kwargs)
@@ -108,7 +108,7 @@ class Console(ProgressCallback):
             self._say(state, "measuring the held-out loss before training ...")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Announce the first step, whose entry may be far away."""
+        """Announce the first step, as the first log entry may be many steps later."""
         if not self._begun:
             self._begun = True
             self._say(state, f"training, from step {state.global_step + 1} to {state.max_steps} ...")
@@ -124,7 +124,7 @@ class Console(ProgressCallback):
             super().on_prediction_step(*args, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Show an entry; also of an evaluation after training, when transformers' bar is gone."""
+        """Print an entry; also of an evaluation after training, when transformers' bar is gone."""
         if logs:
             self._say(state, line(logs, state.global_step, state.max_steps))
 

@@ -90,22 +90,23 @@ def attach(trainer: Any, lisa_config: LisaConfig | Mapping[str, Any] | str | Pat
 def join_process_group() -> None:
     """Tell DeepSpeed of the process group that ``TrainingArguments`` has started.
 
-    On a GPU transformers starts it through DeepSpeed. On CPU it does not, and a model that is then built partitioned would
-    believe itself alone.
+    On a GPU transformers starts it through DeepSpeed. On a CPU it does not, and a model that is then built partitioned
+    would be partitioned over a single rank.
     """
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def check_deepspeed(fields: Mapping[str, Any], source: str, *, lisa: bool) -> None:
-    """Hold a DeepSpeed config against what DeepSpeed reads, and LISA's engine takes, before anything is loaded.
+    """Check a DeepSpeed config against what DeepSpeed reads and LISA's engine supports, before anything is loaded.
 
     Args:
         fields: The config; values may still be ``auto``.
-        source: What it is called in messages.
+        source: What messages call it.
         lisa: Whether LISA's engine is to be built from it.
 
     Raises:
-        ConfigError: Keys that DeepSpeed does not read, values it does not take, or an ``auto`` that nobody fills in, one a line.
+        ConfigError: Keys that DeepSpeed does not read, values it does not take, or an ``auto`` that is never filled in,
+            one a line.
         EngineError: Options that cannot be combined with LISA, one a line.
     """
     if left := sorted(set(_autos(fields)) - _FILLED_IN):
@@ -152,7 +153,7 @@ def check_fp16(source: str) -> None:
 
 
 def live_state(trainer: Any) -> dict[str, int]:
-    """Bytes of model state alive on this rank by kind, as ``engine.memory_report()`` has them; for stock ZeRO-3 as well."""
+    """Bytes of live model state on this rank by kind, as in ``engine.memory_report()``; for stock ZeRO-3 as well."""
     return memory_report(trainer.deepspeed.optimizer, trainer.deepspeed.module.parameters())
 
 
@@ -164,7 +165,7 @@ def full_state(trainer: Any, stack: LayerStack) -> dict[str, int]:
 
 
 class LisaCallback(TrainerCallback):
-    """Checks that LISA is at work, and tells which layers it trains; :func:`attach` adds it.
+    """Checks that LISA's engine trains, and reports which layers; :func:`attach` adds it.
 
     Args:
         trainer: The trainer it reports on.
@@ -179,12 +180,13 @@ class LisaCallback(TrainerCallback):
         self._is_new = False
         self._told = -1
         self.memory: dict[str, int] = {}
-        """``engine.memory_report()`` of the interval told last, when its moments were alive."""
+        """``engine.memory_report()`` of the interval reported last, once its moments existed."""
         self.trained: list[tuple[int, ...]] = []
-        """The sets of layers that have taken a step, in order; also those after the best model, if that is loaded again."""
+        """The sets of layers that have taken a step, in order; also those after the best checkpoint, if that is loaded
+        at the end."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse to train by something else than what was asked for."""
+        """Refuse to train if the engine is not LISA's."""
         engine = self._trainer.deepspeed
         if not isinstance(engine, LisaEngine):
             raise EngineError(
@@ -199,7 +201,7 @@ class LisaCallback(TrainerCallback):
             self.trained = engine.layer_history[:-1]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell of a new draw."""
+        """Report a new draw."""
         engine = self._trainer.deepspeed
         self._step_interval = self._interval
         self._is_new, self._interval = engine.interval != self._interval, engine.interval
@@ -217,7 +219,7 @@ class LisaCallback(TrainerCallback):
 
     @property
     def state_bytes(self) -> int:
-        """Gradients and optimizer state alive on this rank in the interval told last."""
+        """Bytes of gradients and optimizer state on this rank in the interval reported last."""
         return sum(self.memory[kind] for kind in SAMPLED_KINDS)
 
     def _tell(self, engine: LisaEngine, state: Any) -> None:

@@ -1,16 +1,17 @@
-"""Logits at the labelled positions alone, inside a model's own forward and loss, where that is shown to change neither.
+"""Computes logits at labelled positions only, inside a model's own forward, where loss and gradient are shown to stay.
 
-The head's matrix product and the softmax over the vocabulary are a large part of a small model's step, and in instruction
-data most positions are prompt or padding, whose logits nobody reads. Here the head is given the hidden states before the
-labels alone, and transformers' shifted loss those labels. All else, such as softcapping or a loss of the model's own beside
-that one, is the model's code.
+The head's matrix product and the softmax over the vocabulary are a large part of a small model's step, and in
+instruction data most positions are prompt or padding, whose logits are not used. Here the head gets only the hidden
+states one position before a label, and transformers' shifted loss gets those labels. All else, such as softcapping or
+an additional loss, is the model's code.
 
 Note on what is shown.
-    It is right if the labels come to the shifted loss unchanged, and if between head and loss each position is on its own.
-    Names do not tell that: XLNet has a plain head, and names the shifted loss, but computes another in its forward. So before
-    training the model's own forward runs on a few random hidden states and logits that stand in for all that is below its head,
-    both ways: loss and gradient must be equal. No weight is read, so it takes milliseconds for a model of any size, also where
-    ZeRO-3 has partitioned it. A model whose forward does not run on these, or not alike, is left as it is.
+    The result is equal if the labels reach the shifted loss unchanged, and if between head and loss each position is
+    treated by itself. Names do not show that: XLNet has a plain head, and names the shifted loss, but computes another
+    in its forward. So before training the model's own forward runs both ways on a few random hidden states and logits,
+    in place of all that is below its head: loss and gradient must be equal. No weight is read, so it takes milliseconds
+    for a model of any size, also where ZeRO-3 has partitioned it. A model whose forward fails on these, or gives
+    different results, is left as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ IGNORED = -100
 
 
 def labelled_positions(labels: Tensor) -> Tensor:
-    """Where a logit is needed: ``(B, T)`` labels to a ``(B, T)`` mask, true at the position before each label.
+    """Which positions need logits: from ``(B, T)`` labels a ``(B, T)`` mask, true one position before each label.
 
     A batch without any label keeps one position, so that every rank runs head and backward alike.
     """
@@ -40,7 +41,7 @@ def labelled_positions(labels: Tensor) -> Tensor:
 
 
 class LabelledLogits:
-    """Stands between a model's body and its head, and between its logits and their loss; made by :meth:`of`."""
+    """Hooks between a model's body and its head, and between its logits and their loss; made by :meth:`of`."""
 
     def __init__(self, model: PreTrainedModel, head: nn.Linear) -> None:
         self._labels: Tensor | None = None
@@ -51,11 +52,11 @@ class LabelledLogits:
 
     @classmethod
     def of(cls, model: Any, *, counts_items: bool) -> LabelledLogits | None:
-        """Take hold of ``model``; None, with nothing changed, where it is not shown that its loss would stay what it is.
+        """Install the hooks in ``model``; None, with nothing changed, where its loss is not shown to stay equal.
 
         Args:
             model: Any causal language model of transformers, also wrapped by PEFT.
-            counts_items: Whether it will be given ``num_items_in_batch``.
+            counts_items: Whether its forward will get ``num_items_in_batch``.
         """
         own = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
         if own is None or own.loss_function is not ForCausalLMLoss:
@@ -71,7 +72,7 @@ class LabelledLogits:
 
     @contextmanager
     def only(self, labels: Tensor | None) -> Iterator[None]:
-        """Inside, a forward with these ``(B, T)`` labels has logits ``(labelled positions, V)``; with None, as ever."""
+        """Inside, a forward with these ``(B, T)`` labels has logits ``(labelled positions, V)``; with None, all."""
         before, self._labels = self._labels, labels
         try:
             yield
@@ -98,7 +99,7 @@ class LabelledLogits:
     # ---- before training ------------------------------------------------------------------------------------------
 
     def _changes_nothing(self, model: Any, head: nn.Linear, kwargs: dict[str, Any]) -> bool:
-        """Whether loss and gradient are the model's own on random logits, in training and in evaluation."""
+        """Whether loss and gradient on random logits equal the model's own, in training and in evaluation."""
         draw = torch.Generator().manual_seed(0)
         device = head.weight.device
         hidden = torch.randn(2, 7, head.in_features, generator=draw).to(device)
@@ -134,7 +135,7 @@ class LabelledLogits:
 
 @dataclass
 class _Body(BaseModelOutput):
-    """What a body returns, whichever of its fields a model asks for: hidden states, and nothing else."""
+    """A body's output with hidden states and nothing else, whichever of its fields a model reads."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

@@ -1,4 +1,4 @@
-"""In what order a trainer's rows come: from a seed and a position, so that a run can go on where it stopped."""
+"""The order of a trainer's rows: fixed by a seed and a position, so that a resumed run goes on with the next row."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _SEEDED = ("random", "group_by_length")
 
 
 def order_of(args: Any, rows: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides which rows are in which step, by the names that a run file has for it.
+    """Everything that decides which rows are in which step, under the names of a run file's keys.
 
     Args:
         args: The trainer's arguments.
-        rows: What tells its rows from others; under ``rows`` their number.
+        rows: A fingerprint of its data set; under ``rows`` the number of rows.
     """
     loading = args.accelerator_config
     return {
@@ -40,9 +40,9 @@ def order_of(args: Any, rows: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of two orders differs, in words; nothing if the same rows are in the same steps.
+    """The differences of two orders, in words; none if the same rows are in the same steps.
 
-    The rows of a step may be split into micro-batches in another way, unless a step that is not full is left out.
+    The rows of a step may be split into micro-batches differently, unless incomplete steps are dropped.
     """
     changed = [key for key in saved if key in now and saved[key] != now[key]]
     sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -70,10 +70,10 @@ def _rows_of_step(order: Mapping[str, Any]) -> int:
 
 
 class RowOrder(TrainerCallback, ExportableState):
-    """Keeps the order in every checkpoint's ``trainer_state.json``.
+    """Saves the order in every checkpoint's ``trainer_state.json``.
 
     Args:
-        order: As :func:`order_of` has it.
+        order: From :func:`order_of`.
     """
 
     def __init__(self, order: dict[str, Any]) -> None:
@@ -84,17 +84,17 @@ class RowOrder(TrainerCallback, ExportableState):
         return {"args": {"order": self.order}, "attributes": {}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Be saved also by a run that continues a checkpoint without the record."""
+        """Have the order saved also by a run that resumes from a checkpoint without it."""
         state.stateful_callbacks[type(self).__name__] = self.state()
 
 
 class SeededLengthSampler(LengthGroupedSampler):
     """Rows grouped by length, in an order that depends on a seed and the epoch alone.
 
-    Transformers' own draws from the process's generator, which an evaluation or a dropout moves.
+    Transformers' own sampler draws from the process's generator, whose state evaluation and dropout change.
 
     Args:
-        sampler: Transformers'.
+        sampler: Transformers' sampler.
         seed: Of the run.
     """
 
@@ -116,8 +116,8 @@ class SeededLengthSampler(LengthGroupedSampler):
 def enter_epoch(loader: Any, epoch: int) -> None:
     """Have the sampler of a prepared data loader draw the order of ``epoch``.
 
-    Accelerate does, but not where batches are split between ranks and the first of them are skipped: a run that is resumed in its
-    second epoch or later would get the order of the first.
+    Accelerate does so, but not where batches are split between ranks and the first of them are skipped: a run resumed
+    in its second epoch or later would get the order of the first.
     """
     at = getattr(loader, "batch_sampler", None)
     while at is not None:

@@ -1,4 +1,4 @@
-"""A trainer that saves and leaves when the scheduler wants its hosts back."""
+"""A trainer callback that saves a checkpoint and stops when the scheduler preempts the job."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ _STATE = "trainer_state.json"  # what the trainer writes last: without it a chec
 class PreemptionCallback(TrainerCallback):
     """Ends ``trainer.train()`` by :class:`~lisa_ds.cluster.preemption.Preempted` after the step in which a signal came.
 
-    The step is logged, and an evaluation that is due after it takes place: a continued run does not make up for either. Then a
-    checkpoint is saved, whatever ``save_strategy`` says. Before the first step there is nothing to save. In the last step of
-    an epoch this waits for what the trainer does at its end; a run that stops early is let finish.
+    The step is logged, and an evaluation that is due after it takes place: a resumed run would not repeat either. Then
+    a checkpoint is saved, whatever ``save_strategy`` says. Before the first step there is nothing to save. In the last
+    step of an epoch this waits for what the trainer does at the epoch's end; a run that early stopping has ended may
+    finish.
 
     Args:
-        preemption: What has been heard. All ranks ask it at the same places.
+        preemption: The signals received. All ranks ask it at the same places.
         resumed_from: The checkpoint that the run continues.
     """
 
@@ -36,29 +37,29 @@ class PreemptionCallback(TrainerCallback):
         self._saved_step = self._requested_step = -1
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave at once if a signal came while everything was loaded."""
+        """Stop at once if a signal came while everything was loaded."""
         self._training = self._before_first_step = True
         self._leave_empty_handed(state)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Leave amid the evaluation before training; none other is broken off."""
+        """Stop within the evaluation before training; no other evaluation is interrupted."""
         if self._before_first_step:
             self._leave_empty_handed(state)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """From here on there is something to save."""
+        """Note that from here on there is something to save."""
         self._before_first_step = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask, and have the trainer save."""
+        """Ask whether a signal came; if so, have the trainer save."""
         ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
         if self._hears() and not (ends_epoch or control.should_training_stop):
             self._request_save(args, state, control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What the last step of an epoch, or of the run, has left to here."""
+        """Do what was put off from the last step of an epoch, or of the run."""
         if self._stopping and not _stops_early(state, control):
             if self._saved_step == state.global_step and not control.should_evaluate:
                 raise Preempted(state.global_step, _checkpoint(args, state), self._stopping)
@@ -72,13 +73,13 @@ class PreemptionCallback(TrainerCallback):
             self._request_save(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave, if that was the save that was asked for."""
+        """Stop, if this was the save that was requested."""
         self._saved_step = state.global_step
         if self._requested_step == state.global_step and not _stops_early(state, control):
             raise Preempted(state.global_step, _checkpoint(args, state), self._stopping)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What follows is nearly done: it is not broken off."""
+        """Do not stop from here on: what follows is short."""
         self._training = False
 
     def _hears(self) -> bool:
@@ -104,5 +105,5 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _stops_early(state: TrainerState, control: TrainerControl) -> bool:
-    """Whether early stopping has ended the run: continued, it would train on."""
+    """Whether early stopping has ended the run: if resumed, it would train on."""
     return bool(control.should_training_stop) and state.global_step < state.max_steps

@@ -1,4 +1,4 @@
-"""What a trainer does not do by itself where DeepSpeed's AutoTP has several ranks share each layer, and so their rows."""
+"""Makes a trainer work with DeepSpeed's AutoTP (tensor parallelism), where several ranks share layers, and so rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lisa_ds.config.deepspeed import autotp_size
 
 
 def tensor_parallel_size(args: Any) -> int:
-    """Ranks that share each layer of the model, by a trainer's arguments."""
+    """The tensor-parallel size in a trainer's arguments: ranks that share each layer."""
     plugin = args.deepspeed_plugin
     return 1 if plugin is None else autotp_size(plugin.hf_ds_config.config)
 
@@ -24,7 +24,7 @@ def tensor_parallel_size(args: Any) -> int:
 def loading() -> Iterator[None]:
     """Inside the ``with``, models are loaded as without AutoTP, which splits their layers when the engine is built.
 
-    Transformers refuses to load under ZeRO-3 and AutoTP, for the sake of weights that it would convert on the way.
+    Transformers refuses to load under ZeRO-3 and AutoTP, because of weights that it would convert while loading.
     """
     fields = deepspeed_config() or {}
     section = fields.pop("tensor_parallel", None)
@@ -36,7 +36,7 @@ def loading() -> Iterator[None]:
 
 
 def count_rows_once(trainer: Any) -> None:
-    """Have ``trainer`` take each held-out row into its mean once, and not once for each rank that has seen it.
+    """Have ``trainer`` count each held-out row once in its mean, not once for each rank that has seen it.
 
     Accelerate cuts the last batch to the rows that are left, as if all ranks had rows of their own.
     """

@@ -1,7 +1,8 @@
-"""Norms by layer of any trainer's run, recorded on the way: LISA's, full fine-tuning's or LoRA's.
+"""Records norms by layer during any trainer's run: under LISA, full fine-tuning or LoRA.
 
 Under ZeRO-3 they are read from partitions by :mod:`lisa_ds.engines.zero3.watch.statistics`; without DeepSpeed, from the model and the
-optimizer as they are, on rank 0 alone. Under LoRA a weight is what the model computes with, adapters and all.
+optimizer as they are, on rank 0 alone. Under LoRA the norm of a weight is that of the effective weight, adapters
+included.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ class LayerStatistics(TrainerCallback):
         trainer: A ``transformers.Trainer``: under LISA, ZeRO-3 or no DeepSpeed at all, with or without PEFT adapters.
         path: The file; None for ``layers.jsonl`` in the trainer's ``output_dir``.
         every: ``interval``: at the end of each of LISA's intervals, without LISA every 20 steps. Or a number of steps.
-        method: What the run is called in reports; None for ``lisa``, ``lora`` or ``full``, as it is found.
+        method: The run's method in reports; None to detect ``lisa``, ``lora`` or ``full``.
         layers_path: As in the LISA section.
         model: What the file calls the model; by default, what it was loaded from.
-        settings: What else there is to say about the run; kept in the file as it is.
+        settings: Further facts about the run, written to the file as they are.
 
     Example::
 
@@ -76,7 +77,7 @@ class LayerStatistics(TrainerCallback):
         self._last = 0  # step of the last recording
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the model, which the engine has by now, and say in the file what runs.
+        """Find the model's units, now that the engine exists, and write to the file what runs.
 
         Raises:
             EngineError: The trainer shards the model by something else than ZeRO-3.
@@ -91,21 +92,21 @@ class LayerStatistics(TrainerCallback):
             self._begin(stack, adapters, state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Read gradients, where they are not read inside the step."""
+        """Read gradients, without DeepSpeed: under ZeRO-3 they are read inside the step."""
         if isinstance(self._reader, _Whole):
             self._reader.before_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record, where that is not done inside the step."""
+        """Record, without DeepSpeed: under ZeRO-3 that is done inside the step."""
         if isinstance(self._reader, _Whole):
             self._reader.stepped()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the trainer's optimizer go."""
+        """Release the trainer's optimizer."""
         self.close()
 
     def close(self) -> None:
-        """Record no more."""
+        """Stop recording."""
         if self._reader is not None:
             self._reader.close()
         self._reader = self._writer = None
@@ -335,7 +336,7 @@ def _reader(trainer: Any, stack: LayerStack, adapters: Adapters, take: Any) -> _
 
 
 def _with_adapters(norms: Norms, adapters: Adapters, stack: LayerStack) -> Norms:
-    """With the weights that have adapters in them, which are computed one module at a time."""
+    """``norms`` with those of effective weights where there are adapters, computed one module at a time."""
     weight = dict(norms.weight)
     for parameter, square in adapters.effective_squares():
         unit = stack.unit_of[id(parameter)]

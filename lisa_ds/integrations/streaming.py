@@ -1,8 +1,8 @@
-"""``from_pretrained`` under ZeRO-3, each rank reading its own partition of each weight and nothing else.
+"""``from_pretrained`` under ZeRO-3 where each rank reads its own partition of each weight and nothing else.
 
 transformers lets rank 0 map the whole checkpoint, gathers one weight at a time on every rank, copies on rank 0 and broadcasts.
-Here the two functions that do it are rebound for the time of a ``with``: of a file only its header is read, and then each
-rank reads its slice of each tensor straight into the partition. Everything else (finding files, building the model
+Here the two functions that do it are replaced inside a ``with``: first only the header of each file is read, and then
+each rank reads its slice of each tensor straight into the partition. Everything else (finding files, building the model
 partitioned, renaming keys, tying weights, drawing a new head) stays transformers' own.
 """
 
@@ -65,13 +65,13 @@ def streamed() -> Iterator[None]:
 
 
 def inputs_of(model: Any) -> dict[str, StoredTensor]:
-    """The tensors that ``model`` was filled from, as they lie in its files; none if it was not filled here, or from other files."""
+    """The tensors in files that ``model`` was filled from; none if it was not filled here, or from other files."""
     found: dict[str, StoredTensor] = getattr(model, _INPUTS, {})
     return found
 
 
 class _Loader:
-    """What stands in for transformers' two functions, and those themselves, to fall back on."""
+    """The replacements of transformers' two functions, and the originals, to fall back on."""
 
     def __init__(self, read: Callable[..., Any], fill: Callable[..., Any]) -> None:
         self.stock_read = read
@@ -79,7 +79,7 @@ class _Loader:
         self._asked: dict[Path, Callable[[], dict[str, Any]]] = {}  # file -> how transformers would have read it
 
     def describe(self, file: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """A file's tensors on the meta device, each with its place in the file; what is not safetensors is read as ever."""
+        """Tensors of a safetensors file on the meta device, each with its place; of other files, the tensors."""
         read = functools.partial(self.stock_read, file, *args, **kwargs)
         if not os.fspath(file).endswith(".safetensors"):
             return read()
@@ -141,7 +141,7 @@ def _unfit(model: Any, state_dict: Mapping[str, Any], transforms: Iterable[Any])
 
 
 def _renamed(model: Any, state_dict: Mapping[str, Any], transforms: list[Any]) -> dict[str, Any]:
-    """The described tensors by the name that the model has for them; those that it has none for are left out."""
+    """The described tensors by their name in the model; those that have none are left out."""
     if transforms:
         found = getattr(hf_deepspeed, _RENAME)(model, state_dict, transforms)
         parts = [found] if isinstance(found, Mapping) else list(found)  # a generator in later releases
@@ -153,7 +153,7 @@ def _renamed(model: Any, state_dict: Mapping[str, Any], transforms: list[Any]) -
 
 
 def _check(model: Any, sources: Mapping[str, Any], unexpected: list[str]) -> set[str]:
-    """Hold the files against the model; the same on every rank, as each has read every header.
+    """Compare the files with the model; the result is equal on all ranks, as each has read every header.
 
     Returns:
         The keys that are missing and may be: tied ones, and a new head's.
@@ -203,7 +203,7 @@ def _may_be_new(model: Any, name: str) -> bool:
 
 
 def _without_place(model: Any, state_dict: Mapping[str, Any], sources: Mapping[str, Any]) -> list[str]:
-    """Tensors of the files that no weight is filled from, but for those that transformers knows to be of no use."""
+    """Tensors of the files that no weight is filled from, except those that transformers knows to be unused."""
     used = {id(tensor) for tensor in sources.values()}
     useless = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
     return [

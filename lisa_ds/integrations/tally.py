@@ -1,8 +1,8 @@
-"""What a trainer's log entries are means of: the steps that were applied, and the rows that have labels.
+"""Corrects the means in a trainer's log entries: only over steps that were applied, and rows that have labels.
 
-DeepSpeed skips a step whose gradient is not finite, and the trainer puts a share of the losses before it in its loss's place. Rows
-whose labels are all ignored have no loss, and nobody is told. Here an entry's loss is the mean over the steps that moved the
-weights, and entries count what is not in it.
+DeepSpeed skips a step whose gradient is not finite, and the trainer counts a share of the earlier losses in place of
+its loss. Rows whose labels are all ignored have no loss, and the trainer does not report them. Here an entry's loss is
+the mean over the steps that changed the weights, and entries count what is left out.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from transformers import TrainerCallback
 from lisa_ds.integrations.sharing import tensor_parallel_size
 
 SKIPPED, UNLABELLED, NOT_FINITE = "skipped_steps", "rows_without_labels", "rows_not_finite"
-"""Keys of log entries, there where they are not 0: steps and rows since the entry before, rows of all ranks. Those of an evaluation
-begin with ``eval_``. The last one is of evaluations alone: rows of batches whose loss is not finite, which their mean leaves out."""
+"""Keys of log entries, present if they are not 0: steps and rows since the entry before, rows of all ranks. Those of an
+evaluation begin with ``eval_``. The last one is of evaluations alone: rows of batches whose loss is not finite, which
+their mean leaves out."""
 
 _IGNORED = -100
 _LOSS, _SHARE, _WITHOUT, _ROWS = range(4)
-"""What is counted of a step: losses, the share of its micro-batches that have one, those that have none, rows without labels."""
+"""Counts of a step: losses, the share of its micro-batches that have one, those that have none, rows without labels."""
 
 _MEANING = {
     SKIPPED: "skipped, as their gradients were not finite: they moved no weight, and their losses are in no mean",
@@ -36,7 +37,7 @@ _log = logging.getLogger("lisa_ds")
 
 
 def keep_tally(trainer: Any) -> Tally:
-    """Have ``trainer`` log means over what was applied, and count the rest; done once, however often it is asked for.
+    """Have ``trainer`` log means over applied steps, and count the rest; calling it again has no effect.
 
     Args:
         trainer: A ``transformers.Trainer`` or subclass that is not training.
@@ -75,15 +76,15 @@ class Tally(TrainerCallback):
         self._evaluated: Tensor | None = None  # rows without labels and of losses not finite, on all ranks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin anew."""
+        """Reset all counts."""
         self._begin(state.global_step)
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
-        """Forget what no entry will tell of."""
+        """Reset the counts of a prediction, which has no log entry."""
         self._evaluated = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Add the counts that are not 0, and take out the mean of no losses."""
+        """Add the counts that are not 0, and remove a mean over no losses."""
         if "train_loss" in logs and state.global_step == self._first_step:  # resumed where nothing was left to train
             for entry in (logs, state.log_history[-1]):
                 del entry["train_loss"]
@@ -108,7 +109,7 @@ class Tally(TrainerCallback):
         return self._rows(self._of_entries) + self._rows(self._on_all_ranks(self._of_entry))
 
     def _tell(self, step: int, counts: Mapping[str, int]) -> None:
-        """Explain each count when it first comes up."""
+        """Log an explanation of each count when it is first not 0."""
         for key, count in counts.items():
             if key not in self._told:
                 self._told.add(key)
@@ -134,7 +135,7 @@ class Tally(TrainerCallback):
         return loss
 
     def _around_logging(self, stock: Callable[..., None], tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Have the trainer, which divides by all steps, come to the mean over those that have a loss and were applied."""
+        """Scale the loss, so that the trainer, which divides by all steps, logs the mean over those that count."""
         trainer, now = self._trainer, self._trainer.state.global_step
         if now > self._step:
             if trainer.accelerator.optimizer_step_was_skipped:

@@ -1,6 +1,6 @@
-"""What a run logs of its speed: tokens a second, share of the peak, memory; over all ranks, since the entry before.
+"""Logs a run's speed: tokens per second, MFU and HFU, memory; over all ranks, since the entry before.
 
-Ranks count for themselves and talk only when an entry is logged: one gather of a few numbers.
+Each rank counts by itself; ranks communicate only when an entry is logged: one gather of a few numbers.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ UNITS = {
 }
 """The keys of a log entry, each with its unit. Tokens do not count padding, and a rank without a GPU counts as one.
 
-Rates are by all the time since the entry before, but that of evaluations and checkpoints, which has a key of its own."""
+Rates are over all the time since the entry before, except that of evaluations and checkpoints, which has its own
+key."""
 
 
 class Throughput(TrainerCallback):
     """Adds the keys of :data:`UNITS` to the entries of training steps.
 
-    ``mfu`` and ``hfu`` are missing where the device's peak or the model's arithmetic is not known, or ranks share layers.
+    ``mfu`` and ``hfu`` are missing where the device's peak or the model's FLOPs are not known, or ranks share layers.
 
     Args:
         trainer: A :class:`~lisa_ds.integrations.trainer.LabelLogitsTrainer`. This goes before its other callbacks, so that
@@ -61,13 +62,13 @@ class Throughput(TrainerCallback):
         self._logged: Tensor | float = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the model, which the engine has by now."""
+        """Find the model's layers, now that the engine exists."""
         if self._peak is not None:
             self._stack = LayerStack.from_model(self._trainer.model, self._layers_path)
             self._shape = compute_shape(self._trainer.model, self._stack)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See which layers this step trains."""
+        """Note which layers this step trains."""
         engine = self._trainer.deepspeed
         sampled = (getattr(engine, "sampled_layers", ()), getattr(engine, "sampled_roles", ()))
         if self._shape is None or self._stack is None or (self._cost is not None and sampled == self._sampled):
@@ -92,7 +93,7 @@ class Throughput(TrainerCallback):
         return self._rates(now, now)
 
     def _settle(self) -> None:
-        """Turn what was counted since the last time into FLOPs, of the layers that trained then."""
+        """Turn the counts since the last call into FLOPs, for the layers that trained in that time."""
         counted: Tensor = self._trainer.work.counts
         if self._cost is not None:
             tokens, pairs, logits, positions, position_pairs = (counted - self._settled.to(counted.device)).unbind()
@@ -105,8 +106,8 @@ class Throughput(TrainerCallback):
     def _gathered(self) -> Tensor:
         """``(ranks, 8)``, fp64.
 
-        Tokens; FLOPs of the model and the hardware; seconds of training, of that for data, and apart from it; memory and what is
-        reserved, bytes.
+        Tokens; FLOPs of the model and of the hardware; seconds of training, of waiting for data within it, and of what
+        is not training; memory allocated and reserved, bytes.
         """
         self._settle()
         device = self._trainer.args.device
@@ -140,10 +141,10 @@ class Throughput(TrainerCallback):
 
 
 def compute_shape(model: Any, stack: LayerStack) -> ComputeShape | None:
-    """The matrices of a transformers model; None for those that this does not describe.
+    """The matrices of a transformers model; None for models that a ``ComputeShape`` does not describe.
 
-    Not described are encoder-decoders, whose tokens go through one half each, mixtures of experts, whose tokens go through
-    few, and models whose config does not tell their heads.
+    It does not describe encoder-decoders, where a token passes one half, mixtures of experts, where it passes few of
+    them, and models whose config lacks the number of heads.
     """
     config = model.config.get_text_config()
     heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
@@ -170,7 +171,7 @@ def compute_shape(model: Any, stack: LayerStack) -> ComputeShape | None:
 
 
 def trained(model: nn.Module, stack: LayerStack) -> Trained:
-    """What requires grad now."""
+    """The parts of the model that require grad now."""
     below = {id(weight) for weight in stack.embeddings}
     for weight in model.parameters():  # a norm after the embeddings, say: modules are registered in the order they run
         if isinstance(stack.unit_of[id(weight)], int):
@@ -198,7 +199,7 @@ def _matrix(weight: nn.Parameter) -> int:
 
 
 def _memory() -> tuple[float, float]:
-    """Bytes that this rank has had at most: on its GPU (and reserved there), or of its process on the host."""
+    """Peak memory of this rank in bytes: allocated on its GPU (and reserved there), or of its process on the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0

@@ -1,8 +1,8 @@
-"""The trainer of ``launch/train.py``: stock, but for logits that exist only where there are labels.
+"""The trainer of ``launch/train.py``: transformers' own, but logits are computed only where there are labels.
 
 Loss and gradients are those of the stock trainer, see :mod:`lisa_ds.integrations.label_logits`.
 
-It can also be stopped and continued anywhere: at the last step, and with workers that load data.
+It can also be stopped and resumed at any step, the last included, and with data-loader workers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from lisa_ds.integrations.tally import keep_tally
 class LabelLogitsTrainer(Trainer):
     """A ``Trainer`` for causal language models that computes logits of labelled positions only.
 
-    A model whose loss is not shown to stay its own, a head shared by several ranks, and label smoothing take the stock way.
-    ``labelled_only`` tells which it is.
+    All logits are computed for a model whose loss is not shown to stay equal, a head shared by several ranks, and label
+    smoothing. ``labelled_only`` says which applies.
     """
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -66,7 +66,7 @@ class LabelLogitsTrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """See ``Trainer.save_model``; a model that is saved generates with a cache again, which training has no use for."""
+        """See ``Trainer.save_model``; in the saved config, ``use_cache`` is what it was before training."""
         config = self.model.config
         while_training = getattr(config, "use_cache", None)
         if self._uses_cache is not None:
@@ -99,7 +99,7 @@ class LabelLogitsTrainer(Trainer):
 
 
 class Work:
-    """Counts what a rank trains on, without a wait for its device."""
+    """Counts what a rank trains on, without waiting for its device."""
 
     def __init__(self) -> None:
         self.counts: Tensor = torch.zeros(5, dtype=torch.float64)
@@ -125,7 +125,7 @@ class Work:
 
 
 def _outlive_a_signal(start: Callable[[int], None] | None, worker_id: int) -> None:
-    """Have a data loader's worker go on when every process of a job is signalled, as its trainer does until it has saved."""
+    """Have a data loader's worker ignore SIGTERM to all processes of a job: its trainer needs it until it has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torch has put its own handler over the trainer's
     if start is not None:
         start(worker_id)

@@ -1,4 +1,4 @@
-"""The planner: bytes on one rank before anything is launched, from configs alone and without torch."""
+"""The planner: memory of a run on one rank before anything is launched, from configs alone and without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to change in a run that does not fit, in the order of what it costs, and how many ranks it takes at least."""
+"""Advice for a run that does not fit: changes to its settings, the cheapest first, and the fewest ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lisa_ds.memory.methods import METHODS, Candidate
 from lisa_ds.memory.run_settings import RunSettings
 
 RESERVE = 0.06
-"""Share of a device's memory that is left to its context, the communication library and the allocator's fragmentation.
+"""Share of a device's memory reserved for its context, the communication library and the allocator's fragmentation.
 An assumption, not a measurement."""
 
 MOST_RANKS = 4096
@@ -24,13 +24,13 @@ class Change:
     """One change, on top of those before it."""
 
     write: str
-    """As on the command line of ``launch/train.py``, and of ``lisa-ds plan``."""
+    """The change as ``key=value``, for the command line of ``launch/train.py`` and ``lisa-ds plan``."""
 
     costs: str
-    """What is paid for it."""
+    """What the change costs, in words."""
 
     peak: int
-    """Bytes on a rank with it."""
+    """Peak bytes on a rank with the change."""
 
 
 def usable(memory: int) -> int:
@@ -39,7 +39,7 @@ def usable(memory: int) -> int:
 
 
 def changes(architecture: Architecture, run: RunSettings, memory: int) -> list[Change]:
-    """The changes that make a run fit into ``memory`` bytes a rank, the cheapest first; what saves next to nothing is left out.
+    """The changes that make a run fit into ``memory`` bytes a rank, the cheapest first; without those that save little.
 
     The last one's peak tells whether they are enough.
     """

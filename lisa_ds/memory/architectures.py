@@ -1,8 +1,8 @@
-"""From a model's ``config.json`` to the shape of each of its parameters, without torch.
+"""Reads a model's ``config.json`` into the shapes of its parameters, module by module, without torch.
 
-A model is its modules in the order in which they run. What follows from it: elements of each parameter (to plan state), which of
-them are matrices of what size (adapters, projections), and what a forward pass works with (activations). Shapes are held to
-transformers' own by tests, for every architecture here.
+A model is described by its modules in the order in which they run. From that follow the elements of each parameter (to
+plan state), the sizes of its matrices (for adapters and projections), and the tensors of a forward pass (activations).
+Tests compare the shapes with transformers' own, for every architecture here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lisa_ds.errors import ModelError
 from lisa_ds.memory.state import ModelShape
 
 MOST_LAYERS = 10_000
-"""More than any model has: a plan follows them one by one."""
+"""More layers than any model has; refused beyond, as a plan goes through them one by one."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,17 @@ class Module:
     """``embedding``, ``norm``, ``linear``, ``experts`` or ``head``."""
 
     shapes: tuple[tuple[int, ...], ...]
-    """Of its parameters: the weight first, then a bias."""
+    """Shapes of its parameters: the weight first, then a bias."""
 
     width: int = 0
-    """Of the tensor that goes in, in elements a token; 0 for an embedding."""
+    """Elements per token of its input; 0 for an embedding."""
 
     part: str = ""
-    """``attention`` or ``mlp`` for a linear that tensor parallelism cuts."""
+    """``attention`` or ``mlp`` for a linear that tensor parallelism splits."""
 
     by_row: bool = False
-    """Whether tensor parallelism cuts a linear by its inputs (the second of a pair) instead of by its outputs."""
+    """Whether tensor parallelism splits a linear by its inputs (row parallel, the second of a pair) instead of its
+    outputs."""
 
     @property
     def numels(self) -> tuple[int, ...]:
@@ -49,11 +50,11 @@ class Module:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a block works with, in elements a token."""
+    """Widths of a block's tensors, in elements per token."""
 
     hidden: int
     query: int
-    """Heads times their dimension."""
+    """Query heads times their dimension."""
 
     key: int
     """Key-value heads times their dimension; values are as many."""
@@ -84,7 +85,7 @@ class Architecture:
 
     num_layers: int
     final: tuple[Module, ...]
-    """What follows the blocks but the head."""
+    """The modules after the blocks, before the head."""
 
     head: tuple[Module, ...]
     """The output head; its weight is not in ``shapes`` if it is tied."""
@@ -113,9 +114,9 @@ class Architecture:
         return (*self.embeddings, *self.block, *self.final, *self.head)
 
     def split(self, ways: int) -> Architecture:
-        """The largest share of a rank under tensor parallelism: matrices of the blocks and activations, cut ``ways`` times.
+        """The largest share of a rank under tensor parallelism: block matrices and activations, split ``ways`` ways.
 
-        Attention is cut by key-value heads; where these or the MLP do not divide evenly, some ranks have less.
+        Attention is split by key-value heads; where these or the MLP do not divide evenly, some ranks have less.
 
         Raises:
             ModelError: There are fewer key-value heads than ranks.
@@ -158,7 +159,7 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model, a tied weight once."""
+        """Parameters of the whole model; a tied weight counts once."""
         return sum(self.shape.all())
 
     @classmethod

@@ -1,6 +1,6 @@
 """Sizes of public models, so that a plan needs neither the hub nor a download.
 
-The keys are those of each model's ``config.json``; what decides no size is left out.
+The keys are those of each model's ``config.json``; keys that decide no size are left out.
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ def find(name: str) -> dict[str, Any] | None:
 
 
 def require(name: str) -> dict[str, Any]:
-    """As :func:`find`.
+    """As :func:`find`, but the model must be here.
 
     Raises:
-        ModelError: It is not here; names close ones.
+        ModelError: It is not here; the message names similar ones.
     """
     if (config := find(name)) is None:
         short = {known.split("/")[1].lower(): known for known in CATALOGUE}

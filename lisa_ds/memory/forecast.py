@@ -1,4 +1,4 @@
-"""What a run takes on one rank in each of its phases, before anything is loaded."""
+"""Forecasts the peak memory of a run on one rank in each of its phases, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def forecast(
 ) -> Forecast:
     """The peaks of a run.
 
-    The largest draw is planned for, and rows as long as they may be. Not in it: the device's own context, what the communication
-    library takes, and the fragmentation of the allocator.
+    It assumes the largest draw, and rows of the full length. It leaves out the device's own context, the communication
+    library, and the allocator's fragmentation.
 
     Args:
         architecture: The model.

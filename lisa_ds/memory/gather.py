@@ -1,8 +1,8 @@
-"""Which parameters ZeRO-3 holds whole at each moment of a step: a model of DeepSpeed's parameter coordinator.
+"""Simulates DeepSpeed's parameter coordinator: which parameters ZeRO-3 has gathered at each moment of a step.
 
-Followed is ``deepspeed/runtime/zero/partitioned_param_coordinator.py`` (0.19) from the second step on, when it knows the order in
-which modules run. A module's parameters are gathered before it runs, together with those of the modules after it, up to
-``stage3_prefetch_bucket_size`` elements. They are released afterwards unless they are needed again within
+It follows ``deepspeed/runtime/zero/partitioned_param_coordinator.py`` (0.19) from the second step on, when the order in
+which modules run is known. A module's parameters are gathered before it runs, together with those of the modules after
+it, up to ``stage3_prefetch_bucket_size`` elements. They are released afterwards unless they are needed again within
 ``stage3_max_reuse_distance`` elements. Parameters of at most ``stage3_param_persistence_threshold`` elements are never released.
 """
 
@@ -27,7 +27,7 @@ class GatherSettings:
 
 @dataclass
 class _Group:
-    """Parameters that one call gathers: a flat buffer, of which each is copied out when the first is waited for."""
+    """Parameters of one all-gather: a flat buffer, from which all are copied out when the first is waited for."""
 
     name: str
     parameters: list[int]
@@ -38,14 +38,14 @@ class _Group:
 
 @dataclass
 class Coordinator:
-    """Allocates and frees whole parameters in a ledger as DeepSpeed does.
+    """Books gathers and releases of parameters in a ledger, in the order in which DeepSpeed makes them.
 
     Args:
         numels: Elements of each parameter.
         visits: The parameters of each module, in the order in which modules run forwards and then backwards.
         world_size: Ranks that share them.
         width: Bytes of an element.
-        settings: When it gathers ahead, and how long it holds on.
+        settings: Limits of prefetch, reuse and persistence.
         ledger: Where bytes are booked.
     """
 
@@ -72,7 +72,7 @@ class Coordinator:
             self.ledger.add("gathered/persistent", sum(self.numels[number] for number in self._persistent) * self.width)
 
     def fetch(self) -> None:
-        """Before the next module runs."""
+        """Gather what the next module needs, before it runs, and prefetch."""
         wanted = self.visits[self._step]
         if self.world_size == 1:
             self._step += 1
@@ -91,7 +91,7 @@ class Coordinator:
         self._step += 1
 
     def release(self, visit: int) -> None:
-        """After the module of ``visit`` has run."""
+        """Release what the module of ``visit`` has used, after it has run."""
         if self.world_size == 1:
             return
         candidates = {number for number in self.visits[visit] if number not in self._persistent}

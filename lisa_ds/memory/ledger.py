@@ -1,10 +1,10 @@
-"""Bytes that are alive, by name, and the most there have been."""
+"""A ledger of allocations: bytes now allocated, by name, and their peak."""
 
 from __future__ import annotations
 
 
 class Ledger:
-    """An account of allocations. A name begins with its kind, up to a slash.
+    """Counts allocations by name. A name begins with its kind, up to a slash.
 
     Example:
         >>> ledger = Ledger()
@@ -15,15 +15,15 @@ class Ledger:
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
-        """Bytes of what is alive."""
+        """Bytes now allocated, by name."""
         self.now = 0
         self.peak = 0
         self.at_peak: dict[str, int] = {}
-        """Bytes of each kind at that moment."""
+        """Bytes of each kind at the peak."""
         self._kinds: dict[str, int] = {}
 
     def add(self, name: str, size: int) -> None:
-        """Allocate; more of the same name is added up."""
+        """Allocate; sizes of the same name are added up."""
         if size <= 0:
             return
         self.sizes[name] = self.sizes.get(name, 0) + size
@@ -38,7 +38,7 @@ class Ledger:
             self._book(name, -size)
 
     def briefly(self, name: str, size: int) -> None:
-        """Allocate for a moment, beside what is there under that name."""
+        """Allocate and free at once, beside what is allocated under that name."""
         if size > 0:
             held = self.sizes.get(name, 0)
             self.add(name, size)
@@ -48,7 +48,7 @@ class Ledger:
                 del self.sizes[name]
 
     def restart(self) -> None:
-        """Forget the peak, but not what is alive."""
+        """Reset the peak, but not what is allocated."""
         self.peak = self.now
         self.at_peak = {kind: total for kind, total in self._kinds.items() if total}
 

@@ -1,4 +1,4 @@
-"""What scoring blocks by their gradients takes on one rank, beside the model and its activations."""
+"""Memory of scoring blocks by their gradients on one rank, beside the model and its activations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FP32, _FP64 = 4, 8
 
 
 def probe_bytes(shape: ModelShape, *, kind: str, world_size: int, probe_blocks: int = 1, weight_bytes: int = 2) -> int:
-    """Bytes on one rank at the peak of scoring, of all tensors that scoring itself keeps or takes in.
+    """Peak bytes on one rank of all tensors that scoring itself holds, gradients included.
 
     With ``part(n) = ceil(n / N)`` on ``N`` ranks, and weights (hence gradients) of ``w`` bytes, a parameter of ``n`` elements is
     *in flight* with its gradient and, on several ranks, the padded fp32 copy that is reduced: ``w n + 4 N part(n)``.
@@ -78,5 +78,5 @@ def _in_flight(numel: int, world_size: int, weight_bytes: int) -> int:
 
 
 def _reduced(numel: int, world_size: int, weight_bytes: int) -> int:
-    """The padded copy of a gradient, in a part of which the reduced one lies; one rank needs none."""
+    """Bytes of the padded copy of a gradient, a part of which holds the reduced one; one rank needs none."""
     return _FP32 * world_size * -(-numel // world_size) if world_size > 1 else weight_bytes * numel

@@ -1,4 +1,4 @@
-"""What stays on a rank through a step: weights, gradients, master copy and moments, and the sizes of what comes and goes beside."""
+"""Model state that stays on a rank through a step: weights, gradients, master copy, moments; and sizes of buffers."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from lisa_ds.memory.state import ModelShape, partitions
 
 @dataclass(frozen=True)
 class Residents:
-    """State on one rank, and the sizes that decide what comes and goes beside it."""
+    """Model state on one rank, and the sizes that decide how large temporary buffers are."""
 
     state: dict[str, int]
     """Bytes of ``weights, gradients, master, moments``."""
 
     always_moments: int
-    """Bytes of the moments of what trains whatever is drawn."""
+    """Bytes of the moments of what trains in every interval."""
 
     blocks: list[int]
     """Blocks that train."""
 
     roles: list[str]
-    """Of embeddings, head and rest, those that train."""
+    """The roles (embeddings, head, rest) that train."""
 
     switched: int
     """Elements on this rank of the largest unit that a switch may bring in: of all blocks, and the roles that do not always train."""
 
     trainable: int
-    """Elements on this rank of all that could ever train."""
+    """Elements on this rank of all parameters that ever train."""
 
     sub_group: int
     """Elements on this rank of the largest sub-group that the optimizer steps at a time."""
@@ -38,7 +38,7 @@ class Residents:
     """Elements of the largest parameter, whole."""
 
     largest_trainable: int
-    """Elements of the largest that could ever train, whole."""
+    """Elements of the largest parameter that ever trains, whole."""
 
 
 def residents(
@@ -52,17 +52,17 @@ def residents(
     comes: Iterable[str] = (),
     always_moments: int = 0,
 ) -> Residents:
-    """The residents of a run, whose optimizer steps sub-groups of the size that the config says.
+    """The residents of a run, where the optimizer steps sub-groups of the config's size.
 
     Args:
         shape: The model, as this rank's share under tensor parallelism.
         run: Its settings.
         state: Bytes by part.
-        trained: Elements of each parameter that could ever train.
+        trained: Elements of each parameter that ever trains.
         blocks: Blocks that train.
         roles: Roles that train.
-        comes: Roles that a switch may bring in.
-        always_moments: Bytes of the moments of what trains whatever is drawn.
+        comes: Roles that may start to train at a switch.
+        always_moments: Bytes of the moments of what trains in every interval.
     """
     units = [*shape.layers, *(getattr(shape, role) for role in comes)]
     trainable = sum(partitions(trained, run.world_size))
@@ -80,6 +80,6 @@ def residents(
 
 
 def by_part(table: Mapping[str, int]) -> dict[str, int]:
-    """Of a table by kind, what stays on the device: both moments are one part."""
+    """From bytes by kind to bytes by part, for what stays on the device: both moments are one part."""
     parts = {part: table[part] for part in ("weights", "gradients", "master")}
     return {**parts, "moments": table["exp_avg"] + table["exp_avg_sq"]}

@@ -1,4 +1,4 @@
-"""What of a run decides its memory, and what is planned of it: the bytes of each phase, by part."""
+"""The settings of a run that decide its memory, and the forecast: bytes of each phase, by part."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ PARTS = (
     *("weights", "gradients", "master", "moments"),
     *("buckets", "gathered", "prefetched", "activations", "logits", "gradients in flight", "scratch"),
 )
-"""What the bytes of a phase are: model state that stays, then what comes and goes."""
+"""Parts of a phase's bytes: first model state, which stays, then what is temporary."""
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What of a run decides its memory. See :func:`lisa_ds.memory.settings.from_run` for where it is read."""
+    """The settings of a run that decide its memory; :func:`lisa_ds.memory.settings.from_run` reads them."""
 
     world_size: int
     """Ranks that share the state: all ranks, or those of one tensor-parallel share."""
@@ -34,17 +34,17 @@ class RunSettings:
     """Bytes of an element of weights and activations."""
 
     bf16: bool = True
-    """Of 2: whether they are bf16, not fp16."""
+    """For a width of 2: whether they are bf16, not fp16."""
 
     gradient_asked: int | None = None
-    """Bytes of the type that the DeepSpeed config asks gradients to be added up in; None if it asks for none."""
+    """Bytes of the DeepSpeed config's ``grad_accum_dtype``; None if it has none."""
 
     accumulation: int = 1
     """Micro-batches of a step."""
 
     checkpointing: bool = False
     fused_loss: bool = False
-    """Whether Liger computes head and loss together, of a model that it knows."""
+    """Whether Liger computes head and loss together, if it supports the model."""
 
     bucket_size: int | None = None
     """Elements of the reduce bucket; None for the engine's own choice."""
@@ -54,10 +54,10 @@ class RunSettings:
     offload_param: bool = False
     tensor_parallel: int = 1
     second_copies: int = 1
-    """In how many parts hpZ keeps every weight a second time; 1 for not at all."""
+    """Number of ranks over which hpZ partitions its second copy of every weight; 1 without hpZ."""
 
     on_cpu: bool = False
-    """Whether ranks compute on CPUs, where what DeepSpeed moves to the host while it builds counts, too."""
+    """Whether ranks compute on CPUs, where tensors that DeepSpeed moves to the host during setup count, too."""
 
     sub_group_size: int = 1_000_000_000
     lora_rank: int = 16
@@ -65,14 +65,14 @@ class RunSettings:
 
     @property
     def gradient_width(self) -> int:
-        """Bytes of an element of the gradient that waits for the step."""
+        """Bytes per element of the accumulated gradient."""
         return gradient_bytes(
             self.gradient_asked, self.width, accumulates=self.accumulation > 1, lisa=self.method == "lisa"
         )
 
     @property
     def tokens(self) -> int:
-        """In a rank's micro-batch."""
+        """Tokens of a rank's micro-batch."""
         return self.micro_batch * self.sequence
 
 
@@ -84,7 +84,7 @@ class Forecast:
     """Each phase's peak on the device, by part; see :data:`PARTS`."""
 
     host: dict[str, int]
-    """What stays on the host, by part (offload), and what rank 0 collects there for an export."""
+    """What stays on the host, by part (offload), and what rank 0 gathers there for an export."""
 
     @property
     def peak(self) -> int:

@@ -1,4 +1,4 @@
-"""From the file of a run to what decides its memory, as transformers, DeepSpeed and the engine read it."""
+"""Reads the settings that decide memory from a run file, as transformers, DeepSpeed and the engine do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _GATHER_KEYS = ("prefetch_bucket_size", "param_persistence_threshold", "max_live
 def architecture_of(model: ModelConfig) -> Architecture:
     """The architecture that a run's model has: from its directory, the models that are built in here, or the hub.
 
-    Only ``config.json`` is read; a file of the hub that is in the local cache is not asked for again.
+    Only ``config.json`` is read; a file from the hub that is in the local cache is not downloaded again.
 
     Raises:
         ModelError: There is no such model, or its architecture is not known to the planner.
@@ -59,7 +59,7 @@ def _from_hub(name: str, revision: str | None, where: str) -> Any:
 
 
 def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -> RunSettings:
-    """What of a run decides its memory.
+    """The settings of a run that decide its memory.
 
     Args:
         config: The run.

@@ -1,7 +1,7 @@
 """Bytes of model state on one rank, from the model's shape alone: exact, and without torch.
 
-ZeRO-3 cuts every parameter into ``world_size`` partitions of ``ceil(numel / world_size)`` elements, and LISA keeps
-gradients, master copy and moments for the sampled ones only. What is counted is what ``engine.memory_report()``
+ZeRO-3 splits every parameter into ``world_size`` partitions of ``ceil(numel / world_size)`` elements, and LISA keeps
+gradients, master copy and moments for the sampled ones only. The numbers are those that ``engine.memory_report()``
 counts on the live tensors once each sampled layer has taken a step. Activations are not model state.
 """
 
@@ -26,7 +26,7 @@ _SMALLEST_BUCKET, _LARGEST_BUCKET = 2**24, 5 * 10**8
 
 @dataclass(frozen=True)
 class ModelShape:
-    """How many elements each parameter of a model has, by what it belongs to."""
+    """The number of elements of each parameter of a model, by unit."""
 
     layers: tuple[tuple[int, ...], ...]
     embeddings: tuple[int, ...] = ()
@@ -39,7 +39,7 @@ class ModelShape:
     def from_numels(
         cls, numels: Mapping[int | str, Sequence[int]], *, tied: bool = False, frozen: Sequence[int] = ()
     ) -> ModelShape:
-        """The shape of what :meth:`lisa_ds.LayerStack.numels` returns; ``frozen`` are parameters that it left out."""
+        """The shape from :meth:`lisa_ds.LayerStack.numels`; ``frozen`` are parameters that it left out."""
         layers = sorted(unit for unit in numels if isinstance(unit, int))
         roles = {role: tuple(numels.get(role, ())) for role in ROLES}
         return cls(layers=tuple(tuple(numels[layer]) for layer in layers), tied=tied, frozen=tuple(frozen), **roles)
@@ -51,7 +51,7 @@ class ModelShape:
         return [numel for unit in units for numel in unit]
 
     def roles(self, config: LisaConfig, *, always: bool) -> list[str]:
-        """Roles that train in every interval, or else in any."""
+        """Roles that train in every interval (``always``), or in at least one."""
         shares = {role: share_of(config, role, tied=self.tied, num_layers=len(self.layers)) for role in ROLES}
         return [role for role, share in shares.items() if share == 1 or (share and not always)]
 
@@ -63,7 +63,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Precision:
-    """What an element of each kind takes, and what the engine adds to it."""
+    """Bytes per element of each kind of state, and of the engine's buffers."""
 
     weight_bytes: int = 2
     """2 for bf16 and fp16 weights, 4 for fp32."""
@@ -85,7 +85,7 @@ class Precision:
 
     @classmethod
     def of_lisa(cls, config: LisaConfig, weight_bytes: int, gradient_bytes: int) -> Precision:
-        """What ``lisa.optimizer`` asks for, with weights and gradients of so many bytes."""
+        """The precision of ``lisa.optimizer``, with weights and gradients of this many bytes per element."""
         master = 4 if config.optimizer.precision == "mixed" else 0
         return cls(weight_bytes, gradient_bytes, master_bytes=master, moments=config.optimizer.moments)
 
@@ -184,7 +184,7 @@ def plan(
 
 
 def partitions(numels: Iterable[int], world_size: int) -> list[int]:
-    """Elements on a rank of parameters of so many."""
+    """Elements on a rank of parameters of ``numels`` elements."""
     return [-(-numel // world_size) for numel in numels]
 
 

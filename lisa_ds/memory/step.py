@@ -1,8 +1,8 @@
-"""One training step, followed from the first module to the last gradient: what is alive at each moment on one rank.
+"""Simulates one training step from the first module to the last gradient: the bytes allocated on one rank.
 
 The model's operations (:mod:`lisa_ds.memory.tape`) run forwards and backwards over a ledger, while ZeRO-3 gathers and releases
-parameters (:mod:`lisa_ds.memory.gather`) and reduces gradients by buckets. Only what comes and goes within a step is booked here;
-the state that stays is :mod:`lisa_ds.memory.state`'s.
+parameters (:mod:`lisa_ds.memory.gather`) and reduces gradients by buckets. Only what is temporary within a step is
+counted here; model state, which stays, is in :mod:`lisa_ds.memory.state`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from lisa_ds.memory.tape import Tape, block, embedding, head
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step does, beside the model."""
+    """The settings of a step, besides the model."""
 
     tokens: int
-    """In a rank's micro-batch, padding included."""
+    """Tokens of a rank's micro-batch, padding included."""
 
     world_size: int
     width: int = 2
     """Bytes of an element of weights and activations."""
 
     checkpointing: bool = False
-    """Whether blocks keep their input only, and run again in backward."""
+    """Whether blocks keep only their input and are recomputed in backward (activation checkpointing)."""
 
     bucket_size: int = 0
     """Elements of the reduce bucket."""
@@ -38,7 +38,7 @@ class StepSettings:
     """Whether frozen linears keep no input (LISA's engine) or do (DeepSpeed's)."""
 
     adapter_rank: int = 0
-    """Of LoRA adapters on every linear of the blocks; 0 for none."""
+    """Rank of LoRA adapters on every linear of the blocks; 0 for none."""
 
     fused_loss: bool = False
     """Whether Liger computes head and loss together."""
@@ -48,7 +48,7 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepPeaks:
-    """The most bytes of a step beyond the state that stays, and what they were."""
+    """The peak bytes of a step beyond model state, by kind."""
 
     forward: dict[str, int]
     backward: dict[str, int]
@@ -65,12 +65,12 @@ class _Section:
 
     tape: Tape
     numbers: list[tuple[int, ...]]
-    """Of the parameters of each of the tape's modules."""
+    """Numbers of the parameters of each of the tape's modules."""
 
     trains: bool
     needs_input_grad: bool
     records: bool
-    """Whether anything of it has a gradient at all."""
+    """Whether autograd records it: something in it gets a gradient."""
 
     checkpointed: bool = False
 
@@ -109,13 +109,13 @@ class _Step:
     def _build(self, architecture: Architecture, sampled: set[int], roles: set[str]) -> list[_Section]:
         settings = self._settings
         self._always: set[int] = set()
-        frontier = "embeddings" in roles
-        start = self._tape(trains=frontier)
+        embeddings_train = "embeddings" in roles
+        start = self._tape(trains=embeddings_train)
         embedding(architecture, start)
         self._hidden_bytes = start.ops[-1].size
-        sections = [self._section(0, start, frontier, False)]
+        sections = [self._section(0, start, embeddings_train, False)]
         tied = sections[0].numbers[0]
-        grad = frontier or settings.adapter_rank > 0
+        grad = embeddings_train or settings.adapter_rank > 0
         tapes = {trains: self._tape(trains=trains) for trains in (False, True)}  # all blocks are alike
         for tape in tapes.values():
             tape.adapter_rank = settings.adapter_rank
@@ -255,7 +255,7 @@ class _Step:
                 self._ledger.drop(name)  # copied into the bucket
 
     def _reduce(self) -> None:
-        """Reduce and scatter the bucket: through a copy of it in which each rank's part lies together."""
+        """Reduce-scatter the bucket, through a copy of it in which each rank's part is contiguous."""
         if not self._bucket:
             return
         world = self._settings.world_size
@@ -270,7 +270,7 @@ class _Step:
 def step_peaks(
     architecture: Architecture, settings: StepSettings, *, sampled: Collection[int], roles: Collection[str]
 ) -> StepPeaks:
-    """What a step takes beyond the state that stays.
+    """The peak bytes of a step beyond model state.
 
     Args:
         architecture: The model.

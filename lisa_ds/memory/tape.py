@@ -1,4 +1,4 @@
-"""A model's forward pass as a list of operations: what each makes, and what autograd keeps of it.
+"""A model's forward pass as a list of operations: the output of each, and what autograd saves for backward.
 
 The operations are those of transformers' own modules, with attention that keeps no scores (``sdpa``, flash). Sizes are in
 bytes. Nothing here knows of ranks; :mod:`lisa_ds.memory.step` runs the list forwards and backwards.
@@ -13,7 +13,7 @@ from lisa_ds.memory.architectures import Architecture, Module
 
 FP32 = 4
 LIGER_CHUNK = 1
-"""Liger makes as many logits at a time as this many times the hidden states take."""
+"""Liger computes logits in chunks of about this many times the size of the hidden states."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,18 @@ class Op:
     """Tensors that get a gradient from it."""
 
     keeps: tuple[str, ...] = ()
-    """What backward will read, of its inputs and its output."""
+    """Its inputs and outputs that are saved for backward."""
 
     scratch: int = 0
-    """Bytes that only live inside of it, beside the output."""
+    """Bytes allocated only while it runs, beside the output."""
 
     module: int | None = None
-    """Index of the module whose parameters it works with."""
+    """Index of the module whose parameters it reads."""
 
 
 @dataclass
 class Tape:
-    """Operations on ``x``, of which the last one's output goes on."""
+    """Operations on ``x``; the last one's output is the result."""
 
     tokens: int
     width: int
@@ -52,23 +52,23 @@ class Tape:
     """Whether linears keep their input also where the weight is frozen, as DeepSpeed's own do."""
 
     adapter_rank: int = 0
-    """Of the LoRA adapter beside each linear; 0 for none."""
+    """Rank of the LoRA adapter beside each linear; 0 for none."""
 
     ops: list[Op] = field(default_factory=list)
     modules: list[Module] = field(default_factory=list)
 
     @property
     def out(self) -> str:
-        """What the last operation makes."""
+        """Name of the last operation's output."""
         return self.ops[-1].out
 
     def add(self, name: str, elements: int, reads: tuple[str, ...], keeps: tuple[str, ...] = (), **more: int) -> str:
-        """An element-wise operation or the like, in the model's type; ``elements`` a token."""
+        """Add an element-wise or similar operation, in the model's type; ``elements`` per token."""
         self.ops.append(Op(name, self.tokens * elements * self.width, reads, keeps, **more))
         return name
 
     def linear(self, name: str, module: Module, reads: str) -> str:
-        """A matrix product, of which backward needs the input if the weight trains."""
+        """Add a matrix product; backward needs its input if the weight trains."""
         keeps = (reads,) if self.trains or self.all_inputs else ()
         self.modules.append(module)
         out = module.shapes[0][0]
@@ -80,7 +80,7 @@ class Tape:
         return self.add(name, out, (base, up))
 
     def norm(self, name: str, module: Module, reads: str, kind: str, elements: int) -> str:
-        """A norm over the last dimension; ``elements`` a token in all."""
+        """Add a norm over the last dimension; ``elements`` per token in all."""
         self.modules.append(module)
         place, size = len(self.modules) - 1, self.tokens * elements
         if kind == "layer":
@@ -99,7 +99,7 @@ class Tape:
 
 
 def embedding(architecture: Architecture, tape: Tape) -> None:
-    """Token (and position) embeddings: ``hidden`` elements a token."""
+    """Token (and position) embeddings: ``hidden`` elements per token."""
     hidden = architecture.sizes.hidden
     for number, module in enumerate(architecture.embeddings):
         tape.modules.append(module)
@@ -201,8 +201,8 @@ def _mlp(architecture: Architecture, tape: Tape, modules: Iterator[Module], sour
 def head(architecture: Architecture, tape: Tape, *, fused: bool = False) -> None:
     """From the last block's output ``x`` to the loss: final norm, logits of every token, softmax in fp32.
 
-    ``fused``: as Liger does, which makes logits a few tokens at a time and takes their gradient at once; what is kept is the
-    gradient of the hidden states (its ops/fused_linear_cross_entropy.py).
+    ``fused``: as in Liger, which computes logits for a few tokens at a time and their gradient at once; the gradient of
+    the hidden states is saved (its ops/fused_linear_cross_entropy.py).
     """
     sizes = architecture.sizes
     normed = tape.norm("final", architecture.final[0], "x", sizes.norm, sizes.hidden)
@@ -227,5 +227,5 @@ def head(architecture: Architecture, tape: Tape, *, fused: bool = False) -> None
 
 
 def _power_of_two(count: int) -> int:
-    """The least one that is not below ``count``."""
+    """The smallest power of two that is at least ``count``."""
     return 1 << (count - 1).bit_length()

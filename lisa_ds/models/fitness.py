@@ -1,4 +1,4 @@
-"""Whether a checkpoint can be trained for a task at all: told by its config and the names and heads of its files, before any weight is read."""
+"""Whether a checkpoint can be trained for a task, from its config and the headers of its files; reads no weights."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _other(shape: Any) -> str:
 
 
 def check_files(config: ModelConfig, path: str) -> None:
-    """Refuse a directory whose weights are missing, or cut short, as far as it shows without reading them.
+    """Refuse a directory whose weights are missing or truncated, as far as that shows without reading them.
 
     Raises:
         ModelError: Names the file.

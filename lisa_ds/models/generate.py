@@ -1,4 +1,4 @@
-"""One prompt, one answer: to see with one's own eyes what a model has learned."""
+"""Generates one answer to one prompt, for a quick look at what a model has learned."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 128) -> str:
-    """What ``model`` says to ``prompt``, taking the likeliest token each time.
+    """The answer of ``model`` to ``prompt``, by greedy decoding.
 
     The prompt goes through the tokenizer's chat template; without one it is continued as it stands.
 

@@ -1,4 +1,4 @@
-"""From a name in a config to a model and its tokenizer, or to one message that says what is missing."""
+"""Loads the model and tokenizer that a config names, or raises one message that says what is missing."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype | str | None = None) -> A
         dtype: Of its weights; ``None`` takes what they are stored in.
 
     Raises:
-        ModelError: It cannot be had, it is quantised, or it does not fit the task.
+        ModelError: It cannot be found or loaded, it is quantised, or it does not fit the task.
     """
     path, _ = _config_of(config)
     options: dict[str, Any] = {**_common(config), "dtype": dtype or "auto"}
@@ -119,7 +119,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype | str | None = None) -> A
 
 
 def skeleton(config: ModelConfig) -> Any:
-    """The model without its weights, to look at how it is built: the config is read, nothing else.
+    """The model without its weights, on the meta device: only the config is read.
 
     Raises:
         ModelError: As :func:`load_model`.
@@ -130,10 +130,10 @@ def skeleton(config: ModelConfig) -> Any:
 
 
 def fitting_skeleton(config: ModelConfig) -> Any:
-    """As :func:`skeleton`, of a model that its task and the packages that are installed let train.
+    """As :func:`skeleton`, but the model must be trainable for its task with the installed packages.
 
     Raises:
-        ModelError: They do not; names the key, and what to change.
+        ModelError: It is not; names the key, and what to change.
     """
     _, shape = _config_of(config)
     fitness.check_task(config, shape)
@@ -153,7 +153,7 @@ def fitting_skeleton(config: ModelConfig) -> Any:
 
 
 def check_weights(config: ModelConfig) -> None:
-    """Refuse a model whose weights are missing or cut short, as far as it shows without reading them.
+    """Refuse a model whose weights are missing or truncated, as far as that shows without reading them.
 
     Raises:
         ModelError: Names the file.

@@ -1,4 +1,4 @@
-"""How long a row a model can read, and how long a one it was made for."""
+"""The longest row that a model can read, and the longest that it was trained for."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 def most_positions(model: Any) -> int | None:
-    """Tokens after which the model ends in an error, as its table of positions has no more rows; None if it has no such table.
+    """The size of the model's table of positions, beyond which it raises an error; None if it has no such table.
 
     Tables are learned (GPT-2, OPT, BERT), computed once and looked up (GPT-J, CodeGen, CTRL), or biases of a fixed length (MPT).
-    Rotary embeddings that are computed at need, relative positions and ALiBi of other models have no end.
+    Rotary embeddings that are computed when needed, relative positions and ALiBi have no such limit.
 
     Args:
-        model: It, with or without weights.
+        model: The model, with or without weights.
     """
     tokens = model.get_input_embeddings()
     limits = []
@@ -39,7 +39,7 @@ def _of_positions(name: str) -> bool:
 
 
 def trained_positions(config: Any) -> int | None:
-    """The longest rows that a model with rotary embeddings was made for, scaling included; None if its config does not say.
+    """The longest rows that a model with rotary embeddings was trained for, scaling included; None if unknown.
 
     Args:
         config: The model's transformers config.

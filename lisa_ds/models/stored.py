@@ -1,4 +1,4 @@
-"""Tensors where they lie in a safetensors file, read by the slice: what one rank wants of them, and no more.
+"""Tensors in safetensors files, read by the slice: a rank reads only its own part.
 
 A safetensors file is eight bytes (the length of its header, little-endian), the header (JSON: name to dtype, shape and place)
 and the tensors' bytes. It is read, not mapped: pages of a mapping count as the process's own until the file is closed.
@@ -20,7 +20,7 @@ from torch import Tensor
 from lisa_ds.errors import ModelError
 
 CHUNK_BYTES = 2**24
-"""What is held at a time where bytes cannot be read into their place: of another dtype, or on another device."""
+"""Bytes of the buffer for tensors that cannot be read in place: of another dtype, or on another device."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -46,7 +46,7 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-    """Of its first byte in the file."""
+    """Position of its first byte in the file."""
 
     @property
     def numel(self) -> int:
@@ -102,7 +102,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def write(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Write a safetensors file of tensors that lie in others, byte by byte."""
+    """Write a safetensors file of tensors that are in other files, byte by byte."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, stored in tensors.items():

@@ -1,7 +1,7 @@
 """Masked AdamW: one launch over every sampled segment.
 
-``segments`` is what a launch is given, ``reference`` the specification; ``cpu``, ``triton`` and ``cuda`` are held to it, and
-``dispatch`` chooses among them.
+``segments`` describes the input of a launch, ``reference`` is the specification; ``cpu``, ``triton`` and ``cuda`` are
+tested against it, and ``dispatch`` chooses among them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiles ``csrc/``: at first use into the machine's cache, or ahead of time by ``setup.py``.
+"""Compiles the kernels in ``csrc/``: at first use into the machine's cache, or ahead of time by ``setup.py``.
 
 Nothing is tuned to the machine that builds: the CPU kernels choose their instruction set when they run, and the CUDA ones hold
 code for several architectures. This module imports nothing outside the standard library before it is asked to build, since
@@ -45,7 +45,7 @@ class BuildError(Exception):
 
 
 def sources() -> Path:
-    """The directory ``csrc``: beside the package in a checkout, inside of it in an installed one."""
+    """The directory ``csrc``: beside the package in a checkout, inside it when installed."""
     for place in (_HERE.parent / "csrc", _HERE.parent.parent / "csrc"):
         if (place / "cpu").is_dir():
             return place
@@ -66,7 +66,7 @@ def prebuilt(kind: Kind) -> Path | None:
 def library(kind: Kind) -> Path:
     """The compiled library: built ahead of time, or found in the cache, or built into it now.
 
-    Other processes of the machine that want it wait for the one that builds.
+    Other processes of the machine that need it wait for the one that builds it.
 
     Raises:
         BuildError: A compiler or a header is missing, or does not compile it.
@@ -94,7 +94,7 @@ def library(kind: Kind) -> Path:
 
 
 def compiled(kind: Kind) -> Path | None:
-    """The library, if it needs not be compiled any more."""
+    """The library, if it is compiled already."""
     from lisa_ds.cache import cache_dir
 
     found = prebuilt(kind)
@@ -215,7 +215,7 @@ def _place(kind: Kind) -> str:
 
 
 def _fingerprint(kind: Kind) -> str:
-    """Of everything that the library depends on, so that a cache may be shared by versions and kinds of machine."""
+    """A fingerprint of all that the library depends on, so that versions and kinds of machine can share a cache."""
     digest = hashlib.sha256()
     for path in sorted((sources() / kind).iterdir()):
         digest.update(path.name.encode() + path.read_bytes())

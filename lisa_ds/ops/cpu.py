@@ -1,4 +1,4 @@
-"""Masked AdamW on the CPU: the C++ kernels of ``csrc/cpu``, for AVX-512, AVX2 or any processor, whichever runs."""
+"""Masked AdamW on the CPU: the C++ kernels of ``csrc/cpu``, for AVX-512, AVX2 or any other processor."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def masked_adamw_(table: SegmentTable, factor: Tensor, found_inf: Tensor) -> Non
 
 
 def sum_of_squares(table: SegmentTable) -> Tensor:
-    """Of all gradients of the table, float64: ``()``. The number of threads does not change it."""
+    """Sum of the squares of all gradients of the table, float64: ``()``. The number of threads does not change it."""
     _load()
     total = torch.ops.lisa_ds.sum_of_squares(
         table.addresses, len(table.numels), TYPE_CODES[table.layout.grad], torch.get_num_threads()

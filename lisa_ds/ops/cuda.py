@@ -53,7 +53,7 @@ def masked_adamw_(table: SegmentTable, factor: Tensor, found_inf: Tensor) -> Non
 
 
 def sum_of_squares(table: SegmentTable) -> Tensor:
-    """Of all gradients of the table, float64: ``()``. Two stages, each in a fixed order."""
+    """Sum of the squares of all gradients of the table, float64: ``()``. Two stages, each in a fixed order."""
     partials = torch.empty(table.num_blocks, dtype=torch.float64, device=table.device)
     with torch.cuda.device(table.device):
         _check(

@@ -1,4 +1,4 @@
-"""Which backend runs a launch, and what a machine has."""
+"""Chooses the backend of a launch among those that the machine can run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _log = logging.getLogger(__name__)
 
 
-class _Room(Protocol):
+class _BackendModule(Protocol):
     """What each backend's module offers."""
 
     def available(self) -> str | None: ...
@@ -44,21 +44,21 @@ def masked_adamw_(
         table: What to update, and its hyperparameters.
         factor: float32, one element on the table's device: what gradients are multiplied by, such as the clip coefficient over
             the loss scale. None for 1.
-        found_inf: float32, one element: not 0 to change nothing at all, step counts included. None for 0.
+        found_inf: float32, one element: if not 0, nothing is changed, step counts included. None for 0.
         backend: None for the best that is available on the table's device.
 
     Raises:
         EngineError: ``backend`` cannot be used here.
         ValueError: It does not work on the table's device.
     """
-    room = _room(backend, table.device)
+    module = _room(backend, table.device)
     if found_inf is None:
         torch._foreach_add_(table.steps, 1)
     else:
         # One for each: a single tensor would be read on the host, which a capture forbids and a step should not wait for.
         taken = (found_inf == 0).to(torch.float32)
         torch._foreach_add_(table.steps, [taken.reshape(step.shape) for step in table.steps])
-    room.masked_adamw_(table, table.one if factor is None else factor, table.zero if found_inf is None else found_inf)
+    module.masked_adamw_(table, table.one if factor is None else factor, table.zero if found_inf is None else found_inf)
 
 
 def sum_of_squares(table: SegmentTable, *, backend: Backend | None = None) -> Tensor:
@@ -88,7 +88,7 @@ def default_backend(device_type: str) -> Backend:
     return "reference"
 
 
-def _room(backend: Backend | None, device: torch.device) -> _Room:
+def _room(backend: Backend | None, device: torch.device) -> _BackendModule:
     chosen = backend or default_backend(device.type)
     if chosen not in BACKENDS:
         raise EngineError(f"backend: should be one of {', '.join(BACKENDS)}, got {chosen!r}")
@@ -100,5 +100,5 @@ def _room(backend: Backend | None, device: torch.device) -> _Room:
 
 
 @functools.cache
-def _module(backend: Backend) -> _Room:
+def _module(backend: Backend) -> _BackendModule:
     return importlib.import_module(f"lisa_ds.ops.{backend}")

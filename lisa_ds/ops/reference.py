@@ -1,7 +1,7 @@
-"""Masked AdamW in plain torch: the specification that every kernel is held to.
+"""Masked AdamW in plain torch: the specification that every kernel is tested against.
 
 One step of AdamW (Loshchilov & Hutter, arXiv:1711.05101, as ``torch.optim.AdamW`` computes it) over the segments of a table, in
-fp32, then rounded to what the state is kept in. Nothing here is fast, and nothing is clever.
+fp32, then rounded to the format of the state. It is written to be read, not to be fast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MASK = 0xFFFFFFFF
 
 
 def available() -> str | None:
-    """Always; the other backends say here what they lack."""
+    """None: it is always available; other backends return what they lack."""
     return None
 
 
@@ -30,7 +30,7 @@ def masked_adamw_(table: SegmentTable, factor: Tensor, found_inf: Tensor) -> Non
 
 
 def sum_of_squares(table: SegmentTable) -> Tensor:
-    """Of all gradients of the table, in float64: ``()``."""
+    """Sum of the squares of all gradients of the table, float64: ``()``."""
     squares = [segment.grad.double().square().sum() for segment in table.segments]
     return torch.stack(squares).sum()
 
@@ -91,8 +91,9 @@ FOR_WEIGHT, FOR_SECOND_MOMENT = 0, 1
 def random_bits(seed: int, step: int, index: Tensor, purpose: int = FOR_WEIGHT) -> Tensor:
     """16 random bits for each element, from (seed, step, index) alone: ``(numel,)``, int64 below 2**16.
 
-    Two neighbours share a word of 32: the half that rounds the weight of one rounds the second moment of the other. The mixing function is lowbias32 (C. Wellons, hash-prospector), with a key at its start and
-    another in its middle.
+    Two neighbours share a word of 32 bits: the half that rounds the weight of one rounds the second moment of the
+    other. The mixing function is lowbias32 (C. Wellons, hash-prospector), with a key at its start and another in its
+    middle.
 
     Args:
         seed: A segment's 64-bit word, see :func:`lisa_ds.ops.segments.seed_word`.
@@ -145,7 +146,7 @@ def quantise_signed(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise_signed(codes: Tensor, scales: Tensor) -> Tensor:
-    """What :func:`quantise_signed` made codes of, float32."""
+    """The values behind the codes of :func:`quantise_signed`, float32."""
     code = codes.float()
     return code * code.abs() * _spread(scales * (1 / 127**2), codes.numel())
 
@@ -162,7 +163,7 @@ def quantise_unsigned(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise_unsigned(codes: Tensor, scales: Tensor) -> Tensor:
-    """What :func:`quantise_unsigned` made codes of, float32."""
+    """The values behind the codes of :func:`quantise_unsigned`, float32."""
     square = codes.float().square()
     return square * square * _spread(scales * (1 / 255**4), codes.numel())
 

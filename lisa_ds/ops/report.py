@@ -1,4 +1,4 @@
-"""What kernels a machine has, in words."""
+"""Reports in words which kernels a machine can run; for `lisa-ds ops`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _WHAT: dict[Backend, str] = {
 
 
 def lines(*, build: bool) -> list[str]:
-    """One for each backend, and which one tensors on each kind of device are updated by.
+    """A line for each backend, and the backend that is used on each kind of device.
 
     Args:
-        build: Compile what is not compiled yet; otherwise that is only said.
+        build: Compile what is not compiled yet; otherwise that is only reported.
     """
     found = []
     for backend in BACKENDS:

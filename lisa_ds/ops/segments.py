@@ -1,11 +1,12 @@
-"""What one launch updates: a table of segments, each a run of consecutive elements with its own rate, decay and step.
+"""The table of segments that one launch updates: runs of consecutive elements, each with its own rate, decay and step.
 
 Note on the table.
-    The kernels are given no tensors but three small tables: where each segment's tensors lie (64-bit addresses), its
-    hyperparameters, and on a GPU which segment each block of :data:`BLOCK` elements belongs to. So one launch covers tensors
-    that lie anywhere, its grid holds the blocks of the segments in the table and of no others, and what is frozen is neither
-    read nor written. Everything that changes from step to step (rates, step counts, loss scale, clip coefficient) is read on
-    the device, and the tables are rewritten where they lie: a launch captured in a CUDA graph sees what is set later.
+    The kernels take no tensors but three small tables: the 64-bit addresses of each segment's tensors, its
+    hyperparameters, and on a GPU the segment that each block of :data:`BLOCK` elements belongs to. So one launch covers
+    tensors anywhere in memory, its grid holds only the blocks of the segments in the table, and frozen weights are
+    neither read nor written. Everything that changes from step to step (rates, step counts, loss scale, clip
+    coefficient) is read on the device, and the tables are updated in place: a launch captured in a CUDA graph uses the
+    values set later.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Segment:
     exp_avg_sq_scale: Tensor | None = None
 
     stream: int = 0
-    """Tells the random numbers of one segment from those of others, on this and on other ranks."""
+    """Number of the segment's random stream, different from those of other segments, on this and on other ranks."""
 
     @property
     def numel(self) -> int:
@@ -99,7 +100,7 @@ class Segment:
 
     @property
     def tensors(self) -> list[Tensor | None]:
-        """In the order of the table's columns."""
+        """Its tensors, in the order of the table's columns."""
         weight, master = (None, self.weight) if self.in_place_fp32 else (self.weight, self.master)
         return [
             *(weight, self.grad, master, self.exp_avg, self.exp_avg_sq, self.exp_avg_scale, self.exp_avg_sq_scale),
@@ -124,7 +125,7 @@ class Layout:
 
     @property
     def bytes_per_element(self) -> int:
-        """Bytes read and written for an element, the scales of 8-bit moments apart."""
+        """Bytes read and written for an element, without the scales of 8-bit moments."""
         moments = {"fp32": 16, "bf16": 8, "int8": 4}[self.moments]
         weight = self.weight.itemsize if self.weight is not None else 0
         return self.grad.itemsize + moments + (8 + weight if self.has_master else 2 * weight)
@@ -140,7 +141,7 @@ class SegmentTable:
 
     Raises:
         ValueError: Types, sizes or devices do not go together; the message names the segment.
-        EngineError: A CUDA graph is being captured, which would not hold what is uploaded here.
+        EngineError: A CUDA graph is being captured, which would not include the upload of the tables.
     """
 
     def __init__(self, segments: Sequence[Segment], hypers: Sequence[Hyper], *, seed: int = 0) -> None:
@@ -170,10 +171,10 @@ class SegmentTable:
         self.zero = torch.zeros((), dtype=torch.float32, device=self.device)
 
     def point_at(self, segments: Sequence[Segment]) -> None:
-        """Update these in the next launch: of the same types and sizes, wherever they lie now.
+        """Update these in the next launch: segments of the same types and sizes, at their present addresses.
 
         Raises:
-            ValueError: They are others.
+            ValueError: Types or sizes differ.
         """
         if [segment.numel for segment in segments] != self.numels or any(layout_of(s) != self.layout for s in segments):
             raise ValueError("a table is of segments of the same types and sizes; build another one")
@@ -189,7 +190,7 @@ class SegmentTable:
         self._places = places
 
     def let_go(self) -> None:
-        """Keep no tensor alive until :meth:`point_at` is called again."""
+        """Drop the references to all tensors until :meth:`point_at` is called again."""
         self.segments, self.steps = (), []
 
     @property
@@ -245,12 +246,15 @@ class SegmentTable:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is launched now goes into a CUDA graph."""
+    """Whether launches are now being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def write_by_launches(table: Tensor, rows: Sequence[Sequence[int]], before: Sequence[Sequence[int]]) -> None:
-    """Write ``rows`` over ``before`` in ``table`` by launches that hold the numbers, as a graph must: it would read host memory anew."""
+    """Write ``rows`` over ``before`` in ``table`` by kernels with the numbers as arguments.
+
+    A captured copy would read host memory again at each replay.
+    """
     for i, (row, old) in enumerate(zip(rows, before, strict=True)):
         for column, (new, known) in enumerate(zip(row, old, strict=True)):
             if new != known:
@@ -283,7 +287,7 @@ def layout_of(segment: Segment) -> Layout:
 
 
 def seed_word(seed: int, stream: int) -> int:
-    """64 bits that begin a segment's random numbers, as a signed integer; splitmix64 of both numbers."""
+    """The 64-bit seed of a segment's random numbers, as a signed integer; splitmix64 of both numbers."""
     word = (seed * 0x9E3779B97F4A7C15 + (stream + 1) * 0xD1B54A32D192ED03) & (2**64 - 1)
     word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
     word = (word ^ (word >> 27)) * 0x94D049BB133111EB & (2**64 - 1)

@@ -1,10 +1,10 @@
 """Masked AdamW as Triton kernels, for NVIDIA and AMD GPUs; on CPU tensors under ``TRITON_INTERPRET=1``, for tests.
 
 Note on vector width.
-    Addresses come out of a table, so the compiler knows nothing of their alignment. It is told (``tl.multiple_of``) where a whole
-    block of an aligned segment is at hand, and reads that in 128-bit words. A hint sticks to a value wherever it is used, so
-    the pointers of that branch are values of their own; the other branch, for the ends of segments and for those that begin at
-    odd places, keeps pointers of which nothing is claimed.
+    Addresses come from a table, so the compiler does not know their alignment. A hint (``tl.multiple_of``) gives it for
+    whole blocks of aligned segments, which are then read in 128-bit words. A hint applies to a value wherever it is
+    used, so the pointers of that branch are separate values; the other branch, for the ends of segments and for
+    unaligned ones, uses pointers without a hint.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def masked_adamw_(table: SegmentTable, factor: Tensor, found_inf: Tensor) -> Non
 
 
 def sum_of_squares(table: SegmentTable) -> Tensor:
-    """Of all gradients of the table, float64: ``()``. Two stages, each in a fixed order."""
+    """Sum of the squares of all gradients of the table, float64: ``()``. Two stages, each in a fixed order."""
     partial = torch.zeros(table.num_blocks, dtype=torch.float32, device=table.device)
     if table.num_blocks:
         with _on(table.device):
@@ -79,12 +79,12 @@ def sum_of_squares(table: SegmentTable) -> Tensor:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Make ``device`` the current one: Triton launches there, wherever the tensors are."""
     return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 def num_warps(layout: segments.Layout, *, on_amd: bool) -> int:
-    """Warps of a block: so many that registers suffice, and that a thread's part of a tile is 128 bits wide."""
+    """Warps of a block: enough that registers suffice, and that a thread's part of a tile is 128 bits wide."""
     return 4 if on_amd or layout.moments == "int8" else 8
 
 
@@ -118,7 +118,7 @@ def _masked_adamw(
     TILE: tl.constexpr,
     ROUND_EXPLICITLY: tl.constexpr,
 ):
-    """One block of one segment."""
+    """Update one block of one segment."""
     block = tl.program_id(0)
     if tl.load(found_inf_at) == 0.0:
         segment = tl.load(block_segment + block)
@@ -186,7 +186,7 @@ def _masked_adamw(
 
 @triton.jit
 def _sum_of_squares(addresses, block_segment, partial, GRAD: tl.constexpr):
-    """The part of one block."""
+    """The partial sum of one block."""
     block = tl.program_id(0)
     row = addresses + tl.load(block_segment + block) * _ADDRESS_COLUMNS
     start = (block - tl.load(row + _FIRST_BLOCK)) * _BLOCK
@@ -203,7 +203,7 @@ def _sum_of_squares(addresses, block_segment, partial, GRAD: tl.constexpr):
 
 @triton.jit
 def _at(address, KIND: tl.constexpr, start, i, MASKED: tl.constexpr):
-    """Pointers to elements ``start + i`` of what begins at ``address``."""
+    """Pointers to elements ``start + i`` of the tensor at ``address``."""
     if MASKED:
         return address.to(tl.pointer_type(KIND)) + start + i
     return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(KIND)), 16) + start + i
@@ -239,7 +239,7 @@ def _correction(step, log_beta):
 
 @triton.jit
 def _adamw(weight, gradient, first, second, factor, beta2, new1, new2, decay, rate, root, eps, EXACT: tl.constexpr):
-    """``EXACT``: with square root and quotient as IEEE rounds them; else good to two last places, in fewer registers."""
+    """One update. ``EXACT``: IEEE square root and quotient; else good to two last places, in fewer registers."""
     gradient = gradient * factor
     first = first + new1 * (gradient - first)
     second = beta2 * second + new2 * gradient * gradient

@@ -1,4 +1,4 @@
-"""Layer statistics of one run or several: the paper's figure of mean weight norms, visits, probabilities, and a table."""
+"""Reports layer statistics of runs: the paper's figure of mean weight norms, visits, probabilities, and a table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MANY_DOTS = 2000  # ... and above which they would hide it
 
 
 def load(paths: Sequence[str | Path]) -> dict[str, History]:
-    """The histories of runs, by a label that tells them apart.
+    """The histories of runs, each under a label that is unique among them.
 
     Raises:
         DataError: A file is missing or malformed, or holds no recording yet.
@@ -58,11 +58,11 @@ def lines(histories: dict[str, History]) -> list[str]:
 
 
 def draw(histories: dict[str, History], directory: Path, kind: str = "png") -> list[Path]:
-    """Write the figures that there is something to draw for, and return their files.
+    """Write the figures for which there is data, and return their files.
 
     Args:
         histories: From :func:`load`.
-        directory: Made if need be.
+        directory: Where to write; made if need be.
         kind: ``png`` or ``svg``.
 
     Raises:
@@ -120,7 +120,7 @@ def weight_norms(histories: dict[str, History]) -> Any:
 
 
 def visits(histories: dict[str, History]) -> Any:
-    """In how many intervals each block trained, a panel for each run, beside what was to be expected."""
+    """The number of intervals in which each block trained, a panel for each run, with its expected value."""
     figure, panels = _panels(histories, height=2.5)
     for i, (panel, (label, history)) in enumerate(zip(panels, histories.items(), strict=True)):
         counts = list((history.visits() or {}).values())
@@ -144,7 +144,7 @@ def visits(histories: dict[str, History]) -> Any:
 def probabilities(histories: dict[str, History]) -> Any:
     """Each block's probability to be drawn, over the intervals, a panel for each run; dots mark those that were drawn.
 
-    Where a run has recorded no probabilities it is 1 for what trained and 0 for the rest.
+    Without recorded probabilities they are 1 for blocks that trained and 0 for the rest.
     """
     figure, panels = _panels(histories, height=4.4 if _most_blocks(histories) > 40 else 3.4)
     chances = [p for history in histories.values() for line in history.recordings for p in line.probabilities or ()]
@@ -199,7 +199,7 @@ def _most_blocks(histories: dict[str, History]) -> int:
 
 
 def _plain_number(value: float, position: int) -> str:
-    """A tick of a logarithmic axis: 200 and not 2 x 10^2; of the minor ones, not all."""
+    """Label of a tick on a logarithmic axis: 200 and not 2 x 10^2; not all minor ticks have one."""
     leading = f"{value:.0e}"[0]
     return f"{value:g}" if leading in "1235" else ""
 
@@ -249,7 +249,7 @@ def _of(choices: Sequence[str], index: int) -> str:
 
 
 def _labels(histories: Sequence[History]) -> list[str]:
-    """Directory and method of each run; as much of the path as it takes to tell two apart."""
+    """A label for each run: its method, and as much of its path as makes it unique."""
     places = [
         history.path.absolute().parent if history.path.name == statistics.FILE_NAME else history.path
         for history in histories

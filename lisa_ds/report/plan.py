@@ -1,4 +1,4 @@
-"""A plan to be read, as JSON, and as a figure."""
+"""A memory plan as text, as JSON, and as a figure."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _COLOURS = {
 
 @dataclass(frozen=True)
 class PlanReport:
-    """Everything that is told of a plan."""
+    """Everything that a report of a plan contains."""
 
     name: str
-    """Of the model."""
+    """The model's name."""
 
     architecture: Architecture
     run: RunSettings
     forecasts: Mapping[str, Forecast]
-    """By method; the run's own is among them."""
+    """Forecasts by method; the run's own is among them."""
 
     otherwise: Forecast
-    """Of the run's own method, with activation checkpointing where it has none and without where it has."""
+    """Forecast of the run's own method with activation checkpointing switched the other way."""
 
     memory: int | None
     """Bytes of a device, if it is known."""
@@ -52,12 +52,12 @@ class PlanReport:
 
     @property
     def own(self) -> Forecast:
-        """Of the run's own method."""
+        """Forecast of the run's own method."""
         return self.forecasts[self.run.method]
 
     @property
     def fits(self) -> bool | None:
-        """Whether the run's peak leaves the reserve of a device; None where its memory is unknown."""
+        """Whether the run's peak, with the reserve, fits into a device; None where its memory is unknown."""
         return None if self.memory is None else self.own.peak <= usable(self.memory)
 
 
@@ -180,7 +180,7 @@ def figure(report: PlanReport, path: Path) -> None:
 
 
 def too_little_memory(report: PlanReport, device: str) -> str:
-    """One message for a run that is refused because it cannot fit."""
+    """The message for a run that is refused because it cannot fit."""
     assert report.memory is not None
     text = (
         f"the run needs {_gb(report.own.peak)} GB on a rank ({report.own.peak_phase}), and {device} has "

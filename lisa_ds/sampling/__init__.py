@@ -1,4 +1,4 @@
-"""The sampler of a run: its config and its model's number of blocks, turned into a schedule."""
+"""The sampler: from a run's config and its model's number of blocks to a schedule of which blocks train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many blocks an interval draws: always as many, more from given intervals on, or more when the loss stops falling."""
+"""How many blocks an interval draws: a constant, more from given intervals on, or more when the loss stops falling."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class Growth:
         return self._config is not None and self._config.patience is not None
 
     def at(self, interval: int) -> int:
-        """Blocks to draw in ``interval``; where the loss decides, in the next one, whichever is asked for."""
+        """Blocks to draw in ``interval``; where the loss decides, those of the next draw, whatever ``interval`` is."""
         if self._config is None or self._config.schedule is None:
             return self._count
         begun = [begin for begin in self._config.schedule if begin <= interval]
         return self._config.schedule[max(begun)] if begun else self._first
 
     def observe(self, loss: float, affords: Callable[[int], bool] = lambda count: True) -> None:
-        """Take note of an interval's mean training loss, equal on all ranks; draw more blocks if it fell too little for too long.
+        """Record an interval's mean training loss, equal on all ranks; draw more blocks if it has stopped falling.
 
         Args:
             loss: A loss that is not finite counts as not lower.
-            affords: Whether so many blocks fit into the memory budget.
+            affords: Whether this many blocks fit into the memory budget.
         """
         if self._config is None or self._config.patience is None:
             return
@@ -63,11 +63,11 @@ class Growth:
         self._count = wanted
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """What a resumed run needs: plain values."""
         return {"count": self._count, "lowest": self._lowest, "waited": self._waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where :meth:`state_dict` was taken; how many blocks there are to be at first, and at most, is the config's."""
+        """Restore from :meth:`state_dict`; the first and the largest number of blocks come from the config."""
         if self.watches_loss:
             self._count = max(self._first, min(state["count"], self._most))
             self._lowest, self._waited = state["lowest"], state["waited"]

@@ -1,9 +1,10 @@
-"""From scores of blocks to the probability with which each is drawn.
+"""Turns scores of blocks into the probability with which each is drawn.
 
-Two ways to draw by scores are known. *Systematic* draws have the inclusion probabilities that they are asked for: those are
-computed first, by :func:`inclusion_probabilities`, and the draw meets them exactly. *Successive* draws pick one block after the
-other, each time with probability proportional to the scores of those that are left; what inclusion probabilities come of it, by
-:func:`successive_inclusion_probabilities`, is flatter than the scores. Both are pure functions, the same on every rank.
+There are two ways to draw by scores. *Systematic* draws have given inclusion probabilities: those are computed first,
+by :func:`inclusion_probabilities`, and the draw meets them exactly. *Successive* draws pick one block after the other,
+each time with probability proportional to the scores of those that are left; the resulting inclusion probabilities,
+from :func:`successive_inclusion_probabilities`, are flatter than the scores. Both are pure functions, the same on every
+rank.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _NODES = 6  # of the quadrature below, for each e-fold of time: errors under 1e-
 
 
 def weights(scores: Sequence[float], temperature: float | None = None) -> tuple[float, ...]:
-    """Shares of the blocks, summing to one: their scores', or a softmax of these.
+    """Shares of the blocks, which sum to one: proportional to their scores, or a softmax of these.
 
     Args:
         scores: Not negative.
@@ -54,12 +55,13 @@ def weights(scores: Sequence[float], temperature: float | None = None) -> tuple[
 def inclusion_probabilities(shares: Sequence[float], num_sampled: int, floor: float = 0.0) -> tuple[float, ...]:
     """Probabilities proportional to ``shares``, none above 1 nor below the floor, that sum to ``num_sampled``.
 
-    Where a share would ask for more than 1, its block is drawn always, and the others share what is left.
+    A block whose probability would exceed 1 is always drawn, and the others share what is left.
 
     Args:
         shares: Not negative, as :func:`weights` returns them.
         num_sampled: Blocks in a draw, at most as many as there are shares.
-        floor: The least probability, as a part of the uniform one, ``num_sampled / len(shares)``: from 0 (none) to 1 (uniform).
+        floor: The least probability, as a fraction of the uniform one, ``num_sampled / len(shares)``: from 0 (none) to
+            1 (uniform).
 
     Raises:
         ValueError: A number is out of range.
@@ -155,7 +157,7 @@ def _fewer_than(count: int, chances: Sequence[float]) -> list[float]:
 
 
 def _counts(count: int, chances: Sequence[float]) -> list[list[float]]:
-    """After none, one, two, ... of the events: the probabilities that 0, 1, ..., ``count - 1`` of them happen."""
+    """For the first 0, 1, 2, ... events: the probabilities that 0, 1, ..., ``count - 1`` of them happen."""
     exactly = [1.0] + [0.0] * (count - 1)
     result = [exactly]
     for chance in chances:

@@ -1,7 +1,7 @@
-"""Which of embeddings, head and rest train in which interval: like the blocks' draw, a pure function of the seed and the interval.
+"""Which of embeddings, head and rest train in an interval: a pure function of the seed and the interval's index.
 
-A role that is ``sampled`` has a draw of its own, from a seed that no other draw has: which blocks train is the same whatever
-the roles do, and whether the head trains is the same whatever the embeddings do.
+A role that is ``sampled`` has a draw of its own, with its own seed: it does not change which blocks train, and
+embeddings and head do not change each other's draws.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ def roles_at(config: LisaConfig, interval: int, *, num_layers: int, tied: bool) 
     A tied head trains when the embeddings do.
 
     Args:
-        config: The ``lisa`` section; of it, the policies, the seed and how many blocks are sampled.
+        config: The ``lisa`` section; its policies, seed and number of sampled blocks are used.
         interval: Index of the interval, from 0.
         num_layers: Number of blocks of the model.
         tied: Whether its head shares its weight with the embeddings.
 
     Raises:
-        ConfigError: As ``config.num_sampled``.
+        ConfigError: See ``LisaConfig.num_sampled``.
         ValueError: ``interval`` is negative.
 
     Example:

@@ -1,4 +1,4 @@
-"""Which blocks train when: drawn alike, or by scores that somebody measures on the way."""
+"""``LayerSampler``: which blocks train in which interval, drawn uniformly or by scores measured during the run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from lisa_ds.sampling.schedule import draw, draw_by_probability
 
 
 class LayerSampler:
-    """Says which blocks train in which interval.
+    """Draws the blocks that train in each interval.
 
-    Samplers without scores keep no state: any interval may be asked for, in any order. Those by scores draw by the scores that
-    were set last, and uniformly before there are any; :meth:`state_dict` then belongs into a checkpoint.
+    Samplers without scores keep no state: any interval may be asked for, in any order. Samplers by scores use the
+    scores that were set last, and draw uniformly before there are any; their :meth:`state_dict` must be saved in
+    checkpoints.
 
     Args:
         num_layers: Number of blocks of the model.
         config: The ``lisa`` section of a run.
         interval_steps: Optimizer steps of an interval, from :func:`resolve_interval_steps`; may be left out
             where ``config.interval_steps`` is a number of steps.
-        frozen: Blocks that can never train, and are never drawn; the others are drawn as those of a smaller model would be.
+        frozen: Blocks that can never train, and are never drawn; the others are drawn as if they were the whole model.
 
     Raises:
         ConfigError: The config asks for more blocks than can train, for one that cannot, or for none; or it counts in epochs,
@@ -51,7 +52,7 @@ class LayerSampler:
         self.num_layers = num_layers
         """Number of blocks of the model."""
         self.drawable = tuple(layer for layer in range(num_layers) if layer not in frozen)
-        """Those to choose from, ascending."""
+        """The blocks that can be drawn, ascending."""
         self.config = config
         """The ``lisa`` section."""
         self.num_sampled, self.growth = self._numbers(sorted(frozen))
@@ -60,7 +61,7 @@ class LayerSampler:
         if self.interval_steps < 1:
             raise ConfigError(f"{config.where('interval_steps')}: should be 1 or more, got {interval_steps}")
         self.notices: list[str] = []
-        """What the user should be told of the scores, a line each."""
+        """Notices for the user about the scores, a line each."""
         self._scores: tuple[float, ...] | None = None
         self._scored_at = 0
         self._seen: list[float | None] = [None] * num_layers  # moving averages of what the training batches showed
@@ -71,7 +72,7 @@ class LayerSampler:
             self._scores = self._from_norms(config.sampler.lora_norms, config.sampler.full_norms)
 
     def _numbers(self, frozen: list[int]) -> tuple[int, Growth]:
-        """Blocks in the first draw (where their number varies from draw to draw, on average), and how many later draws have."""
+        """The number of blocks in the first draw (if it varies from draw to draw, on average), and of later draws."""
         config, by_name = self.config, self.config.sampler.layers
         if by_name and not set(frozen).isdisjoint(by_name):
             raise ConfigError(
@@ -88,7 +89,7 @@ class LayerSampler:
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """The score of each block; None for samplers without, and before the first are set."""
+        """The score of each block; None for samplers without scores, and before the first are set."""
         return self._scores
 
     def interval_at(self, step: int) -> int:
@@ -96,7 +97,7 @@ class LayerSampler:
         return step // self.interval_steps
 
     def num_sampled_at(self, interval: int) -> int:
-        """Return how many blocks ``interval`` draws; where their number varies from draw to draw, on average."""
+        """Return how many blocks ``interval`` draws; if the number varies from draw to draw, on average."""
         return self.growth.at(interval)
 
     def layers_at(self, interval: int) -> tuple[int, ...]:
@@ -121,7 +122,7 @@ class LayerSampler:
     def probabilities_at(self, interval: int) -> tuple[float, ...]:
         """Return the probability with which each block is in the draw of ``interval``; its expected size is their sum.
 
-        For ``fixed`` they are 0 and 1. For ``cyclic`` they are those of an interval by itself, nothing known of the others.
+        For ``fixed`` they are 0 and 1. For ``cyclic`` they are those of an interval if nothing is known of the others.
         """
         chosen, count = self.config.sampler, self.num_sampled_at(interval)
         if chosen.kind.same_all_along:
@@ -132,7 +133,7 @@ class LayerSampler:
         return tuple(of_layer.get(layer, 0.0) for layer in range(self.num_layers))
 
     def _chances(self, count: int) -> tuple[float, ...]:
-        """Probabilities of what can be drawn, by scores."""
+        """Inclusion probabilities of the blocks that can be drawn, by scores."""
         kind = self.config.sampler.kind
         assert isinstance(kind, ByScores)
         key = (self._scores, count)
@@ -146,7 +147,7 @@ class LayerSampler:
         return result
 
     def lr_scales_of(self, layers: Iterable[int], interval: int) -> dict[int, float]:
-        """Return what the learning rate of each of ``layers`` is multiplied by in ``interval``; none where nothing is."""
+        """Return the learning-rate factor of each of ``layers`` in ``interval``; empty if there are no factors."""
         cap = self.config.sampler.inverse_probability_cap
         if cap is None:
             return {}
@@ -155,7 +156,7 @@ class LayerSampler:
         return {layer: min(cap, uniform / chances[layer]) if chances[layer] else cap for layer in layers}
 
     def needs_scores(self, interval: int) -> bool:
-        """Whether scores are to be measured, and set, before ``interval`` is drawn."""
+        """Whether scores must be measured and set before ``interval`` is drawn."""
         if self.config.sampler.kind.measure is None:
             return False
         return self._scores is None or not self._scored_at <= interval < self._scored_at + self.config.sampler.every
@@ -173,13 +174,13 @@ class LayerSampler:
 
     @property
     def watches_gradients(self) -> bool:
-        """Whether :meth:`observe` is to be told of gradients at the end of each interval."""
+        """Whether :meth:`observe` must be called with gradient norms at the end of each interval."""
         return self.config.sampler.kind.watches_gradients
 
     def observe(self, norms: Sequence[float | None], interval: int) -> None:
-        """Take note of the gradient norms of an interval's blocks; None for blocks that did not train.
+        """Record the gradient norms of an interval's blocks; None for blocks that did not train.
 
-        Blocks that have never trained count with the mean of those that have.
+        Blocks that have never trained get the mean of those that have.
         """
         decay = self.config.sampler.ema_decay
         for layer, norm in enumerate(norms):
@@ -192,12 +193,12 @@ class LayerSampler:
             self.set_scores([mean if average is None else average for average in self._seen], interval)
 
     def hash_at(self, interval: int) -> int:
-        """Return 63 bits on which two ranks, or a checkpoint and the run that resumes it, can compare schedules."""
+        """Return a 63-bit hash of the draw of ``interval``; ranks compare it, and a checkpoint and its resumed run."""
         facts: tuple[Any, ...] = (self.num_layers, self.interval_steps, interval, self.layers_at(interval))
         return fingerprint(facts)
 
     def rule(self) -> int:
-        """Return 63 bits that tell whether another run draws by the same rule; unlike draws by scores, known beforehand."""
+        """Return a 63-bit fingerprint of the rule of draws; unlike draws by scores, it is known in advance."""
         if self.config.sampler.by_scores or self.config.growth is not None:
             keys = ("num_sampled_layers", "sampling_ratio", "seed", "sampler", "growth")
             count = self.num_layers if len(self.drawable) == self.num_layers else self.drawable
@@ -205,7 +206,7 @@ class LayerSampler:
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What the draws to come depend on besides the config: plain values."""
+        """What future draws depend on besides the config: plain values."""
         return {
             "measure": self.config.sampler.kind.measure,
             "scores": self._scores,
@@ -215,7 +216,7 @@ class LayerSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where :meth:`state_dict` was taken."""
+        """Restore from :meth:`state_dict`."""
         kind = self.config.sampler.kind
         if (
             not kind.reads_file and state["measure"] == kind.measure
@@ -263,7 +264,7 @@ def resolve_interval_steps(config: LisaConfig, steps_per_epoch: int | None) -> i
 
     Args:
         config: The ``lisa`` section.
-        steps_per_epoch: Optimizer steps of an epoch; ``None`` where nobody knows it.
+        steps_per_epoch: Optimizer steps of an epoch; ``None`` if unknown.
 
     Raises:
         ConfigError: The config counts in epochs, and the length of an epoch is unknown.
@@ -280,5 +281,5 @@ def resolve_interval_steps(config: LisaConfig, steps_per_epoch: int | None) -> i
 
 
 def fingerprint(facts: Any) -> int:
-    """Return 63 bits of what ``facts`` look like, by which two ranks or runs can tell whether theirs are the same."""
+    """Return a 63-bit fingerprint of ``facts``, by which two ranks or runs can tell whether theirs are equal."""
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1  # fits an int64 tensor

@@ -1,7 +1,7 @@
 """Which blocks train in which interval: a pure function of the seed and the interval's index.
 
-Ranks therefore agree without talking, a resumed run needs nothing but its step, and the next draw is known early.
-Of :mod:`random`, Python promises only that ``random()`` repeats itself for a seed, so nothing else of it is used.
+Ranks therefore agree without communication, a resumed run needs only its step, and the next draw is known in advance.
+Only ``random()`` of :mod:`random` is used: for no other method does Python promise the same numbers from a seed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def draw(
         interval: Index of the interval, from 0.
         num_layers: Number of blocks to choose from.
         num_sampled: Blocks in a draw; for ``bernoulli`` their expected number. At most ``num_layers``.
-        layers: The blocks that ``fixed`` returns; without them ``fixed`` keeps one uniform draw for ever.
+        layers: The blocks that ``fixed`` returns; without them ``fixed`` keeps one uniform draw for the whole run.
 
     Raises:
         ValueError: The sampler does not exist, or a number is out of range.
@@ -81,10 +81,10 @@ def draw_by_probability(
 
 
 def _systematic(stream: random.Random, probabilities: Sequence[float], num_sampled: int) -> tuple[int, ...]:
-    """Lay the blocks in random order end to end, each as long as its probability; take those under marks one apart.
+    """Lay the blocks end to end in random order, each as long as its probability; take those at marks one apart.
 
-    Lengths are whole numbers of 2^-40, so that they add up exactly and no block is longer than the distance of the marks: each
-    is taken at most once, and as many as there are marks.
+    Lengths are multiples of 2^-40, so that they add up exactly and no block is longer than the distance of the marks:
+    each block is taken at most once, and one block for each mark.
     """
     one = 1 << _BITS
     lengths = [min(one, round(chance * one)) for chance in probabilities]
@@ -139,7 +139,7 @@ def _bernoulli(seed: int, interval: int, num_layers: int, num_sampled: int) -> t
 
 
 def _cyclic(seed: int, interval: int, num_layers: int, num_sampled: int) -> tuple[int, ...]:
-    """Deal the blocks like cards, reshuffling when the pack is used up: a cycle deals every block exactly once.
+    """Deal the blocks like cards, and reshuffle when the pack is used up: a cycle deals every block exactly once.
 
     Where the pack runs out inside a draw, the draw is completed from the next one, which is shuffled such that
     the completed draw has no block twice. Cycles thus depend on the one before, but only until a pack and a draw end
@@ -180,4 +180,4 @@ _DRAWS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
     Bernoulli.name: _bernoulli,
     Fixed.name: _fixed,
 }
-"""By the samplers that draw layers alike: blocks from seed, interval, number of blocks and number to draw."""
+"""For samplers with equal probabilities: the function from seed, interval, number of blocks and number to draw."""

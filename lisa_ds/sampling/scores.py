@@ -24,13 +24,13 @@ class LayerScores:
     """The measure: ``grad_norm/accumulated``."""
 
     scores: tuple[float, ...]
-    """Of each block: finite and not negative."""
+    """Score of each block: finite and not negative."""
 
     model: str = ""
-    """What was measured."""
+    """The model that was measured."""
 
     settings: dict[str, Any] = field(default_factory=dict)
-    """On what: data, batches, ranks."""
+    """What it was measured on: data, batches, ranks."""
 
     commit: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -78,9 +78,9 @@ class LayerScores:
 
 
 def ratios(lora: Sequence[float], full: Sequence[float]) -> tuple[float, ...]:
-    """The LISA paper's probabilities before they are made to fit a number of layers: mean weight norms of LoRA by those of full.
+    """The LISA paper's ratios: mean weight norms of a LoRA run over those of full fine-tuning.
 
-    They may come out above 1, where LoRA moved a layer further than full fine-tuning did.
+    They are not scaled to a number of layers yet, and exceed 1 where LoRA moved a layer further than full fine-tuning.
 
     Args:
         lora: The mean weight norm of each block over a LoRA run.

@@ -1,9 +1,9 @@
-"""Statistics of a run's layers, one line of JSON a recording, in ``layers.jsonl``.
+"""The file ``layers.jsonl``: statistics of a run's layers, one line of JSON for each recording.
 
 Note on the file.
-    It is only ever appended to. Every start of a run adds a line that says what runs and which step it goes on from, and every
-    recording a line of its own. What was recorded after that step belongs to a past that the resumed run has not had, so
-    reading forgets it: nothing is counted twice, whatever was killed when.
+    It is only appended to. Every start of a run adds a line that says what runs and from which step it resumes, and
+    every recording adds a line. Earlier recordings of later steps are not part of the resumed run, so the reader drops
+    them: nothing is counted twice, whenever a run was killed.
 
 Units are named ``embeddings``, ``0`` ... (the blocks), ``lm_head`` and ``rest``; those without a weight of their own (a head that is
 tied to the embeddings) are left out.
@@ -22,17 +22,17 @@ from typing import Any
 from lisa_ds.errors import DataError
 
 FILE_NAME = "layers.jsonl"
-"""Of the file in a run's output directory."""
+"""Name of the file in a run's output directory."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A run that starts or goes on, and all it takes to believe what it records."""
+    """A start or resume of a run, with the settings that its recordings belong to."""
 
     step: int
-    """Optimizer steps it has taken before."""
+    """Optimizer steps taken before."""
 
     method: str
     """``lisa``, ``full``, ``lora``."""
@@ -45,7 +45,7 @@ class Start:
     """Whether the head is the embeddings' weight."""
 
     settings: dict[str, Any] = field(default_factory=dict)
-    """Of the run: sampler, learning rate, precision, seed."""
+    """Settings of the run: sampler, learning rate, precision, seed."""
 
     commit: str = "unknown"
     versions: dict[str, str] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Recording:
     """Optimizer steps taken, this one included."""
 
     interval: int
-    """Index of the interval that it is in, from 0; without intervals, of the recording."""
+    """Index of the step's interval, from 0; without intervals, index of the recording."""
 
     weight_norm: dict[str, float | None]
     """After the step, by unit; None where it is not known or not finite. Under LoRA, of the weights with the adapters in them."""
@@ -86,12 +86,12 @@ class Recording:
     """By block: intervals so far in which it trained; None without intervals."""
 
     probabilities: tuple[float, ...] | None = None
-    """By block: with which probability the interval's draw would hold it; None where nothing is drawn."""
+    """By block: its probability in the interval's draw; None where nothing is drawn."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What a run has recorded, without what it has forgotten."""
+    """The recordings of a run, without those that a resume has dropped."""
 
     path: Path
     start: Start
@@ -116,7 +116,7 @@ class History:
 
 
 class Writer:
-    """Appends to a run's file. One rank has one.
+    """Appends to a run's file; only one rank has one.
 
     Args:
         path: The file; it and its directory are made if need be.
@@ -148,9 +148,9 @@ class Writer:
 
 
 def read(path: str | Path) -> History:
-    """What a run has recorded.
+    """The recordings of a run.
 
-    A last line that a killed run did not come to finish is passed over, with a notice.
+    A last line that a killed run did not finish is skipped, with a notice.
 
     Args:
         path: The file, or the run's output directory.
@@ -185,12 +185,12 @@ def read(path: str | Path) -> History:
 
 
 def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The same with None for what JSON has no word for: norms of a run that diverged."""
+    """The same with None for values that JSON cannot hold: norms of a run that diverged."""
     return {unit: value if value is not None and math.isfinite(value) else None for unit, value in values.items()}
 
 
 def count_visits(blocks: int, history: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """In how many of the sets of ``history`` each of ``blocks`` is.
+    """For each of ``blocks``, the number of sets in ``history`` that contain it.
 
     Example:
         >>> count_visits(3, [(0, 2), (2,)])
@@ -257,7 +257,7 @@ def _check_units(path: Path, number: int, start: Start, line: Recording) -> None
 
 
 def _cut_unfinished_line(path: Path) -> None:
-    """What a killed run began to write would be joined to the next line."""
+    """Remove the unfinished line of a killed run, to which the next line would be joined."""
     if not path.exists():
         return
     with path.open("rb+") as file:

@@ -1,6 +1,6 @@
-"""Runs a :class:`~lisa_ds.RunConfig`: data, model, training, export and the numbers of it all.
+"""Runs a :class:`~lisa_ds.RunConfig`: data, model, training, export and a summary.
 
-``command`` is the command line and loads nothing heavy, ``arguments`` the ``training`` and ``deepspeed`` sections, ``checks``
-all that is asked before data is read (``packages``, ``effects``, ``preflight``), ``fit`` model and data held against each other,
-``run`` the run itself, ``summary`` what it says at the end.
+``command`` is the command line and loads nothing heavy, ``arguments`` turns the ``training`` and ``deepspeed`` sections
+into transformers' arguments, ``checks`` refuses a run before data is read (with ``packages``, ``effects``,
+``preflight``), ``fit`` compares model and data, ``run`` is the run itself, ``summary`` its report at the end.
 """

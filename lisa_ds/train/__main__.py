@@ -1,4 +1,4 @@
-"""A rank: ``deepspeed --module lisa_ds.train --lisa_config FILE``, from a checkout or without one."""
+"""Entry point of a rank: ``deepspeed --module lisa_ds.train --lisa_config FILE``, from a checkout or without one."""
 
 import sys
 

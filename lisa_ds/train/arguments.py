@@ -1,4 +1,4 @@
-"""From the ``training`` and ``deepspeed`` sections to transformers' own arguments, with every mistake told beforehand."""
+"""Turns the ``training`` and ``deepspeed`` sections into transformers' arguments; reports every mistake beforehand."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _REFUSALS = (
 
 
 def check(config: RunConfig) -> dict[str, Any]:
-    """The ``training`` section, held against transformers' own class; nothing has been loaded or written yet.
+    """The ``training`` section, checked against transformers' own class; nothing has been loaded or written yet.
 
     Raises:
         ConfigError: Every mistake in ``training``, and every contradiction with ``deepspeed``, one a line.
@@ -102,7 +102,7 @@ def defaults() -> dict[str, Any]:
 
 
 def _check_optimizer(config: RunConfig, given: Mapping[str, Any], origin: Origin) -> None:
-    """What the engine would refuse once the weights are loaded."""
+    """Refuse optimizers that the engine would refuse once the weights are loaded."""
     if config.method != "lisa" or config.lisa.optimizer.name != "masked_adamw":
         return
     optim = given.get("optim")
@@ -128,7 +128,7 @@ def _check_optimizer(config: RunConfig, given: Mapping[str, Any], origin: Origin
 
 
 def _check_combinations(given: Mapping[str, Any], origin: Origin) -> None:
-    """What transformers, accelerate or torch would refuse once the weights are loaded, or what would not be as it says.
+    """Refuse combinations that fail once the weights are loaded, or that have another effect than they say.
 
     Raises:
         ConfigError: Names key and value, and what to write.
@@ -181,12 +181,12 @@ def holds_out(config: RunConfig) -> bool:
 
 
 def build(config: RunConfig, given: Mapping[str, Any], *, resumed: bool) -> TrainingArguments:
-    """Transformers' arguments for a run. Building them starts the process group, and has models load partitioned.
+    """Transformers' arguments for a run. Building them starts the process group, and makes models load partitioned.
 
     Args:
         config: The run.
         given: Its ``training`` section, from :func:`check`.
-        resumed: Whether it continues a checkpoint.
+        resumed: Whether it resumes from a checkpoint.
 
     Raises:
         ConfigError: Transformers refuses a combination of values.
@@ -214,7 +214,7 @@ def build(config: RunConfig, given: Mapping[str, Any], *, resumed: bool) -> Trai
 
 
 def _try_scheduler(args: TrainingArguments) -> None:
-    """Have a schedule refuse its settings now; the trainer asks it after the model has been loaded."""
+    """Build the learning-rate scheduler once, so that wrong settings are refused before the model is loaded."""
     nothing = torch.optim.SGD([torch.zeros(1, device="cpu")], lr=args.learning_rate)
     get_scheduler(args.lr_scheduler_type, nothing, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
 
@@ -265,7 +265,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
 
 
 def _early_stopping(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers' early stopping asks of the other arguments, as defaults."""
+    """Defaults of other arguments that transformers' early stopping requires."""
     if "early_stopping_patience" not in given:
         return {}
     saving = given.get("save_strategy")
@@ -281,14 +281,14 @@ def _early_stopping(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _section() -> type[Section]:
-    """Transformers' class as a section of ours."""
+    """Transformers' class as a config section of this package."""
     hints = typing.get_type_hints(TrainingArguments)
     names = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     return section({name: hints[name] for name in names if name not in _ELSEWHERE}, elsewhere=_ELSEWHERE)
 
 
 def _under_present_names(given: dict[str, Any], origin: Origin) -> dict[str, Any]:
-    """Transformers renamed two arguments on the way; both names are accepted with every release."""
+    """Rename two arguments that transformers has renamed; both names are accepted with every release."""
     known = _section().model_fields
     if "activation_checkpointing" not in known:
         return given

@@ -1,4 +1,4 @@
-"""All that is asked of a run before its data is read: nothing has been loaded or written when it is refused."""
+"""All checks of a run before its data is read: when it is refused, nothing has been loaded or written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that may start, as far as can be told without its data."""
+    """A run that has passed all checks that need no data."""
 
     given: dict[str, Any]
     """Its ``training`` section, under the names of the installed transformers."""
@@ -33,7 +33,7 @@ class Checked:
 
 
 def check(config: RunConfig, *, force: bool = False) -> Checked:
-    """Hold a run against the libraries that will read it, its method and its model against each other, and its size against the device.
+    """Check a run against the libraries that read it, its method against its model, and its size against the device.
 
     Args:
         config: The run.
@@ -69,7 +69,7 @@ def check(config: RunConfig, *, force: bool = False) -> Checked:
 
 
 def check_writable(config: RunConfig) -> None:
-    """Refuse an output directory that cannot be made or written to: the trainer would, but with a model loaded, and a traceback.
+    """Refuse an output directory that cannot be made or written to; the trainer would fail only once a model is loaded.
 
     Raises:
         ConfigError: It cannot.

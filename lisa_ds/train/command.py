@@ -1,4 +1,4 @@
-"""``launch/train.py``'s command line. Nothing heavy is loaded before the config has been read."""
+"""The command line of a rank, as of ``launch/train.py``. Nothing heavy is loaded before the config has been read."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lisa_ds.errors import LisaError
 from lisa_ds.train import stages
 
 RANK_0_SPEAKS_S = 10.0
-"""How long another rank waits, after an error, for the launcher to end it because rank 0 has told of the same."""
+"""Seconds that another rank waits, after an error, for the launcher to end it because rank 0 has reported the same."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as a config says.
 
     Returns:
-        The exit code: 0, also for a run that a signal has ended in good order, or 2 after an error that is the user's to
-        put right; those of :func:`lisa_ds.terminal.run` after Ctrl-C or a closed pipe. Anything else is raised.
+        The exit code: 0, also for a run that a signal has ended in an orderly way, or 2 after an error that the user
+        can fix; those of :func:`lisa_ds.terminal.run` after Ctrl-C or a closed pipe. Anything else is raised.
     """
 
     def rank() -> int:
@@ -78,7 +78,7 @@ def tell(error: LisaError) -> int:
 
 
 def build_parser() -> terminal.Parser:
-    """That of a rank."""
+    """The argument parser of a rank."""
     parser = terminal.Parser(
         prog="deepspeed launch/train.py",
         description="Fine-tune a language model by LISA under DeepSpeed ZeRO-3, as one file describes it.",
@@ -96,7 +96,7 @@ def build_parser() -> terminal.Parser:
 
 
 def _prepare_environment() -> None:
-    """Fill in what no launcher has set, before torch reads it."""
+    """Set the environment variables that no launcher has set, before torch reads them."""
     environment.fill()
     on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     # Ranks that each take every core only get in each other's way.

@@ -1,4 +1,4 @@
-"""Keys of ``training`` that would do nothing in this run: told, once, so that nothing that is written is ignored without a word."""
+"""Finds keys of ``training`` that have no effect in this run; they are reported once, not silently ignored."""
 
 from __future__ import annotations
 
@@ -120,11 +120,11 @@ _NEED_HELD_OUT = ("per_device_eval_batch_size",)
 
 
 def without(given: Mapping[str, Any], defaults: Mapping[str, Any], *, holds_out: bool) -> list[tuple[str, str]]:
-    """The keys that do nothing in this run, and why, in the order in which they were written.
+    """The keys that have no effect in this run, and why, in the order in which they were written.
 
     Args:
         given: The ``training`` section.
-        defaults: Transformers' own values; a key that has its default is no wish.
+        defaults: Transformers' own values; a key that has its default is not reported.
         holds_out: Whether the run has held-out data.
     """
     found = []

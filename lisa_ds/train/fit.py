@@ -1,4 +1,4 @@
-"""Model and data held against each other, before any weight is read: token ids against embeddings, rows against positions."""
+"""Checks that model and data fit, before any weight is read: token ids and embeddings, row lengths and positions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _log = logging.getLogger(__name__)
 
 
 def check_length(config: RunConfig, model: Any) -> None:
-    """Hold ``data.max_length``, if it is given, against the positions that the model has or was made for.
+    """Check ``data.max_length``, if it is given, against the positions that the model has or was trained for.
 
     Args:
         config: The run.
         model: Its model, without weights.
 
     Raises:
-        ConfigError: The model has a table of positions, which ends before.
+        ConfigError: The model has a table of positions, which is shorter.
     """
     length, where = config.data.max_length, config.where("data.max_length")
     most = most_positions(model)
@@ -43,10 +43,10 @@ def check_length(config: RunConfig, model: Any) -> None:
 
 
 def check_rows(config: RunConfig, model: Any, tokenizer: Any, *data_sets: Any) -> None:
-    """Hold the tokens of all rows against the rows of the embedding, and the longest row against the model's positions.
+    """Check the tokens of all rows against the embedding's size, and the longest row against the model's positions.
 
     Raises:
-        ModelError: A token, or that which pads, has no row in the embedding.
+        ModelError: A token, or the padding token, has no row in the embedding.
         ConfigError: A row is longer than the model's table of positions.
     """
     rows = model.get_input_embeddings().num_embeddings

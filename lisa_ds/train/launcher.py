@@ -1,7 +1,8 @@
-"""The stock ``deepspeed`` launcher, started for a run: how many ranks, on which port, and what becomes of signals.
+"""Starts the stock ``deepspeed`` launcher for a run: number of ranks, port, and forwarding of signals.
 
-The launcher kills its ranks when it is signalled, 30 seconds later by force. So it is started in a process group of its own, and
-what this process hears goes to the ranks alone, which save and leave: :mod:`lisa_ds.cluster.preemption`.
+The launcher kills its ranks when it is signalled, 30 seconds later by force. So it is started in a process group of its
+own, and signals to this process are passed on to the ranks alone, which save and stop:
+:mod:`lisa_ds.cluster.preemption`.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ from lisa_ds.terminal import INTERRUPTED, READER_GONE
 MODULE = "lisa_ds.train"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 TO_RANKS = signal.SIGUSR1
-"""What ranks are sent, whatever has come: SIGTERM would have the launcher kill them."""
+"""The signal sent to ranks, whichever was received: SIGTERM would have the launcher kill them."""
 
 ONE_SIGNAL_S = 1.0
-"""Within it, all are one: `timeout` sends its own twice, and so do a terminal that closes and the shell in it."""
+"""Seconds within which all signals count as one: `timeout` sends its own twice, as do a closing terminal and its
+shell."""
 
 LAST_WORDS_S = 5.0
-"""How long the output of a run is read after its end: a tracker's helper that outlives it may keep it open."""
+"""Seconds for which output is read after a run's end: a tracker's helper process that outlives it may keep it open."""
 
 
 @dataclass(frozen=True)
 class Where:
-    """On what a run is started, as the command line says."""
+    """Where a run is started, as the command line says: hosts, GPUs, port."""
 
     num_gpus: int | None = None
     hostfile: Path | None = None
@@ -47,7 +49,7 @@ class Where:
 
 
 def num_devices() -> int:
-    """GPUs that torch sees; without a driver it is not even asked, for it takes seconds to load."""
+    """GPUs that torch sees; without a driver torch is not imported, which takes seconds."""
     if not any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg")):
         return 0
     import torch
@@ -64,7 +66,7 @@ def options(where: Where, devices: int, environ: Mapping[str, str]) -> list[str]
         environ: Of this process.
 
     Raises:
-        ConfigError: There are not as many GPUs, or this process is one of several ranks itself.
+        ConfigError: There are fewer GPUs than asked for, or this process is one of several ranks itself.
     """
     names = environment.started_by_mpi(environ)
     ranks = int(environ.get("WORLD_SIZE") or environ.get("SLURM_STEP_NUM_TASKS") or (names and environ[names[2]]) or 1)
@@ -100,15 +102,15 @@ def options(where: Where, devices: int, environ: Mapping[str, str]) -> list[str]
 
 
 def launch(options: Sequence[str], arguments: Sequence[str], environ: Mapping[str, str], *, remote: bool) -> int:
-    """Say what is started, start the launcher, and stay until it has ended.
+    """Print the command, start the launcher, and wait until it has ended.
 
-    The first of :data:`SIGNALS`, or the end of whoever reads the output, has the run save after its step and leave; a second
-    SIGINT or SIGTERM ends it at once.
+    After the first of :data:`SIGNALS`, or when the reader of the output is gone, the run saves after its step and
+    stops; a second SIGINT or SIGTERM ends it at once.
 
     Args:
-        options: The launcher's.
-        arguments: Of each rank.
-        environ: For all of them.
+        options: The launcher's options.
+        arguments: Arguments of each rank.
+        environ: Environment of all of them.
         remote: Whether ranks are on other hosts: the launcher itself is signalled then, and ends them.
 
     Returns:
@@ -152,7 +154,7 @@ def launch(options: Sequence[str], arguments: Sequence[str], environ: Mapping[st
 
 
 class _Watch:
-    """What has been heard while the launcher runs."""
+    """The signals received while the launcher runs."""
 
     def __init__(self) -> None:
         self.heard: list[int] = []
@@ -165,7 +167,7 @@ class _Watch:
             self.heard.append(number)
 
     def relay(self, process: subprocess.Popen[bytes]) -> None:
-        """Pass on what ranks say, for as long as somebody reads it: they would die of a closed pipe, each with a traceback."""
+        """Pass on the ranks' output while somebody reads it: a closed pipe would end each rank with a traceback."""
         assert process.stdout is not None
         while piece := os.read(process.stdout.fileno(), 1 << 16):
             while piece and not self.reader_gone:
@@ -202,7 +204,7 @@ class _Watch:
 
 
 def _be_deaf() -> None:
-    """In the launcher, before it is one: what is meant for the ranks does not end it. They set handlers of their own."""
+    """In the launcher's process, before it starts: ignore signals meant for the ranks, which set their own handlers."""
     signal.signal(TO_RANKS, signal.SIG_IGN)
 
 

@@ -1,4 +1,4 @@
-"""What ``training`` names that is a package of its own, or that does not work under ZeRO-3: refused before anything is loaded."""
+"""Refuses values of ``training`` that need a missing package or do not work under ZeRO-3, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ LIGER_AT_LEAST = "0.3.0"
 
 
 def check(given: Mapping[str, Any], origin: Origin, *, model_type: str | None = None) -> None:
-    """Refuse what is not installed, or cannot work here.
+    """Refuse what is not installed, or cannot work under ZeRO-3.
 
     Args:
         given: The ``training`` section.
         origin: Where it was read.
-        model_type: Of the model, where it is known by now.
+        model_type: The model's type, if it is known by now.
 
     Raises:
         ConfigError: Names the key, its value and what to install or to write.
@@ -84,7 +84,7 @@ def _check_trackers(report_to: str | list[str] | None, origin: Origin) -> None:
 
 
 def _has_tracker(name: str) -> bool:
-    """Whether transformers knows a tracker and can import it. It asks by importing, which takes seconds: not of others."""
+    """Whether transformers knows a tracker and can import it; only this one is imported, as that takes seconds."""
     function = {"azure_ml": "azureml", "comet_ml": "comet"}.get(name, name)
     available = getattr(integrations, f"is_{function}_available", None)
     return available is not None and bool(available())

@@ -1,4 +1,4 @@
-"""Whether a run can fit, asked before its weights or data are read."""
+"""Checks that a run fits into memory, before its weights or data are read."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ _log = logging.getLogger(__name__)
 def check_memory(config: RunConfig, *, force: bool = False) -> str | None:
     """Refuse a run that cannot fit into this machine's devices, or whose export cannot fit into the host.
 
-    A model whose architecture the planner does not know, or whose layers ranks share, is held to the size of its weights
-    and optimizer state alone.
+    If the planner does not know the architecture, or ranks share layers, only weights and optimizer state are counted.
 
     Args:
         config: The run.
@@ -46,7 +45,7 @@ def check_memory(config: RunConfig, *, force: bool = False) -> str | None:
 
 
 def _plan(config: RunConfig) -> tuple[str | None, str | None]:
-    """The plan in a line, and what is wrong with it."""
+    """The plan in a line, and the reason why it does not fit, if so."""
     device, memory = _device()
     if config.tensor_parallel() != 1:  # it knows no gathered parts of layers, nor their activations
         return None, _state_alone(config, memory, device)
@@ -106,7 +105,7 @@ def _state_alone(config: RunConfig, memory: int, device: str) -> str | None:
 
 
 def _device() -> tuple[str, int]:
-    """What a rank computes on, in words, and its bytes."""
+    """The device of a rank, in words, and its memory in bytes."""
     if torch.cuda.is_available():
         index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         return torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).total_memory

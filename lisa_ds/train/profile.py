@@ -1,4 +1,4 @@
-"""``lisa-ds profile``: every layer of a run's model scored on its training data, without training it."""
+"""``lisa-ds profile``: scores every layer of a run's model on its training data, without training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def profile(config: RunConfig, *, out: Path, score: str | None = None) -> LayerS
     Every rank calls it.
 
     Args:
-        config: A run; of its sampler, what is measured and on how many batches.
+        config: A run; its sampler says what is measured, and on how many batches.
         out: The file, written by rank 0.
         score: ``accumulated``, ``mean`` (of gradients), ``empirical``, ``hutchinson`` (of the curvature) or ``weight_norm``; None
             for what the run's sampler measures.
@@ -85,13 +85,13 @@ def profile(config: RunConfig, *, out: Path, score: str | None = None) -> LayerS
 
 
 def _measuring(lisa: LisaConfig, score: str | None) -> LisaConfig:
-    """The same section with a sampler that measures what is asked for."""
+    """The same section with a sampler that measures ``score``."""
     # Nothing trains.
     return lisa.model_copy(update={"interval_steps": 1, "growth": None, "sampler": lisa.sampler.measuring(score)})
 
 
 def _check_target(out: Path) -> None:
-    """Before anything is loaded."""
+    """Refuse a target that exists or cannot be written, before anything is loaded."""
     if out.exists():
         raise ConfigError(f"command line: --out: {out} exists already; remove it, or name another file")
     place = next(path for path in out.absolute().parents if path.exists())
@@ -118,7 +118,7 @@ def _batches(
 
 
 def _finished(args: Any, model: nn.Module) -> dict[str, Any]:
-    """The DeepSpeed config without ``auto``, as transformers finishes it."""
+    """The DeepSpeed config with ``auto`` replaced, as transformers does it."""
     deepspeed = args.hf_deepspeed_config
     deepspeed.trainer_config_process(args)
     deepspeed.trainer_config_finalize(args, model, 1)

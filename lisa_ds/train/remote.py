@@ -1,4 +1,4 @@
-"""Other hosts, which DeepSpeed's launcher reaches over ssh: whether they can be reached, and what they are told of this one."""
+"""Other hosts, which DeepSpeed's launcher reaches over ssh: checks them, and exports environment variables to them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SSH_TIMEOUT_S = 10
 _PASSED_ON = re.compile(
     r"PATH|VIRTUAL_ENV|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|(DS|GLOO|HF|LISA|TORCH|TRITON|WANDB)_[A-Z0-9_]+"
 )
-"""Besides what the launcher passes on by itself: names that begin with PYTHON, NCCL and a few more."""
+"""Variables passed on besides those of the launcher itself: names that begin with PYTHON, NCCL and a few more."""
 
 
 def check_hosts(hostfile: Path) -> int:
-    """Try what the launcher needs to reach the hosts of a file; it would end with a traceback.
+    """Check that the hosts of a file can be reached as the launcher needs; it would fail with a traceback.
 
     Returns:
         How many there are.
@@ -44,12 +44,12 @@ def check_hosts(hostfile: Path) -> int:
 
 
 def exports(environ: Mapping[str, str]) -> Iterator[str]:
-    """Lines of the file from which the launcher tells ranks on all hosts of variables, ``DS_ENV_FILE``.
+    """Lines of the file (``DS_ENV_FILE``) from which the launcher sets environment variables on all hosts.
 
     ``LISA_ENV`` names others, separated by spaces.
 
     Raises:
-        ClusterError: A value cannot be passed on by way of a shell.
+        ClusterError: A value cannot be passed on through a shell.
     """
     wanted = environ.get("LISA_ENV", "").split()
     for name, value in environ.items():

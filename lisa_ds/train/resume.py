@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and whether it can."""
+"""Finds the checkpoint that a run resumes from, and checks that it can."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def find_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
-    """The checkpoint to continue from.
+    """The checkpoint to resume from.
 
     Raises:
         CheckpointError: The one asked for is missing or incomplete.
@@ -51,7 +51,7 @@ def find_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
 
 
 def tell(checkpoint: Path | None, resume: str | None, args: TrainingArguments) -> None:
-    """Say where a run that is resumed goes on, on rank 0."""
+    """Print on rank 0 where a resumed run goes on."""
     if resume is None or args.process_index != 0:
         return
     if checkpoint is None:
@@ -72,7 +72,7 @@ def _refuse_used(config: RunConfig, output_dir: Path) -> None:
 
 
 def restore_patience(trainer: Any, checkpoint: Path | None) -> None:
-    """How long early stopping has waited already: the trainer saves that, but begins anew when it resumes."""
+    """Restore the patience counter of early stopping: the trainer saves it, but starts from 0 when it resumes."""
     if checkpoint is None:
         return
     saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]
@@ -83,12 +83,13 @@ def restore_patience(trainer: Any, checkpoint: Path | None) -> None:
 
 
 def check_order(checkpoint: Path | None, order: dict[str, Any], *, begins_anew: bool) -> None:
-    """Hold the order of rows against the one that a checkpoint was saved in.
+    """Compare the order of rows with that of the run that saved the checkpoint.
 
     Args:
-        checkpoint: Which is continued, if one is.
+        checkpoint: The checkpoint to resume from, if there is one.
         order: This run's, from :func:`~lisa_ds.integrations.order.order_of`.
-        begins_anew: Whether the run is told not to go on where the checkpoint stopped, but at the beginning of an epoch.
+        begins_anew: Whether the run begins a new epoch instead of going on at the checkpoint's row
+            (``ignore_data_skip``).
 
     Raises:
         CheckpointError: Rows would be left out, or seen twice.
@@ -130,7 +131,7 @@ def _ranks(checkpoint: Path) -> int:
 
 
 def _missing(checkpoint: Path) -> str | None:
-    """The first thing that a killed process did not come to write; the trainer writes them in this order."""
+    """The first missing part of an incomplete checkpoint, in the order in which the trainer writes them."""
     if not (checkpoint / "latest").is_file():
         return "latest"
     ranks = _ranks(checkpoint)

@@ -1,4 +1,4 @@
-"""One run, from its config to an exported model."""
+"""One training run, from its config to an exported model."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def run(
         config: The run.
         resume: ``auto`` for the last complete checkpoint in ``output_dir`` if there is one, or the path of a checkpoint.
         force: Whether to try a run that the planner says cannot fit.
-        preemption: Hears the signals upon which the run saves and leaves.
+        preemption: Receives the signals after which the run saves and stops.
 
     Raises:
-        Preempted: One has come, on some rank. ``--resume auto`` continues the run; it has exported nothing.
+        Preempted: Some rank has received one. ``--resume auto`` continues the run; nothing has been exported.
         LisaError: Something is wrong with config, data, model or checkpoint. Nothing has been written.
     """
     stages.begin("checking the run and planning its memory")
@@ -166,10 +166,10 @@ def _layer_statistics(config: RunConfig, trainer: LabelLogitsTrainer) -> LayerSt
 
 
 def _num_classes(config: RunConfig, *data_sets: Any) -> int:
-    """Classes of the head: as many as the config says, or as the data has.
+    """Number of classes of the head, from the config or else the data.
 
     Raises:
-        ConfigError: The data has more, which the loss would find out by an index out of range, or a single one.
+        ConfigError: The data has more classes, for which the loss would index out of range, or a single one.
     """
     found = max(data.num_labels(rows) or 0 for rows in data_sets if rows is not None)
     if found < 2:
@@ -182,7 +182,7 @@ def _num_classes(config: RunConfig, *data_sets: Any) -> int:
 
 @contextmanager
 def _removed_if_left_empty(directory: Path) -> Iterator[None]:
-    """The trainer makes its directory before its engine is built: after an error there, leave nothing behind."""
+    """Remove the directory if it is left empty: the trainer makes it before its engine is built, which may fail."""
     new = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a run is doing while it prints nothing else: a line before everything that takes long."""
+"""Progress messages of a run: a line before everything that takes long."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import os
 
 
 def begin(what: str) -> None:
-    """Say that ``what`` begins, on rank 0; loads nothing."""
+    """Print on rank 0 that ``what`` begins; imports nothing heavy."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{what} ...", flush=True)

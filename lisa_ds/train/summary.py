@@ -1,4 +1,4 @@
-"""What a run says at its end, on the console and as records."""
+"""The summary of a finished run, on the console and as records."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Summary:
 
     method: str
     steps: int
-    """Steps of the trainer, each with rows of its own; those before a resume included."""
+    """Steps of the trainer, each with rows of its own, those before a resume included."""
 
     skipped_steps: int
-    """Of those, how many moved no weight, as their gradients were not finite."""
+    """How many of those changed no weight, as their gradients were not finite."""
 
     loss_before: float | None
     """Held-out loss before the first step; None without held-out data."""
 
     loss_after: float | None
     live: Mapping[str, int]
-    """Model state that was alive in the last interval, by kind."""
+    """Bytes of live model state in the last interval, by kind."""
 
     full: Mapping[str, int]
-    """What full fine-tuning would keep alive, by the planner."""
+    """Bytes that full fine-tuning would keep, according to the planner."""
 
     num_layers: int
     layers_visited: tuple[int, ...]
@@ -43,7 +43,7 @@ class Summary:
     """Tokens trained on by all ranks since the start or resume, padding not counted."""
 
     seconds: float
-    """Time that took, waiting for data included; evaluations and checkpoints are apart."""
+    """Seconds of training, waiting for data included, evaluations and checkpoints not."""
 
     world_size: int
     device: str
@@ -51,13 +51,13 @@ class Summary:
     """Where the exported model is."""
 
     throughput: Mapping[str, float] = field(default_factory=dict)
-    """Since the start or resume, by the keys that log entries have too."""
+    """Throughput since the start or resume, under the keys of log entries."""
 
     rows_without_labels: int = 0
-    """Rows of all ranks from which nothing was learned, since the start or resume."""
+    """Rows of all ranks without any label, since the start or resume."""
 
     def lines(self) -> list[str]:
-        """The summary to be read."""
+        """The summary as text."""
         live, full = (sum(table[kind] for kind in SAMPLED_KINDS) for table in (self.live, self.full))
         kinds = ", ".join(f"{kind} {self.live[kind] / 1e6:.1f}" for kind in SAMPLED_KINDS)
         lines = [] if self.loss_before is None else [f"held-out loss {self.loss_before:.4f} -> {self.loss_after:.4f}"]

@@ -1,1 +1,1 @@
-"""What every engine needs of a LISA run and no framework knows: draws, who trains when, where backward may stop."""
+"""LISA for any framework: draws, policies, learning-rate warm-up, norm-growth limiter, cut-off of backward."""

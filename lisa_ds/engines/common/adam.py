@@ -1,4 +1,4 @@
-"""Is it Adam? Whose update follows from its moments, and whose is AdamW's: asked before one is replaced, and to know its norm."""
+"""Recognises Adam and AdamW: before an optimizer is replaced, and to compute an update's norm from its moments."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _DEEPSPEED_ADAMS = ("FusedAdam", "DeepSpeedCPUAdam")  # by name: an engine need 
 
 
 def is_adam(optimizer: Any) -> bool:
-    """Whether the update of ``optimizer`` follows from its moments as Adam's or AdamW's does; a subclass may have a step of its own."""
+    """Whether the update of ``optimizer`` follows from its moments as Adam's or AdamW's; subclasses may differ."""
     if isinstance(optimizer, torch.optim.Adam):
         return inspect.unwrap(type(optimizer).step) is inspect.unwrap(torch.optim.Adam.step)
     return isinstance(optimizer, MaskedAdamW) or type(optimizer).__name__ in _DEEPSPEED_ADAMS
 
 
 def decouples(optimizer: Any, group: Mapping[str, Any]) -> bool:
-    """Whether an Adam takes the weight decay of ``group`` off the weights, as AdamW does, and does not add it to the gradient."""
+    """Whether an Adam applies the weight decay of ``group`` to the weights (decoupled), not to the gradient."""
     return (
         isinstance(optimizer, (torch.optim.AdamW, MaskedAdamW))
         or bool(group.get("decoupled_weight_decay"))
@@ -30,7 +30,7 @@ def decouples(optimizer: Any, group: Mapping[str, Any]) -> bool:
 
 
 def not_adamw(optimizer: Any) -> str | None:
-    """Why the update of ``optimizer`` is not AdamW's, to follow its name; None if it is."""
+    """Why the update of ``optimizer`` is not AdamW's, as text that follows its name; None if it is."""
     groups = optimizer.param_groups
     if any(group.get("amsgrad") or group.get("maximize") for group in groups):
         return "is set to amsgrad or maximize"

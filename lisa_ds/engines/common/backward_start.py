@@ -1,10 +1,10 @@
-"""Where backward may stop: with the embeddings frozen, nothing below the lowest sampled block needs a gradient.
+"""Cut-off of backward: with the embeddings frozen, nothing below the lowest sampled block needs a gradient.
 
-Autograd finds that out by itself, except under reentrant activation checkpointing: a checkpointed block whose inputs need
+Autograd stops there by itself, except under reentrant activation checkpointing: a checkpointed block whose inputs need
 no gradient yields an output that needs none, and the sampled block's weights would silently not train. The usual remedy
-(make the embeddings' output require grad, as transformers does wherever checkpointing is turned on, reentrant or not) drags
-backward, and the recomputation, down to the first block. Here that is undone, and only the input of the lowest sampled block of
-each stack requires grad; the mark moves at each switch.
+(make the embeddings' output require grad, as transformers does wherever checkpointing is turned on, reentrant or not)
+extends backward, and the recomputation, down to the first block. Here that is undone: only the input of the lowest
+sampled block of each stack requires grad, and which block that is changes at each switch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class BackwardStart:
         self._wrapped: dict[torch.nn.Module, tuple[Callable[..., Any], Callable[..., Any]]] = {}  # original, ours
 
     def move(self, sampled: Collection[int]) -> None:
-        """Forget the old lowest blocks and mark those of ``sampled``."""
+        """Set the cut-off at the lowest blocks of ``sampled``, in place of the former ones."""
         for block, (original, ours) in self._wrapped.items():
             if getattr(block, CHECKPOINT) is ours:
                 setattr(block, CHECKPOINT, original)
@@ -41,7 +41,7 @@ class BackwardStart:
         self._lowest = [self._stack.layers[i] for i in lowest if i is not None]
 
     def refresh(self) -> None:
-        """Wrap the checkpoint function of the marked blocks, also if checkpointing was turned on since."""
+        """Wrap the checkpoint function of the lowest blocks, also if checkpointing was turned on meanwhile."""
         for model in self._models:
             if getattr(model, "_require_grads_hooks", None) or hasattr(model, "_require_grads_hook"):
                 model.disable_input_require_grads()

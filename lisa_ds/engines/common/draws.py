@@ -1,4 +1,4 @@
-"""From what ranks have seen to the next draw: added up over ranks, scored anew where that is due, and agreed on.
+"""The draw of each interval: reduces statistics over ranks, measures scores when due, and compares draws on all ranks.
 
 Each rank draws for itself, from statistics that are equal on all of them. Should they ever differ (another config on one rank, a
 flipped bit), ranks would train different layers, and the first collective would hang or mix up gradients. So every draw is compared
@@ -22,11 +22,11 @@ class Draws:
     """The draws of a run, one after the other.
 
     Args:
-        sampler: Draws.
+        sampler: Draws the blocks of an interval.
         measure: Measures the score of each block; equal on all ranks.
-        gradients: Those of training, for a sampler that watches them.
-        affords: Whether so many blocks fit into the memory budget of a rank.
-        ranks: How they talk to each other.
+        gradients: Statistics of the training gradients, for a sampler that uses them.
+        affords: Whether this many blocks fit into the memory budget of a rank.
+        ranks: Collectives over all ranks.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Draws:
         """Whether the first draw waits for scores: the engine is built with a uniform one."""
 
     def note_loss(self, loss: Tensor) -> None:
-        """Take note of the loss of a micro-batch, without waiting for it."""
+        """Record the loss of a micro-batch, without a host sync."""
         if self._sampler.growth.watches_loss:
             value = loss.detach().double().reshape(())
             counts = value.isfinite()  # a step that overflows is no step
@@ -59,7 +59,7 @@ class Draws:
 
         Args:
             interval: The one that begins.
-            ended: Whether one has ended: then what was seen in it counts.
+            ended: Whether an interval has ended, whose statistics then count.
 
         Raises:
             EngineError: Ranks drew differently. Every rank raises.
@@ -108,11 +108,11 @@ class Draws:
         )
 
     def go_on(self) -> None:
-        """Take the present draw as it is: somebody else has chosen it. The next one is of this sampler's."""
+        """Keep the present draw, which a caller or a checkpoint has chosen. The next one is this sampler's."""
         self.pending = False
 
     def begin_anew(self) -> None:
-        """Forget all that was seen."""
+        """Reset all statistics."""
         self._sampler.load_state_dict(self._at_first)
         self._losses = None
         if self._gradients is not None:
@@ -120,7 +120,7 @@ class Draws:
         self.pending = self._sampler.needs_scores(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank needs to draw on as if it had never stopped, also amid an interval."""
+        """What this rank needs to resume the draws exactly, also within an interval."""
         losses = None if self._losses is None else self._losses.tolist()
         gradients = None if self._gradients is None else self._gradients.state_dict()
         return {
@@ -131,7 +131,7 @@ class Draws:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where :meth:`state_dict` was taken."""
+        """Restore from :meth:`state_dict`."""
         self._sampler.load_state_dict(state["sampler"])
         losses = state["losses"]
         self._losses = None if losses is None else torch.tensor(losses, dtype=torch.float64, device=self._ranks.device)

@@ -1,7 +1,8 @@
-"""Fira's norm-growth limiter (arXiv:2410.01623), with the unit in place of the matrix.
+"""Norm-growth limiter of Fira (arXiv:2410.01623), applied to a unit's gradient instead of a matrix's.
 
-Where a unit's gradient norm exceeds f times that of its step before, as limited then, the gradient is scaled down to that. The norms are of
-what a step would use: reduced over all ranks, accumulated, without the loss scale. They stay on the device, and the host never waits for them.
+If a unit's gradient norm exceeds f times that of its previous step (after limiting), the gradient is scaled down to
+that. The norms are of the gradient that a step uses: reduced over all ranks, accumulated, without the loss scale. They
+stay on the device, without host syncs.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from lisa_ds.layers import Unit
 
 
 class NormGrowthLimit:
-    """Knows how large each unit's last gradient was.
+    """The norm-growth limiter; keeps the norm of each unit's last gradient.
 
     Args:
-        factor: By which a norm may grow in a step, above 1; None for no limit.
+        factor: Largest growth of a norm in a step, above 1; None for no limit.
     """
 
     def __init__(self, factor: float | None = None) -> None:
@@ -31,30 +32,30 @@ class NormGrowthLimit:
         self._order: list[Unit] = []  # of what is in ``_coming``
 
     def keep(self, units: Iterable[Unit]) -> None:
-        """Make ``units`` those that train: of others nothing is known any more."""
+        """Set the units that train to ``units``; the norms of others are dropped."""
         kept = set(units)
         self._last = {unit: norm for unit, norm in self._last.items() if unit in kept}
         self._coming = None
 
     def begin_anew(self) -> None:
-        """Forget all norms."""
+        """Drop all norms."""
         self._last, self._coming = {}, None
 
     def stepped(self) -> None:
-        """Note that a step was taken; one that was skipped for overflow is none."""
+        """Record that a step was applied, not skipped for overflow."""
         if self._coming is not None:
             self._last = dict(zip(self._order, self._coming[0].unbind(), strict=True))
             self._coming = None
 
     def limit(self, order: Sequence[Unit], norms: Tensor) -> Tensor:
-        """Hold the gradients of the step in progress to their bounds.
+        """Compute the factors that limit the gradients of the step in progress.
 
         Args:
             order: The units that train.
             norms: ``(units,)``, float64: the norm of each one's gradient, without the loss scale.
 
         Returns:
-            ``(units,)``: what they are once each gradient is multiplied by :meth:`of`; not finite where they were not.
+            ``(units,)``: the norms once each gradient is multiplied by :meth:`of`; not finite where they were not.
         """
         assert self.factor is not None
         none = norms.new_full((), float("inf"))
@@ -67,15 +68,15 @@ class NormGrowthLimit:
         return self._coming[0]
 
     def of(self, unit: Unit) -> Tensor | None:
-        """What ``unit``'s gradient of the step in progress is multiplied by: ``()``, on the device; None for 1."""
+        """The factor of ``unit``'s gradient in the step in progress: ``()``, on the device; None for 1."""
         return None if self._coming is None else self._coming[1][self._order.index(unit)]
 
     def state_dict(self) -> dict[Unit, float]:
-        """Plain values, exactly."""
+        """The norms as plain values, exactly."""
         return {unit: float(norm) for unit, norm in self._last.items()}
 
     def load_state_dict(self, norms: Mapping[Unit, float], units: Collection[Unit], device: torch.device | str) -> None:
-        """Go on from a checkpoint, for ``units``, which train now."""
+        """Restore from a checkpoint, for ``units``, which train now."""
         self._last = {
             unit: torch.tensor(norm, dtype=torch.float64, device=device)
             for unit, norm in (norms.items() if self.factor is not None else ())

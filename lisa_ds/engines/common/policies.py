@@ -1,4 +1,4 @@
-"""From the LISA section to the model: who trains when, and at which rate."""
+"""Applies the LISA section's policies to a model: which roles train when, at which rate, and what is frozen."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lisa_ds.sampling import LayerSampler
 
 @dataclass(frozen=True)
 class Frozen:
-    """What its owner had frozen before the engine saw it; it stays so."""
+    """Parameters that were frozen before the engine was built; they stay frozen."""
 
     layers: tuple[int, ...]
-    """Blocks of which nothing can train: they are left out of the draw."""
+    """Blocks in which nothing can train: they are left out of the draw."""
 
     names: tuple[str, ...]
-    """All parameters that do not require grad, but for those of roles that never train anyway."""
+    """All parameters that do not require grad, except those of roles that never train anyway."""
 
     notices: tuple[str, ...]
-    """What the user should be told, a line each."""
+    """Notices for the user, a line each."""
 
 
 def check(model: nn.Module, config: LisaConfig) -> None:
@@ -45,7 +45,7 @@ def check(model: nn.Module, config: LisaConfig) -> None:
 
 
 def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> Frozen:
-    """Freeze what the policies say never trains, and see what was frozen beforehand.
+    """Freeze what the policies say never trains, and find out what was frozen beforehand.
 
     Args:
         stack: The model.
@@ -132,7 +132,7 @@ def always_roles(config: LisaConfig, *, tied: bool) -> tuple[str, ...]:
 
 
 def told(config: LisaConfig, layers: Sequence[int], roles: Sequence[str]) -> str:
-    """What trains in an interval, for a line of a log; roles are named where they do not do the same in all."""
+    """What trains in an interval, for a log line; roles are named if they differ between intervals."""
     if all(getattr(config, role) in ("always", "never") for role in ROLES):
         return f"layers {list(layers)}"
     return f"layers {list(layers)} and {', '.join(roles) or 'nothing else'}"
@@ -148,7 +148,7 @@ def describe(config: LisaConfig) -> dict[str, str]:
 
 
 def lr_scales(config: LisaConfig) -> dict[int | str, float]:
-    """Learning-rate factor of each role; a tied weight is in the embeddings, and follows them."""
+    """Learning-rate factor of each role; a tied weight belongs to the embeddings, and has their factor."""
     return {role: getattr(config, f"{role}_lr_scale") for role in ROLES}
 
 

@@ -1,4 +1,4 @@
-"""Where a LISA run stands, as a checkpoint tells it, and whether another run may go on from there."""
+"""The progress of a LISA run as saved in a checkpoint, and whether another run may resume from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. The draws to come follow from the step and the config alone."""
+    """The progress of a run. Future draws follow from the step and the config, or else from ``draws`` too."""
 
     step: int
     """Applied optimizer steps."""
@@ -18,23 +18,24 @@ class Progress:
     """Blocks that were training."""
 
     roles: tuple[str, ...] | None
-    """Roles that were; None of a checkpoint that does not tell, from when they were the same in all intervals."""
+    """Roles that were training; None in older checkpoints, from when they were the same in all intervals."""
 
     history: tuple[tuple[int, ...], ...]
-    """Every set of blocks so far."""
+    """Every set of blocks drawn so far."""
 
     num_layers: int
     policies: dict[str, str]
-    """When embeddings, head and rest train (what never does has no state in the file), and what state is kept in."""
+    """Policies of embeddings, head and rest (one that never trains has no state in the file), and the format of
+    state."""
 
     next_draw: int
-    """Hash of the next interval's draw, to tell a changed schedule."""
+    """Fingerprint of the schedule: hash of the next interval's draw, by which a changed schedule is noticed."""
 
     frozen: tuple[str, ...] | None = None
-    """Parameters frozen before the engine was built; None in files of before this was told."""
+    """Parameters frozen before the engine was built; None in older checkpoints, which do not record it."""
 
     draws: dict[str, Any] | None = None
-    """What this rank had seen, where draws depend on that; None in files of before there were such draws."""
+    """This rank's statistics, where draws depend on them; None in older checkpoints."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, so that a checkpoint can be read without this package."""
@@ -42,7 +43,7 @@ class Progress:
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Progress:
-        """What :meth:`as_dict` gave, also by earlier releases."""
+        """Read what :meth:`as_dict` returned, also in earlier releases."""
         return cls(
             step=saved["step"],
             sampled=tuple(saved["sampled"]),
@@ -56,7 +57,7 @@ class Progress:
         )
 
     def refusal(self, *, num_layers: int, policies: Mapping[str, str], frozen: Collection[str]) -> str | None:
-        """Why a run with these cannot go on from here, and what to do; None if it can."""
+        """Why a run with these settings cannot resume from here, and the remedy; None if it can."""
         if self.num_layers != num_layers:
             return f"is of a model with {self.num_layers} layers; this one has {num_layers}"
         if self.policies != policies:

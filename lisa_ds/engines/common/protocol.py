@@ -1,4 +1,4 @@
-"""What an engine offers a LISA run, and what it hands to it; nothing here knows a framework."""
+"""The interface between an engine and a LISA run, for any framework: ``Engine``, ``Observed``, ``Collectives``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lisa_ds.layers import Unit
 class Engine(Protocol):
     """Trains some units of a model and freezes the others. Units are blocks, by index over the whole model, and roles.
 
-    A rank need not hold every block: what it lacks it passes over.
+    A rank need not hold every block: units that it does not hold are skipped.
     """
 
     @property
@@ -24,15 +24,16 @@ class Engine(Protocol):
 
     @property
     def sampled_roles(self) -> tuple[str, ...]:
-        """Of ``embeddings``, ``lm_head`` and ``rest``, those that train now."""
+        """The roles (``embeddings``, ``lm_head``, ``rest``) that train now."""
 
     def present(self, roles: Iterable[str]) -> tuple[str, ...]:
-        """Those of ``roles`` of which something can train."""
+        """Those of ``roles`` in which something can train."""
 
     def train_units(self, layers: Collection[int], roles: Collection[str]) -> None:
         """Train exactly these from the next forward on; called between optimizer steps, on all ranks alike.
 
-        The state of what leaves is released, and what comes begins without moments. What stays keeps its state.
+        The state of units that stop training is released, and units that begin to train begin without moments. Units
+        that train before and after keep their state.
         """
 
     def set_lr_scales(self, scales: Mapping[int, float]) -> None:
@@ -44,12 +45,13 @@ class Engine(Protocol):
     def unit_squares(self) -> Mapping[Unit, Tensor]:
         """Squared 2-norm of the gradient of each unit that trains: ``()``, float64, by unit, equal on all ranks.
 
-        They are of the whole gradient, as a step would use it: averaged over ranks, accumulated, without the loss scale, and neither
-        clipped nor limited. Called on all ranks alike, between the last backward of a step and the step.
+        They are of the whole gradient that a step uses: averaged over ranks, accumulated, without the loss scale,
+        before clipping and the norm-growth limit. Called on all ranks alike, between the last backward of a step and
+        the step.
         """
 
     def state_of(self, unit: Unit) -> Sequence[Mapping[str, Any]]:
-        """The live optimizer state of ``unit`` on this rank, itself and no copy; nothing where it does not train.
+        """The live optimizer state of ``unit`` on this rank, not a copy; empty if it does not train.
 
         Returns:
             A table for each piece that the engine keeps state in (a parameter, or several in one), which holds ``exp_avg``,
@@ -58,17 +60,17 @@ class Engine(Protocol):
 
     @property
     def ranks(self) -> Collectives:
-        """How all ranks of the run talk to each other."""
+        """Collectives over all ranks of the run."""
 
 
 class Observed(Protocol):
-    """What was seen of the gradients in training, by block."""
+    """Statistics of the training gradients, by block."""
 
     def take(self) -> list[float | None]:
         """Root mean square norm of each block since the last call, equal on all ranks; None where it did not train."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank has seen since the last :meth:`take`: plain values."""
+        """This rank's statistics since the last :meth:`take`: plain values."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up where :meth:`state_dict` was taken."""
@@ -76,16 +78,16 @@ class Observed(Protocol):
 
 @dataclass(frozen=True)
 class Collectives:
-    """How all ranks of a run talk to each other."""
+    """Collectives over all ranks of a run, as functions."""
 
     add: Callable[[Tensor], Any]
     """Replaces a tensor by its sum over all ranks."""
 
     maximum: Callable[[Tensor], Any]
-    """Replaces a tensor by its largest elements over all ranks."""
+    """Replaces a tensor by its element-wise maximum over all ranks."""
 
     texts: Callable[[str], list[str]]
-    """A text of each rank, in their order."""
+    """All-gathers a text from each rank, in rank order."""
 
     device: torch.device
     """Where tensors must be."""

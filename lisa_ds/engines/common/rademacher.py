@@ -1,4 +1,4 @@
-"""Random directions in the space of weights, of which any rank can make any part by itself."""
+"""Rademacher vectors (random signs, one for each weight), any part of which any rank can generate by itself."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lisa_ds.config.formats import SCORING_CHUNK as CHUNK
 
 
 def rademacher(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """Random signs, from ``start`` on, of the direction that ``key`` names: ``(count,)``, int64, each 1 or -1.
+    """Elements from ``start`` on of the Rademacher vector of ``key``: ``(count,)``, int64, each 1 or -1.
 
-    Each is a hash of its index, the finaliser of MurmurHash3 twice: any part of a direction can be had on any device by itself.
+    Each is a hash of its index, the finaliser of MurmurHash3 twice: any device can generate any part.
     """
     signs = torch.arange(start, start + count, device=device)
     _mix(signs)
@@ -30,18 +30,21 @@ def _mix(values: Tensor) -> None:
 
 
 def along(values: Tensor, key: int, start: int) -> Tensor:
-    """The product, ``()`` in fp64, of ``values`` with the part of a direction that begins at ``start``."""
+    """The inner product, ``()`` in fp64, of ``values`` with the part of ``key``'s vector that begins at ``start``."""
     signs = rademacher(key, start, values.numel(), values.device)
     return values.double().mul_(signs).sum()
 
 
 def key_of(seed: int, number: int) -> int:
-    """The key of the direction of parameter ``number``, by place in the model: 32 bits."""
+    """The 32-bit key of the Rademacher vector of parameter ``number``, its place in the model."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest(), "little")
 
 
 def mover(amount: float, key: int) -> Callable[[Tensor, int], None]:
-    """What moves weights, in place, by ``amount`` along a direction: given a flat part of them and the index of its first element."""
+    """A function that adds ``amount`` times the vector of ``key`` to weights in place.
+
+    It takes a flat part of the weights, and the index of its first element.
+    """
 
     def move(weights: Tensor, first: int) -> None:
         for start in range(0, weights.numel(), CHUNK):

@@ -1,4 +1,4 @@
-"""A LISA run, whatever trains it: its step, its draws and their history, who trains when and at which rate."""
+"""A LISA run, independent of the framework: step count, draws and history, which units train and at which rate."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ logger = logging.getLogger("lisa_ds")
 
 
 class LisaRun:
-    """The part of LISA that knows no framework; an engine tells it of each step, and is told what trains.
+    """The state machine of a run: an engine reports each step to it, and is called back to train the next units.
 
     Args:
         config: The run's LISA section.
         num_layers: Blocks of the whole model, on whichever ranks they are.
         tied: Whether head and embeddings are one weight.
-        frozen: What was frozen before the engine saw it; see :func:`lisa_ds.engines.common.policies.apply`.
+        frozen: Parameters frozen before the engine was built; see :func:`lisa_ds.engines.common.policies.apply`.
         steps_per_epoch: Optimizer steps in one pass over the data; None where unknown.
 
     Raises:
@@ -55,17 +55,17 @@ class LisaRun:
         self.step = 0
         """Applied optimizer steps."""
         self.history: list[tuple[int, ...]] = [self.sampler.layers_at(0)]
-        """Every set of blocks so far, in order; the last one trains now."""
+        """Every set of blocks drawn so far, in order; the last one trains now."""
         self.rewarm = Rewarm(config.rewarm_steps, policies.always_roles(config, tied=tied))
         self.growth_limit = NormGrowthLimit(config.norm_growth_limit)
         self.draws: Draws
         """Made by the engine once it can measure, and given to :meth:`begin`."""
 
     def begin(self, draws: Draws) -> None:
-        """Draw by ``draws`` from now on, and see that all ranks have the same config.
+        """Use ``draws`` from now on, and check that all ranks have the same config.
 
         Raises:
-            EngineError: They have not. Every rank raises.
+            EngineError: They differ. Every rank raises.
         """
         self.draws = draws
         draws.agree("the lisa config", (self.config.model_dump_json(), self.sampler.hash_at(0)))
@@ -84,7 +84,7 @@ class LisaRun:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What the user should be told, a line each."""
+        """Notices for the user, a line each."""
         return (*self.frozen.notices, *self.sampler.notices)
 
     def roles_at(self, interval: int) -> tuple[str, ...]:
@@ -92,11 +92,11 @@ class LisaRun:
         return roles_at(self.config, interval, num_layers=self.num_layers, tied=self.tied)
 
     def what_trains(self, engine: Engine) -> str:
-        """The layers that train now, and the roles if they are not the same in every interval: for a line of a log."""
+        """The layers that train now, and the roles if they differ between intervals: for a log line."""
         return policies.told(self.config, engine.sampled_layers, engine.sampled_roles)
 
     def scale_rates(self, engine: Engine) -> None:
-        """Give the blocks that train their shares of the learning rate."""
+        """Set the learning-rate factors of the blocks that train."""
         layers = engine.sampled_layers
         drawn = layers == self.sampler.layers_at(self.interval)  # and not chosen by a caller of switch_to
         engine.set_lr_scales(self.sampler.lr_scales_of(layers, self.interval) if drawn else {})
@@ -104,11 +104,11 @@ class LisaRun:
     # ---- steps and switches ---------------------------------------------------------------------------------------
 
     def note_loss(self, loss: Tensor) -> None:
-        """Take note of the loss of a micro-batch, ``()``."""
+        """Record the loss of a micro-batch, ``()``."""
         self.draws.note_loss(loss)
 
     def stepped(self, engine: Engine) -> bool:
-        """Note that a step was taken (a skipped one is none); whether an interval ended with it, and others train now."""
+        """Record an applied step (not a skipped one); returns whether it ended an interval and a switch was made."""
         before = self.interval
         self.step += 1
         if self.interval == before:
@@ -117,7 +117,7 @@ class LisaRun:
         return True
 
     def draw_first(self, engine: Engine) -> bool:
-        """Draw by scores what an engine was built without; whether that was still to be done."""
+        """Measure scores and make the first draw by them, if still to be done; returns whether it was."""
         if not self.draws.pending:
             return False
         self.history.pop()
@@ -149,7 +149,7 @@ class LisaRun:
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def progress(self, engine: Engine) -> Progress:
-        """Where the run stands, for a checkpoint."""
+        """The progress of the run, for a checkpoint."""
         return Progress(
             step=self.step,
             sampled=engine.sampled_layers,
@@ -163,13 +163,13 @@ class LisaRun:
         )
 
     def refusal(self, progress: Progress) -> str | None:
-        """Why this run cannot go on from ``progress``; None if it can."""
+        """Why this run cannot resume from ``progress``; None if it can."""
         return progress.refusal(
             num_layers=self.num_layers, policies=policies.describe(self.config), frozen=self.frozen.names
         )
 
     def resume(self, engine: Engine, progress: Progress, where: Any) -> bool:
-        """Go on from ``progress``, whose units the engine trains already; whether the schedule to come is the saved run's.
+        """Resume from ``progress``, whose units the engine trains already; returns whether the schedule is unchanged.
 
         Raises:
             EngineError: Ranks were given different checkpoints. Every rank raises.
@@ -184,7 +184,7 @@ class LisaRun:
         return progress.next_draw == self._next_draw()
 
     def begin_anew(self, engine: Engine) -> None:
-        """Begin the schedule at its first interval."""
+        """Restart the schedule at its first interval."""
         self.step = 0
         self.draws.begin_anew()
         first = self.sampler.layers_at(0)
@@ -193,5 +193,5 @@ class LisaRun:
         self.history = [first]
 
     def _next_draw(self) -> int:
-        """A hash of the next interval's draw; where scores to come decide on it, of the rule."""
+        """Fingerprint of the schedule: hash of the next draw or, if future scores decide it, of the rule of draws."""
         return self.sampler.rule() or self.sampler.hash_at(self.interval + 1)

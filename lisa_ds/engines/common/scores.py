@@ -1,6 +1,6 @@
-"""The arithmetic of scores: from what was collected of gradients, or of the norms of weights, to a number for each block.
+"""The arithmetic of scores: from what was collected from gradients, or from weight norms, to a number for each block.
 
-An engine goes through the calibration data, takes gradients as they come and adds up over its ranks; here nothing talks to anybody.
+An engine runs the calibration data, collects gradients and reduces over ranks; this module does not communicate.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lisa_ds.errors import EngineError
 from lisa_ds.layers import Unit
 
 EPSILON = {torch.float32: 1e-4, torch.bfloat16: 3e-3, torch.float16: 1e-3}
-"""How far ``hutchinson`` moves weights of a type, unless told otherwise."""
+"""Default size of the finite difference by which ``hutchinson`` moves weights, by type."""
 
 
 def passes(num_layers: int, kind: str, probe_blocks: int) -> list[range]:
-    """The blocks of each pass over the data: all at once, or ``probe_blocks`` at a time where something is held for each.
+    """The blocks of each pass over the data: all, or ``probe_blocks`` at a time for kinds that keep sums or copies.
 
     Raises:
         EngineError: There is no such kind.
@@ -67,13 +67,13 @@ def mean_norms(squares: Tensor, ranks: int) -> list[float]:
 
 
 def means(totals: Tensor, batches: int, ranks: int) -> list[float]:
-    """For each block, ``totals`` ``(blocks,)`` of all losses of all ranks by the number of losses."""
+    """For each block, ``totals`` ``(blocks,)`` over all losses of all ranks, divided by the number of losses."""
     found: list[float] = (totals / (batches * ranks)).tolist()
     return found
 
 
 def curvatures(above: Sequence[float], below: Sequence[float], epsilon: float) -> list[float]:
-    """For each block ``v^T H v``, from the slopes along ``v`` with weights moved by ``epsilon * v`` one way and the other."""
+    """For each block ``v^T H v``: central difference of slopes along ``v`` at weights moved by ``+-epsilon * v``."""
     return [(first - second) / (2 * epsilon) for first, second in zip(above, below, strict=True)]
 
 
@@ -81,12 +81,12 @@ def curvatures(above: Sequence[float], below: Sequence[float], epsilon: float) -
 
 
 def of_weights(norms: Mapping[Unit, float], num_layers: int) -> list[float]:
-    """The scores of sampler ``weight_norm``: of norms by unit, those of the blocks."""
+    """The scores of sampler ``weight_norm``: the norms of the blocks, out of norms by unit."""
     return [norms[layer] for layer in range(num_layers)]
 
 
 def check_finite(scores: Sequence[float], kind: str) -> None:
-    """Refuse scores that are no numbers.
+    """Refuse scores that are not finite.
 
     Raises:
         EngineError: Names the layers.
@@ -100,5 +100,5 @@ def check_finite(scores: Sequence[float], kind: str) -> None:
 
 
 def drawable(scores: Iterable[float]) -> list[float]:
-    """What a sampler draws by: none negative, as an estimate of the trace of a Hessian may be."""
+    """The scores for a sampler: 0 instead of negative ones, which an estimated trace of a Hessian may have."""
     return [max(0.0, score) for score in scores]

@@ -1,4 +1,4 @@
-"""What ``initialize`` is given, held against what it takes, and the ranks it is given to."""
+"""Checks the arguments of ``initialize``, and sets the environment variables of ranks where no launcher has."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _AS_IN = 'lisa_ds.initialize(model=model, config="ds_zero3.json", lisa_config={"
 
 
 def check(args: Any, model: Any, optimizer: Any, model_parameters: Any, lr_scheduler: Any, calibration: Any) -> None:
-    """Refuse what DeepSpeed would fail on by an assertion, or somewhere else.
+    """Refuse arguments on which DeepSpeed would fail by an assertion, or much later.
 
     Raises:
         EngineError: An argument is of a wrong type, or missing.
@@ -69,7 +69,7 @@ def check(args: Any, model: Any, optimizer: Any, model_parameters: Any, lr_sched
 
 
 def deepspeed_config(args: Any, given: Any) -> Any:
-    """The DeepSpeed config to pass on: its keys; None if ``args`` names it, as DeepSpeed reads it from there.
+    """The keys of the DeepSpeed config to pass on; None if ``args`` names it, where DeepSpeed reads it from.
 
     Raises:
         EngineError: There is none, or it is given twice.
@@ -103,9 +103,10 @@ def _loaded(source: str | Path) -> dict[str, Any]:
 
 
 def find_ranks(*, required: bool | None) -> None:
-    """Tell torch who this process is where no launcher has: alone, or a task of a Slurm step.
+    """Set torch's ``RANK`` and other variables where no launcher has: for a single process, or a task of a Slurm step.
 
-    DeepSpeed itself would look for MPI, and fail without mpi4py; where that is there, or a cloud's own launcher, it is left to.
+    DeepSpeed itself would look for MPI, and fail without mpi4py; with mpi4py, or under a cloud's own launcher, it does
+    it.
 
     Args:
         required: ``dist_init_required``, as given to ``deepspeed.initialize``.

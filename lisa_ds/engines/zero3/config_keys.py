@@ -1,9 +1,9 @@
-"""A DeepSpeed config, read by DeepSpeed before anything is built, and held against what it looked for.
+"""Refuses keys of a DeepSpeed config that DeepSpeed does not read: it reads the config once, and look-ups are recorded.
 
-Note on keys that nobody reads.
-    DeepSpeed refuses unknown keys in the sections that it has pydantic classes for, ``zero_optimization`` among them, and
-    passes over all others without a word: a misspelt ``gradient_clipping`` trains unclipped. Which keys there are differs by
-    release, so no list is kept here: the config is read once by DeepSpeed itself through a dict that notes what is asked of it.
+Note on unread keys.
+    DeepSpeed refuses unknown keys in the sections for which it has pydantic classes, ``zero_optimization`` among them, and
+    silently ignores all others: a misspelt ``gradient_clipping`` trains unclipped. The valid keys differ by release, so no
+    list is kept here: DeepSpeed itself reads the config once, through a dict that records which keys are looked up.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _READ_ELSEWHERE = frozenset((*_BATCH, "mesh_param", "sequence_parallel_size", "d
 _PASSED_ON = frozenset(("optimizer.params", "scheduler.params"))
 
 _NOTES = ("_", "#", "/", "$")
-"""JSON has no comments: what a key begins with that is one, as ``_comment``."""
+"""First characters of keys that are comments, as JSON has none: ``_comment``."""
 
 
 def read(fields: Mapping[str, Any], source: str) -> DeepSpeedConfig:
-    """Have DeepSpeed read a config as it does when it builds an engine, but for what is only known then.
+    """Have DeepSpeed read a config as when it builds an engine, without values that are known only then.
 
     Args:
-        fields: The config; what is ``auto`` is left out.
-        source: What it is called in messages.
+        fields: The config; values that are ``auto`` are left out.
+        source: What messages call it.
 
     Raises:
         ConfigError: Values that DeepSpeed does not take, or keys that it does not read, one a line.
@@ -72,7 +72,7 @@ def read(fields: Mapping[str, Any], source: str) -> DeepSpeedConfig:
 
 
 class _Asked(dict[Any, Any]):
-    """A dict that notes which of its keys were asked for; whoever goes through all of them has asked for all."""
+    """A dict that records which of its keys are looked up; iterating over it counts as looking up all."""
 
     def __init__(self, fields: Mapping[Any, Any]) -> None:
         super().__init__({key: _Asked(value) if isinstance(value, Mapping) else value for key, value in fields.items()})
@@ -111,16 +111,16 @@ class _Asked(dict[Any, Any]):
         return self
 
     def own(self) -> list[Any]:
-        """The keys, without asking for them."""
+        """The keys, without recording a look-up."""
         return list(super().keys())
 
     def held(self, key: Any) -> Any:
-        """A value, without asking for it."""
+        """A value, without recording a look-up."""
         return super().get(key)
 
 
 def _unread(section: _Asked, path: str = "") -> Iterator[tuple[str, str, list[str]]]:
-    """Dotted path and name of each key that was not asked for, and the names asked for that are like it."""
+    """Dotted path and name of each key that was not looked up, and the names looked up that resemble it."""
     if path and (not section.asked or section.held("enabled") is False):
         return  # passed on as a whole, or turned off
     for key in section.own():

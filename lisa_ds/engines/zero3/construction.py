@@ -1,4 +1,4 @@
-"""What DeepSpeed asks of an engine while it is built: the model taken apart, and the window in place of its optimizer."""
+"""Construction of the engine inside DeepSpeed's: the model taken apart, the window in place of Stage 3's optimizer."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ class LisaConstruction(DeepSpeedEngine):
         self._calibration = calibration
         super().__init__(**kwargs)
         self.ranks: Collectives = parallel.collectives(self.device)
-        """How all ranks of the run talk to each other."""
+        """Collectives over all ranks of the run."""
 
     @property
     def model_shape(self) -> ModelShape:
-        """Elements of each parameter by unit on this rank, for the planner; what was frozen beforehand is apart.
+        """Elements of each parameter by unit on this rank, for the planner; parameters frozen beforehand are apart.
 
-        Where ranks share layers, ``world_size`` of the planner is the number of those that hold the same ones.
+        Under tensor parallelism the planner's ``world_size`` is the number of ranks that hold the same part.
         """
         return self._shape
 
     @property
     def state_format(self) -> StateFormat:
-        """What optimizer state is kept in."""
+        """The format of optimizer state."""
         return StateFormat(self._lisa.optimizer.precision, self._lisa.optimizer.moments)
 
     @property
@@ -119,18 +119,18 @@ class LisaConstruction(DeepSpeedEngine):
         return model, accumulation
 
     def zero_force_ds_cpu_optimizer(self) -> bool:
-        """Whether an offloaded optimizer must be DeepSpeed's: not where the update is not the optimizer's own anyway."""
+        """Whether an offloaded optimizer must be DeepSpeed's: not if the fused step replaces its update anyway."""
         return not self._fuses and bool(super().zero_force_ds_cpu_optimizer())
 
     def zero_reduce_bucket_size(self) -> int:
-        """Elements of a reduce bucket: the config's, or one that fits what LISA reduces where the config names none."""
+        """Elements of the reduce bucket: the config's or, if it names none, a size that fits what LISA reduces."""
         zero = self._config.zero_config
         if "reduce_bucket_size" in zero.model_fields_set:
             return int(zero.reduce_bucket_size)
         return default_bucket(ModelShape.from_numels(self._stack.numels()))
 
     def _window(self) -> Any:
-        """What is called in place of Stage 3's class."""
+        """The constructor that is called in place of Stage 3's class."""
         plan = WindowPlan(
             unit_of=self._stack.unit_of,
             sampled=self._run.history[0],

@@ -56,13 +56,13 @@ class LisaEngine(LisaConstruction):
 
     @property
     def sampled_roles(self) -> tuple[str, ...]:
-        """Of ``embeddings``, ``lm_head`` and ``rest``, those that train now; not the head if it is tied and nothing else of it is left."""
+        """The roles (``embeddings``, ``lm_head``, ``rest``) that train now; no head that is tied and nothing else."""
         roles: tuple[str, ...] = self.optimizer.roles
         return roles
 
     @property
     def what_trains(self) -> str:
-        """The layers that train now, and the roles if they are not the same in every interval: for a line of a log."""
+        """The layers that train now, and the roles if they differ between intervals: for a log line."""
         return self._run.what_trains(self)
 
     @property
@@ -72,17 +72,17 @@ class LisaEngine(LisaConstruction):
 
     @property
     def ends_interval(self) -> bool:
-        """Whether the next applied step is the last one of its interval: layers are drawn anew right after it."""
+        """Whether the next applied step is the last one of its interval, after which layers are drawn anew."""
         return self._run.ends_interval
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """With which probability each block is in the present interval's draw."""
+        """The probability of each block in the present interval's draw."""
         return self._run.sampler.probabilities_at(self.interval)
 
     @property
     def layer_history(self) -> list[tuple[int, ...]]:
-        """Every set of blocks so far, in order; the last one trains now."""
+        """Every set of blocks drawn so far, in order; the last one trains now."""
         return list(self._run.history)
 
     @property
@@ -98,9 +98,9 @@ class LisaEngine(LisaConstruction):
     def state_of(self, unit: Unit) -> list[dict[str, Any]]:
         """The live optimizer state of one unit on this rank; see :class:`lisa_ds.engines.common.protocol.Engine`.
 
-        Moments are flat, ``(numel,)``, this rank's partition of every sub-group of the unit with its padding, in the format that they
-        are kept in: with ``moments: int8`` ``exp_avg`` and ``exp_avg_sq`` are codes, and ``exp_avg_scale`` and ``exp_avg_sq_scale``
-        their scales. ``master`` is there where weights have a master copy.
+        Moments are flat, ``(numel,)``, this rank's partition of every sub-group of the unit with its padding, in the
+        format of the state: with ``moments: int8``, ``exp_avg`` and ``exp_avg_sq`` are codes, and ``exp_avg_scale`` and
+        ``exp_avg_sq_scale`` their scales. ``master`` is present if weights have a master copy.
         """
         found: list[dict[str, Any]] = self.optimizer.unit_state.of(unit)
         return found
@@ -113,8 +113,9 @@ class LisaEngine(LisaConstruction):
     def switch_to(self, layers: Iterable[int]) -> None:
         """Train exactly ``layers`` from the next forward on, until the next boundary of the schedule.
 
-        For callers with their own schedule; set ``interval_steps`` beyond the run's length to have none of ours. Every rank
-        must call it with the same layers, between ``step()`` and the next ``forward()``. Embeddings and head go on as they are.
+        For callers with their own schedule; set ``interval_steps`` beyond the run's length to disable LISA's draws.
+        Every rank must call it with the same layers, between ``step()`` and the next ``forward()``. Embeddings and head
+        stay as they are.
 
         Raises:
             EngineError: A layer does not exist, or cannot train, or gradients are being accumulated. Nothing has changed.
@@ -123,16 +124,17 @@ class LisaEngine(LisaConstruction):
         self._log_interval()
 
     def draw_first(self) -> None:
-        """Measure the scores of the first draw and draw by them, if that is still to be done.
+        """Measure scores and make the first draw by them, if that is still to be done.
 
-        The first forward of training does it, and not the building of the engine: a run that is resumed in between has its scores
-        in the checkpoint. Call it earlier where forward is no good time for other passes through the model. On every rank.
+        The first forward of training does this, not the construction of the engine: a run that is resumed in between
+        has its scores in the checkpoint. Call it earlier if forward is a bad time for other passes through the model.
+        Every rank must call it.
         """
         if self._run.draw_first(self):
             self._log_interval()
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: DeepSpeed's reload lays the 16-bit weights out anew from the sampled sub-groups alone.
+        """Refused: DeepSpeed's reload would rebuild the 16-bit weights from the sampled sub-groups alone.
 
         Raises:
             EngineError: Always.
@@ -142,7 +144,7 @@ class LisaEngine(LisaConstruction):
         )
 
     def destroy(self) -> None:
-        """See ``DeepSpeedEngine.destroy``; nothing of the process refers to the engine and its model any more."""
+        """See ``DeepSpeedEngine.destroy``; also drops the process's other references to the engine and its model."""
         self._uninstall_linear()
         super().destroy()
         let_go_of(self.module)
@@ -172,7 +174,7 @@ class LisaEngine(LisaConstruction):
         return super().backward(loss, *args, **kwargs)
 
     def _check_gradients(self) -> None:
-        """Refuse to step where a sampled block was cut out of backward: its moments would decay towards nothing."""
+        """Refuse to step if a sampled block got no gradient, being cut out of backward: its moments would decay."""
         missing = self.optimizer.sampled_without_gradient()
         if missing and self._backward_may_stop:
             raise EngineError(
@@ -185,12 +187,12 @@ class LisaEngine(LisaConstruction):
     # ---- what the run asks ----------------------------------------------------------------------------------------
 
     def present(self, roles: Iterable[str]) -> tuple[str, ...]:
-        """Those of ``roles`` of which something can train."""
+        """Those of ``roles`` in which something can train."""
         found: tuple[str, ...] = self.optimizer.present(roles)
         return found
 
     def train_units(self, layers: Collection[int], roles: Collection[str]) -> None:
-        """Make these what trains, unless they do already; see :class:`lisa_ds.engines.common.protocol.Engine`."""
+        """Train these units, unless they train already; see :class:`lisa_ds.engines.common.protocol.Engine`."""
         layers, roles = tuple(layers), self.present(roles)
         if (layers, roles) == (self.sampled_layers, self.sampled_roles):
             return
@@ -208,7 +210,7 @@ class LisaEngine(LisaConstruction):
         self.optimizer.block_lr_scales = scales
 
     def _aim_backward(self) -> None:
-        """See how far down backward must go now: not to embeddings that their owner, the policy or the interval freezes."""
+        """Set the cut-off of backward: above the embeddings, if the user, the policy or the interval freezes them."""
         self._backward_may_stop = not any(parameter.requires_grad for parameter in self._stack.embeddings)
         self._backward_start.move(self.sampled_layers)
 
@@ -266,7 +268,7 @@ class LisaEngine(LisaConstruction):
         return result
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
-        """As DeepSpeed's; frozen means frozen for good, not merely in this interval."""
+        """See DeepSpeed's method; a frozen parameter is one that never trains, not one frozen in this interval."""
         state = super()._zero3_consolidated_16bit_state_dict()
         if state and exclude_frozen_parameters:
             owned = self.optimizer.owned()

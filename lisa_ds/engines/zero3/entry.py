@@ -1,4 +1,4 @@
-"""How the LISA engine gets into ``deepspeed.initialize``, for one model only."""
+"""``lisa_ds.initialize``; and ``armed``, by which a trainer's own ``deepspeed.initialize`` builds the LISA engine."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def armed(
     its engine class itself, so the name is rebound here and restored on the way out, also after an exception.
 
     Args:
-        is_armed: Tells whether the model given to ``deepspeed.initialize`` is the one to train.
+        is_armed: Returns whether the model given to ``deepspeed.initialize`` is the one to train.
         config: Its LISA section.
-        steps_per_epoch: Optimizer steps in one pass over the data, asked of the engine half built (its batch size is known);
-            None where unknown. For intervals counted in epochs.
+        steps_per_epoch: Returns the optimizer steps in one pass over the data, from the partly built engine (whose
+            batch size is known); None where unknown. For intervals counted in epochs.
         calibration: As for :func:`initialize`.
     """
     supported.check_deepspeed()

@@ -1,4 +1,4 @@
-"""A ZeRO-3 linear that forgets its input when its weight is frozen.
+"""A ZeRO-3 linear that does not save its input for backward when its weight is frozen.
 
 DeepSpeed replaces ``torch.nn.functional.linear`` so that backward can gather the weight again instead of keeping it. Its
 replacement always saves the input, which only the weight's gradient needs: under LISA nearly every linear is frozen, and
@@ -19,11 +19,11 @@ _installed = 0  # engines of this process that use it
 
 
 class FrozenAwareLinear(LinearFunctionForZeroStage3):
-    """DeepSpeed's linear, saving ``input`` for backward only where the weight's gradient is wanted."""
+    """DeepSpeed's linear, which saves ``input`` for backward only if the weight needs a gradient."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save what backward will read; see ``LinearFunctionForZeroStage3.setup_context``."""
+        """Save what backward needs; see ``LinearFunctionForZeroStage3.setup_context``."""
         LinearFunctionForZeroStage3.setup_context(ctx, inputs, output)
         if not ctx.needs_input_grad[1]:
             # save_for_backward keeps the last call's tensors; backward reads `input` for grad_weight alone.
@@ -38,13 +38,14 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def install(parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
-    """Have every linear with one of ``parameters`` as its weight forget the input while the weight is frozen.
+    """Have every linear with one of ``parameters`` as its weight save no input while the weight is frozen.
 
     Weights of other models keep DeepSpeed's function. The choice belongs to the weight and not to a ``with`` around forward,
     because non-reentrant checkpointing must save the same tensors when it recomputes, whoever calls backward.
 
     Returns:
-        What undoes it. Nothing is done where DeepSpeed has not replaced ``linear`` (``memory_efficient_linear: false``).
+        A function that undoes it. Nothing is done where DeepSpeed has not replaced ``linear``
+        (``memory_efficient_linear: false``).
     """
     global _installed
     if torch.nn.functional.linear not in (zero3_linear_wrap, _linear):

@@ -1,10 +1,10 @@
-"""Ranks that share layers or sequences, beside the ranks that share the data.
+"""Tensor and sequence parallelism beside ZeRO-3's data parallelism: checks, group sizes, collectives.
 
-Note on who holds what.
+Note on which rank holds what.
     Under tensor parallelism a rank holds a part of most layers, and ZeRO-3 partitions that part over the *data-parallel*
-    ranks, those that hold the same one. What is not split (norms, mostly) each of its peers holds as a copy, and copies stay
-    alike only if they are updated alike. A model built under ``deepspeed.zero.Init`` has those copies partitioned over all
-    ranks, as they were before the layers were split.
+    ranks, those that hold the same part. What is not split (norms, mostly) is replicated on all tensor-parallel ranks,
+    and the copies stay equal only if they are updated equally. A model built under ``deepspeed.zero.Init`` has those
+    copies partitioned over all ranks, as they were before the layers were split.
     Under sequence parallelism every rank holds everything, and ZeRO-3 partitions it over all ranks.
 """
 
@@ -27,7 +27,7 @@ _MEGATRON = "for experts or pipeline stages of their own on each rank use the Me
 
 
 def problems(fields: Mapping[str, Any]) -> list[str]:
-    """What of a DeepSpeed config's parallelism cannot be combined with LISA: key, value and remedy of each.
+    """Parallelism options of a DeepSpeed config that cannot be combined with LISA: key, value and remedy of each.
 
     Args:
         fields: The config's own keys; values may still be ``auto``.
@@ -49,7 +49,7 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
 
 
 def check(engine: Any) -> None:
-    """Refuse groups of ranks, of a half-built engine, under which gradients would be wrong.
+    """Refuse process groups of a partly built engine under which gradients would be wrong.
 
     Raises:
         EngineError: Names the option and the remedy.
@@ -99,7 +99,7 @@ def data_parallel_size(engine: Any) -> int:
 
 
 def collectives(device: torch.device) -> Collectives:
-    """How all ranks of the process group talk to each other, with tensors on ``device``."""
+    """Collectives over all ranks of the process group, with tensors on ``device``."""
     return Collectives(
         add=dist.all_reduce,
         maximum=lambda tensor: dist.all_reduce(tensor, op=dist.ReduceOp.MAX),
@@ -115,9 +115,9 @@ def _texts(own: str) -> list[str]:
 
 
 def stream_rank(parameter: Any) -> int:
-    """A number for this rank's random stream in ``parameter``: that of its peers where they hold a copy of it.
+    """Number of this rank's random stream for ``parameter``, equal on ranks that hold copies of the same partition.
 
-    Copies that are rounded at random must be rounded alike.
+    Stochastic rounding must round the copies equally.
     """
     own = is_model_parallel_parameter(parameter)
     return int(dist.get_rank() if own else dist.get_rank(parameter.ds_process_group))

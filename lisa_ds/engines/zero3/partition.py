@@ -1,4 +1,4 @@
-"""A parameter's partition on this rank, filled without talking to the others."""
+"""Fills a parameter's partition on this rank, without communication."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def fill(parameter: Any, read_into: Callable[[Tensor, int], None]) -> None:
 
 
 def own_elements(parameter: Any) -> int:
-    """Elements of ``parameter`` that this rank's partition begins with; what follows them is padding."""
+    """Number of elements of ``parameter`` in this rank's partition; padding follows them."""
     size: int = parameter.ds_tensor.ds_numel
     return max(0, min(size, parameter.ds_numel - size * parameter.ds_zero_partition_rank))

@@ -1,4 +1,4 @@
-"""What DeepSpeed keeps of an engine for as long as the process lives, though it was destroyed; let go of here."""
+"""Drops references to a destroyed engine that DeepSpeed would keep until the process ends."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import nn
 def let_go_of(module: nn.Module) -> None:
     """Drop the process's references to the model of a destroyed engine, whose hooks lead to the engine and all its state.
 
-    They are two: the list of modules in forward, which begins with the model of every engine ever built; and the cache of what to
-    release after which module, which is kept by coordinator and module, for all engines in one.
+    There are two: the list of modules in forward, which begins with the model of every engine ever built; and the cache
+    of parameters to release after each module, one dict for all engines, with coordinators and modules as keys.
     """
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [other for other in stack if other is not module]

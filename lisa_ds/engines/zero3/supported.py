@@ -1,4 +1,4 @@
-"""What this engine needs of DeepSpeed, checked before anything is built on it.
+"""Checks that the installed DeepSpeed, its optimizer and its options are supported, before anything is built on them.
 
 The window (:mod:`lisa_ds.engines.zero3.optimizer.window`) lives inside Stage 3's own data structures. A DeepSpeed that renamed one
 of them must stop the run with its name, not train something else; an option that keeps state of its own beside those
@@ -20,7 +20,7 @@ from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
 
 OLDEST, NEWEST_BELOW = "0.19.5", "0.20"
-"""The DeepSpeed releases this engine was run with: ``OLDEST <= version < NEWEST_BELOW``."""
+"""The DeepSpeed releases this engine was tested with: ``OLDEST <= version < NEWEST_BELOW``."""
 
 DEEPCOMPILE = "compile.deepcompile: caches gradient views that move at each switch; set it to false"
 
@@ -96,7 +96,7 @@ _ENGINE_METHODS = (
 
 
 def check_deepspeed() -> None:
-    """Refuse a DeepSpeed outside the range this engine was run with, or one that lacks a name it needs.
+    """Refuse a DeepSpeed outside the range this engine was tested with, or one that lacks a name it needs.
 
     Raises:
         EngineError: Names the version found, the range, and the missing attribute if any.
@@ -122,7 +122,7 @@ def check_deepspeed() -> None:
 
 
 def check_attributes(optimizer: Any) -> None:
-    """Refuse a Stage 3 optimizer, laid out but without state yet, that the window cannot be made of."""
+    """Refuse a Stage 3 optimizer, after its layout and before its state, that lacks an attribute the window needs."""
     for name in _STAGE3_ATTRIBUTES:
         if not hasattr(optimizer, name):
             raise EngineError(
@@ -132,7 +132,7 @@ def check_attributes(optimizer: Any) -> None:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse optimizers that Stage 3 treats by the position of a sub-group, or rebuilds over the first ones it sees."""
+    """Refuse optimizers that Stage 3 handles by sub-group position, or rebuilds over the first sub-groups it gets."""
     if optimizer is None:
         raise EngineError("there is no optimizer: pass one, or name one in the DeepSpeed config's 'optimizer' section")
     kind = type(optimizer).__name__
@@ -166,7 +166,7 @@ def check_options(config: Any) -> None:
 
 
 def zero_problems(zero: Any) -> list[str]:
-    """What of a parsed ``zero_optimization`` section cannot be combined with LISA: key, value and remedy of each."""
+    """Options of a parsed ``zero_optimization`` section that LISA does not support: key, value and remedy of each."""
     problems = []
     if int(zero.stage) != 3:
         problems.append(

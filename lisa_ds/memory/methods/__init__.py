@@ -1,4 +1,4 @@
-"""The methods that are planned beside each other: an object each, in the order in which they are told."""
+"""The methods of fine-tuning that a plan compares: an object each, in the order of its report."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ from lisa_ds.memory.methods.lora import Lora
 __all__ = ["METHODS", "Candidate", "Method"]
 
 METHODS: dict[str, Method] = {method.name: method for method in (Lisa(), Full(), Lora(), Galore())}
-"""By the name that run files have for it; those that cannot be run yet are planned all the same."""
+"""The methods by their name in run files; methods that cannot be run yet are planned, too."""

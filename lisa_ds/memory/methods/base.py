@@ -1,4 +1,4 @@
-"""What a method says of itself to be planned, and the plan of those that train under ZeRO-3."""
+"""The interface by which a method is planned, and the plan of methods that train under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lisa_ds.memory.state import ModelShape, partitions
 from lisa_ds.memory.step import StepSettings, step_peaks
 
 Candidate = tuple[str, str, Callable[[RunSettings], RunSettings]]
-"""A change to a run: what to write, what is paid for it, and the run with it."""
+"""A change to a run: what to write, what it costs, and the changed run."""
 
 DEEPSPEEDS_BUCKET = 500_000_000
 
 
 class Method(ABC):
-    """A way to fine-tune."""
+    """A method of fine-tuning, to be planned."""
 
     name: ClassVar[str]
-    """As run files have it."""
+    """The name in run files."""
 
     title: ClassVar[str]
-    """As people read it."""
+    """The name in reports."""
 
     shards: ClassVar[bool] = True
-    """Whether ranks share weights and state."""
+    """Whether weights and state are partitioned over ranks."""
 
     chooses_bucket: ClassVar[bool] = False
     """Whether its engine chooses the reduce bucket where the config names none; else transformers does, or DeepSpeed."""
@@ -57,15 +57,15 @@ class Method(ABC):
         """
 
     def least(self, shape: ModelShape, run: RunSettings) -> int:
-        """Bytes that stay on a rank at least, where only the sizes of parameters are known: by default the weights alone."""
+        """A lower bound of a rank's bytes, from the sizes of parameters alone; by default that of the weights."""
         return run.width * (sum(partitions(shape.all(), run.world_size)) if self.shards else sum(shape.all()))
 
     def summary(self, run: RunSettings, *, tied: bool) -> str:
-        """What trains, in a few words."""
+        """In a few words, what trains."""
         return self.title
 
     def notes(self, run: RunSettings) -> list[str]:
-        """Which variant is planned, where there are several; a line each."""
+        """The variant that is planned, where there are several; a line each."""
         return []
 
     def changes(self, run: RunSettings) -> Iterator[Candidate]:
@@ -94,10 +94,10 @@ class UnderZero3(Method):
         sampled: Collection[int] | None = None,
         roles: Collection[str] | None = None,
     ) -> Residents:
-        """What stays on a rank through a step; arguments as for :meth:`forecast`."""
+        """What stays allocated on a rank through a step; arguments as for :meth:`forecast`."""
 
     def adapter_rank(self, run: RunSettings) -> int:
-        """Of the adapters beside each linear of the blocks; 0 for none."""
+        """Rank of the adapters beside each linear of the blocks; 0 for none."""
         return 0
 
     def default_bucket(self, shape: ModelShape) -> int:
@@ -118,8 +118,8 @@ class UnderZero3(Method):
         Args:
             architecture: The model, as this rank's share.
             run: Its settings.
-            settings: Those of its step.
-            held: Its residents.
+            settings: The settings of its step.
+            held: What stays on a rank, see :meth:`residents`.
             state: What stays on the device, by part.
             phases: The phases that all methods have.
         """
@@ -175,7 +175,7 @@ class UnderZero3(Method):
 
 
 def _init(state: Mapping[str, int], held: Residents, run: RunSettings) -> dict[str, int]:
-    """What Stage 3 does one after the other: lays weights out, makes fp32 copies, a gradient to warm up with, hooks."""
+    """The peak of Stage 3's setup: flat weights, then fp32 copies and a zero gradient for a first step, then hooks."""
     weights = {"weights": state.get("weights", 0)}
     masters = {**weights, "master": state.get("master", 0)}
     everything = {part: size for part, size in state.items() if part != "moments"}
@@ -194,10 +194,10 @@ def added(*tables: Mapping[str, int]) -> dict[str, int]:
 
 
 def total(parts: Mapping[str, int]) -> int:
-    """Of all parts."""
+    """The sum over all parts."""
     return sum(parts.values())
 
 
 def tidy(parts: Mapping[str, int]) -> dict[str, int]:
-    """The parts that there are, in their order."""
+    """The parts that are not 0, in their order."""
     return {part: parts[part] for part in PARTS if parts.get(part)}

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter all the time, under stock ZeRO-3."""
+"""Full fine-tuning: every parameter trains all the time, under stock ZeRO-3."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Full(UnderZero3):
         return residents(shape, run, state, trained=shape.all(), blocks=range(len(shape.layers)), roles=ROLES)
 
     def least(self, shape: ModelShape, run: RunSettings) -> int:
-        """All of the state."""
+        """All of the model state."""
         return sum(_state(shape, run).values())
 
 

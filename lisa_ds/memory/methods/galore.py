@@ -1,4 +1,4 @@
-"""GaLore as its authors' code has it, not layer by layer: every rank holds the whole model, as nothing of it is sharded."""
+"""GaLore as in its authors' code, not the layerwise variant: nothing is sharded, every rank holds the whole model."""
 
 from __future__ import annotations
 
@@ -68,5 +68,5 @@ class Galore(Method):
 
 
 def _kept(parts: dict[str, int]) -> dict[str, int]:
-    """What a step takes beside its gradients, which are kept as they come."""
+    """Activations and logits at a step's peak; gradients are counted apart."""
     return {part: size for part, size in parts.items() if part in ("activations", "logits")}

@@ -1,4 +1,4 @@
-"""LISA under ZeRO-3: state for the blocks that are drawn, and for the roles that train beside them."""
+"""LISA under ZeRO-3: optimizer state for the drawn blocks, and for the roles that train beside them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lisa_ds.memory.step import StepSettings, step_peaks
 
 
 class Lisa(UnderZero3):
-    """The largest draw is planned for, unless one is named."""
+    """LISA; the largest draw is planned, unless a draw is given."""
 
     name = "lisa"
     title = "LISA"
@@ -66,7 +66,7 @@ class Lisa(UnderZero3):
         return default_bucket(shape)
 
     def least(self, shape: ModelShape, run: RunSettings) -> int:
-        """All of the state, of the draw that takes the most."""
+        """All of the model state, for the largest draw."""
         return sum(plan(shape, run.lisa, world_size=run.world_size, precision=_precision(run)).most.values())
 
     def own_phases(
@@ -125,7 +125,7 @@ class Lisa(UnderZero3):
             )
 
     def offloads(self, run: RunSettings) -> bool:
-        """Not under stochastic rounding, which updates the weights where the gradients are."""
+        """See the base class: not under stochastic rounding, which updates the weights where the gradients are."""
         return run.lisa.optimizer.precision != "stochastic_rounding"
 
 
@@ -142,7 +142,7 @@ def _precision(run: RunSettings) -> Precision:
 
 
 def _worst(shape: ModelShape, lisa: LisaConfig) -> list[int]:
-    """The blocks of a draw that takes the most: the lowest ones, from which backward has the longest way."""
+    """The blocks of the draw that takes the most memory: the lowest ones, for which backward runs furthest."""
     if lisa.sampler.layers:
         return list(lisa.sampler.layers)
     count = len(shape.layers) if lisa.sampler.varies else lisa.most_sampled(len(shape.layers))
@@ -152,7 +152,7 @@ def _worst(shape: ModelShape, lisa: LisaConfig) -> list[int]:
 def _scoring(
     architecture: Architecture, run: RunSettings, settings: StepSettings
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """What scoring all blocks by their gradients takes: a backward pass of those scored together, and what it keeps."""
+    """The peak of scoring blocks by their gradients: a backward pass for those scored together, and what it keeps."""
     kind = run.lisa.sampler.kind
     assert kind.probe is not None
     count = len(architecture.shape.layers)
@@ -172,9 +172,9 @@ def _scoring(
 
 
 def _switch(state: Mapping[str, int], small: Mapping[str, int], held: Residents, run: RunSettings) -> dict[str, int]:
-    """Gradients and the state of what leaves are dropped; what comes in is copied to fp32, then gradients are made anew.
+    """The peak of a switch: old gradients and state are freed, new units copied to fp32, then gradients allocated anew.
 
-    What comes in has no moments before its first step.
+    New units have no moments before their first step.
     """
     if run.offload_optimizer:
         return added(state, small)

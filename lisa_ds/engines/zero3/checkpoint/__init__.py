@@ -1,1 +1,1 @@
-"""Checkpoints of a ZeRO-3 run: saved and resumed, read back into whole weights, and warm starts from them."""
+"""Checkpoints of a ZeRO-3 run: save and resume, consolidation into whole weights, and warm starts."""

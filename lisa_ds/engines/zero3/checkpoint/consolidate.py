@@ -22,7 +22,8 @@ def read_weights(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     DeepSpeed's files are pickles: read only checkpoints you trust.
 
     Args:
-        directory: What ``save_checkpoint`` wrote to, which holds a ``latest`` file; or one tag's directory in it.
+        directory: The directory given to ``save_checkpoint``, which holds a ``latest`` file; or one tag's directory in
+            it.
         dtype: What parameters are cast to. Those that were training are stored in fp32, the others as the model holds them.
 
     Raises:

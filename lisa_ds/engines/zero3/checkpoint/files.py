@@ -1,4 +1,4 @@
-"""What a DeepSpeed checkpoint must say for a LISA run to resume, and the checks before anything is read from it."""
+"""Checks a DeepSpeed checkpoint before a LISA run resumes from it: files whole, same model, world size and policies."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def peek(
     world_size: int,
     tensor_size: int = 1,
 ) -> Progress:
-    """Check this rank's checkpoint files and read where the saved run stood.
+    """Check this rank's checkpoint files and read the progress of the saved run.
 
     All ranks agree on the outcome: if one finds a bad file, every rank raises.
 
     Args:
         files: The model-state file (which holds the progress) and the optimizer-state file of this rank.
-        refusal: Why the run cannot go on from there; None if it can.
+        refusal: Returns why the run cannot resume from a progress; None if it can.
         world_size: Ranks of the run to be resumed.
         tensor_size: How many of them share each layer.
 
@@ -60,7 +60,7 @@ def peek(
 
 
 def ranks_that_share_layers(tag: Path) -> int:
-    """On how many ranks each layer lay when ``tag`` was saved: 1 without tensor parallelism."""
+    """The tensor-parallel size of the run that saved ``tag``: ranks that shared each layer."""
     return max(1, len({path.name.partition("mp_rank_")[2] for path in tag.glob("*mp_rank_*_optim_states.pt")}))
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of a LISA run holds beside DeepSpeed's own, and how a run goes on from one, or begins with its weights."""
+"""Saves a LISA run's progress in DeepSpeed's checkpoints, resumes from them, and starts new runs from their weights."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ logger = logging.getLogger("lisa_ds")
 
 
 class Checkpoints:
-    """Of one engine.
+    """Saving and loading for one engine.
 
     Args:
-        engine: Whose units are those of the run.
-        run: What it is to go on with.
-        optimizer: The engine's.
-        module: Its model.
+        engine: The engine, which trains the run's units.
+        run: The run that is saved and resumed.
+        optimizer: The engine's optimizer.
+        module: The engine's model.
         tensor_size: Ranks that share each layer.
     """
 
@@ -40,11 +40,11 @@ class Checkpoints:
         self._tensor_size = tensor_size
 
     def client_state(self, given: dict[str, Any] | None) -> dict[str, Any]:
-        """What is saved beside the engine's state: the caller's, and where the run stands."""
+        """The client state to save: the caller's, and the run's progress."""
         return {**(given or {}), files.KEY: self._run.progress(self._engine).as_dict()}
 
     def prepare(self, paths: Sequence[Path]) -> Progress:
-        """Check this rank's files, and train the units that they have the state of, so that DeepSpeed can read it.
+        """Check this rank's files, and switch to the units whose state they hold, so that DeepSpeed can load it.
 
         Raises:
             CheckpointError: A file is missing, truncated, of another model, world size or policy, or not written by lisa_ds.
@@ -58,7 +58,7 @@ class Checkpoints:
         return progress
 
     def go_on(self, progress: Progress, directory: Path) -> None:
-        """Take up the schedule where the run stood, once DeepSpeed has read everything else."""
+        """Resume the schedule from ``progress``, once DeepSpeed has loaded everything else."""
         if not self._run.resume(self._engine, progress, directory) and dist.get_rank() == 0:
             logger.warning(
                 "%s: was saved under another seed, sampler, number of layers or interval; from the next interval on, this "
@@ -67,7 +67,7 @@ class Checkpoints:
             )
 
     def start_warm(self, directory: Path) -> None:
-        """Read the weights alone, from a checkpoint of any number of ranks, and begin the schedule anew.
+        """Warm start: load the weights alone, from a checkpoint of any number of ranks, and restart the schedule.
 
         Raises:
             CheckpointError: It is missing, truncated or of another model, or ranks share layers. Nothing has been changed on any rank.

@@ -1,4 +1,4 @@
-"""A warm start: the weights of a checkpoint, from any number of ranks, into an engine that begins a new run."""
+"""Warm start: loads the weights of a checkpoint, from any number of ranks, into an engine that begins a new run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose update the fused step may take the place of: AdamW's."""
+"""Which optimizers the fused step may replace: AdamW alone."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The window's optimizer step as one launch, in place of Stage 3's cast, unscale, step and copy of each sub-group.
+"""The optimizer step as one fused launch, in place of Stage 3's cast, unscale, step and copy of each sub-group.
 
-Note on whose state it is.
-    The optimizer that the engine was given goes on holding the parameter groups and the state, under ``torch.optim.AdamW``'s
-    names: learning-rate schedules, checkpoints and DeepSpeed's own accessors find everything where it always was. Only the
-    arithmetic is done here.
+Note on the optimizer's state.
+    The optimizer that the engine was given still holds the parameter groups and the state, under
+    ``torch.optim.AdamW``'s names: learning-rate schedules, checkpoints and DeepSpeed's own accessors find everything in
+    its usual place. Only the arithmetic is done here.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from lisa_ds.optim import StateFormat
 
 
 class FusedStage3(WindowedStage3):
-    """A window whose step is one read of the gradients, for their norm, and one launch for the update.
+    """A window whose step reads the gradients once for their norm, and updates in one launch.
 
     Args:
-        state_format: What state is kept in.
-        seed: Of stochastic rounding.
+        state_format: The format of optimizer state.
+        seed: Seed of stochastic rounding.
         *args: As for :class:`WindowedStage3`.
         **kwargs: Likewise.
     """
@@ -82,7 +82,7 @@ class FusedStage3(WindowedStage3):
         self._number_of = {parameter.ds_id: number for number, (_, parameter) in enumerate(everything)}
 
     def _create_fp32_partitions(self) -> None:
-        """See the base class. Without a master copy the partition to update is the 16-bit one itself."""
+        """See the base class. Without a master copy the 16-bit partition itself is updated."""
         if self.state_format.precision == "mixed":
             super()._create_fp32_partitions()
             return
@@ -95,14 +95,14 @@ class FusedStage3(WindowedStage3):
             group["params"] = []
 
     def _moments_of(self, position: int) -> dict[str, Any]:
-        """The moments of a sub-group of the window; zero where it has none yet."""
+        """The moments of a sub-group of the window; zeros if it has none yet."""
         return self.unit_state.moments_of(self.layout.shown[position], self._sizes(position))
 
     def _sizes(self, position: int) -> list[int]:
         return [parameter.partition_numel() for parameter in self.fp16_groups[position]]
 
     def switch(self, sampled: Iterable[int], roles: Iterable[str] | None = None) -> None:
-        """See the base class; also forgets the launch, which would keep the state of what leaves alive."""
+        """See the base class; also drops the cached launch, which refers to the state of units that stop training."""
         self._table = None
         super().switch(sampled, roles)
 
@@ -142,7 +142,7 @@ class FusedStage3(WindowedStage3):
         self._post_step({OPTIMIZER_STEP_TIMER})
 
     def _launch(self) -> SegmentTable | None:
-        """The table over what has a gradient; the last one, if everything lies where it did. None if nothing has one."""
+        """The table over all parameters with a gradient, reused if addresses are unchanged; None if there are none."""
         places, hypers = [], []
         for position, master in enumerate(self.fp32_partitioned_groups_flat):
             state = self._moments_of(position)
@@ -166,12 +166,12 @@ class FusedStage3(WindowedStage3):
         return table
 
     def _launches(self, table: SegmentTable, factor: Tensor, seed: int) -> list[tuple[SegmentTable, Tensor]]:
-        """The launches of a fused step, each with its factor: one, or one for each unit where each has a factor of its own.
+        """The launches of a fused step, each with its factor: one, or one for each unit under the norm-growth limiter.
 
         Args:
-            table: Over what of the window has a gradient.
-            factor: What every gradient is multiplied by.
-            seed: Of stochastic rounding.
+            table: The parameters of the window with a gradient.
+            factor: The factor of every gradient.
+            seed: Seed of stochastic rounding.
         """
         if self._growth_limit.factor is None:
             return [(table, factor)]
@@ -194,7 +194,7 @@ class FusedStage3(WindowedStage3):
         return found
 
     def _segments(self, position: int) -> list[Segment]:
-        """One segment for each partition with a gradient: each has its own 8-bit scales, wherever it lies in the sub-group."""
+        """One segment for each partition with a gradient: each has its own 8-bit scales, anywhere in the sub-group."""
         master, flat = self.fp32_partitioned_groups_flat[position].detach(), self.fp16_partitioned_groups_flat[position]
         state = self._moments_of(position)
         gradients: Mapping[int, Tensor] = getattr(self, supported.GRAD_PARTITIONS)
@@ -227,7 +227,7 @@ class FusedStage3(WindowedStage3):
         return segments
 
     def _count_steps(self) -> None:
-        """Where parameters count their own steps, let the sub-group's be the most of them."""
+        """Where parameters count their own steps, set the sub-group's step count to the largest of them."""
         for position in range(len(self.fp16_groups)):
             state = self._moments_of(position)
             if STEPS in state:
@@ -248,7 +248,7 @@ class FusedStage3(WindowedStage3):
         )
 
     def _scaled_norm(self, table: SegmentTable) -> Tensor:
-        """Global norm of the gradients as they are, loss scale and all: ``()``; not finite if one of them is not."""
+        """Global norm of the gradients with the loss scale: ``()``; not finite if one of them is not."""
         if self._growth_limit.factor is None and not self.offload_optimizer and holds_own_parts(self):
             squares = sum_of_squares(table)
             dist.all_reduce(squares, group=self.sub_group_process_groups[0])
@@ -259,7 +259,7 @@ class FusedStage3(WindowedStage3):
         return norms.square().sum().sqrt().float()
 
     def _factor(self, norm: Tensor, scale: float) -> Tensor:
-        """What gradients are multiplied by: clip coefficient over loss scale."""
+        """The factor of all gradients: clip coefficient over loss scale."""
         clip = torch.ones_like(norm)
         if self.clip_grad > 0.0:
             clip = (self.clip_grad / (norm / scale + 1e-6)).clamp(max=1.0)
@@ -298,7 +298,7 @@ class FusedStage3(WindowedStage3):
     def _get_fp32_opt_state_partition(
         self, param: Any, release_swap_buffers: bool, optim_state_key: str | None = None
     ) -> tuple[Tensor, int]:
-        """See the base class; 8-bit moments are decoded for whoever asks for them."""
+        """See the base class; 8-bit moments are returned decoded."""
         position, offset, size = self.grad_position[self.get_param_id(param)]
         if self.state_format.moments != "int8" or optim_state_key not in ("exp_avg", "exp_avg_sq"):
             result: tuple[Tensor, int] = super()._get_fp32_opt_state_partition(

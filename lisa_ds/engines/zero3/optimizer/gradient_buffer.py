@@ -1,4 +1,4 @@
-"""The buffer of gradient partitions: as large as what trains, freed at a switch before anything that comes in is allocated."""
+"""The buffer of gradient partitions: as large as what trains; freed at a switch before new state is allocated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lisa_ds.errors import EngineError
 
 
 class GradientBufferStage3(MissingGradientsStage3):
-    """Stage 3 whose buffer of gradients can be given up, and made anew for other parameters."""
+    """Stage 3 whose gradient buffer can be freed, and allocated again for other parameters."""
 
     # The base class is untyped; these are the attributes of it that are set here.
     grad_partitions_flat_buffer: Any
@@ -25,7 +25,7 @@ class GradientBufferStage3(MissingGradientsStage3):
         """Wait for reductions that still write into the buffer.
 
         Raises:
-            EngineError: There are gradients in it that no step has used yet.
+            EngineError: It holds gradients that no step has used yet.
         """
         if self.micro_step_id or self._epilogue_ran_this_backward:
             raise EngineError(
@@ -35,14 +35,14 @@ class GradientBufferStage3(MissingGradientsStage3):
             self.reduce_and_partition_stream.synchronize()
 
     def release_gradients(self) -> None:
-        """Free the gradient buffer, and with it what lies in it."""
+        """Free the gradient buffer and the gradients in it."""
         getattr(self, supported.GRAD_PARTITIONS).clear()
         self.averaged_gradients = {}
         self._written.clear()
         self.grad_partitions_flat_buffer = None
 
     def rebuild_gradient_partitions(self) -> None:
-        """Give each parameter that is shown its slice of a new gradient buffer."""
+        """Allocate a new gradient buffer, with a slice for each parameter of the window."""
         parameters = list(itertools.chain.from_iterable(self.fp16_groups))
         sizes = [parameter.partition_numel() for parameter in parameters]
         # Zeros: padding after the last element of an odd-sized parameter is never written, but enters the norm.

@@ -1,4 +1,4 @@
-"""Squared norms of the gradients of each unit under ZeRO-3, over all ranks, as a step would use them."""
+"""Squared norms of the gradients of each unit under ZeRO-3, over all ranks, as a step uses them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lisa_ds.layers import Unit
 
 
 def holds_own_parts(optimizer: Any) -> bool:
-    """Whether each rank holds its own part of every gradient, of one group of ranks, so that squares may simply be added up."""
+    """Whether all gradients are partitioned over the same group of ranks, so that squares may simply be summed."""
     first = optimizer.sub_group_process_groups[0]
     return (
         optimizer.model_parallel_group is None
@@ -37,8 +37,8 @@ def unit_squares(
     Args:
         optimizer: The window.
         units: The unit of each of its sub-groups.
-        norms_of_groups: Stage 3's own norms of them, for ranks that share layers; -1 for one that is not finite. It talks once
-            for each sub-group, where otherwise once is enough.
+        norms_of_groups: Stage 3's own norms of them, for tensor parallelism; -1 for one that is not finite. They take
+            one all-reduce for each sub-group, instead of one in all.
 
     Returns:
         The units in their order, and ``(units,)``, float64, on the device that computes.

@@ -1,15 +1,17 @@
-"""Which parameters have had a gradient since the last step: one without takes no step, as in ``torch.optim.AdamW``.
+"""Tracks which parameters had a gradient since the last step: one without is not stepped, as in ``torch.optim.AdamW``.
 
 Note on what Stage 3 does.
-    It keeps gradients in one buffer, which each first gradient after a step overwrites. A parameter that gets none (of a vision
-    tower in a batch of text, of a branch not taken) is stepped all the same: with zeros, so that it decays and its moments
-    fade, or if it ever had a gradient with the last one, again and again. Gradients that come in a later micro-batch only are
-    added to that, and under CPU offload those that come in an earlier one only are lost.
+    It keeps gradients in one buffer, where the first gradient after a step overwrites the old one. A parameter that
+    gets none (in a vision tower on a batch of text, in a branch not taken) is stepped all the same: with zeros, so that
+    weight decay and the decay of moments go on, or, if it ever had a gradient, with that one again and again. A
+    gradient that comes only in a later micro-batch is added to the old one, and under CPU offload one that comes only
+    in an earlier micro-batch is lost.
 
-Note on who knows.
-    The hooks that reduce gradients run on the host, and a reduction is of the same parameters on all ranks, so nobody asks
-    anybody and nothing waits for a device. Leaf modules are the exception: DeepSpeed reduces zeros for what got no gradient
-    in them, so what has come on some rank is agreed on, in one small all-reduce a step if the window holds such a module.
+Note on what ranks know.
+    The hooks that reduce gradients run on the host, and a reduction is of the same parameters on all ranks, so no
+    communication and no device sync is needed. Leaf modules are the exception: DeepSpeed reduces zeros for their
+    parameters without a gradient, so one small all-reduce per step, if the window holds such a module, tells which
+    parameters have a gradient on some rank.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from lisa_ds.engines.zero3 import supported
 logger = logging.getLogger("lisa_ds")
 
 STEPS = "steps"
-"""In the state of a sub-group beside ``step``: the steps of each of its parameters, ``(parameters,)``, float32; there once they differ."""
+"""Key in the state of a sub-group beside ``step``: the steps of each of its parameters, ``(parameters,)``, float32;
+only once they differ."""
 
 
 class MissingGradientsStage3(DeepSpeedZeroOptimizer_Stage3):
@@ -43,7 +46,7 @@ class MissingGradientsStage3(DeepSpeedZeroOptimizer_Stage3):
     norm_for_param_grads: dict[int, Tensor]
 
     def watch_gradients(self) -> None:
-        """Begin with no gradient; before the buffer of gradients is allocated."""
+        """Start tracking, with no gradient yet; called before the gradient buffer is allocated."""
         self._come: set[int] = set()  # ds_id of each parameter with a gradient since the last step,
         self._at_boundary: set[int] = set()  # in the last of its micro-batches,
         self._in_leaf: set[int] = set()  # and in a leaf module, of autograd
@@ -54,11 +57,11 @@ class MissingGradientsStage3(DeepSpeedZeroOptimizer_Stage3):
 
     @property
     def absent(self) -> frozenset[int]:
-        """``ds_id`` of each parameter of the window that takes no part in the step that is being made."""
+        """``ds_id`` of each parameter of the window without a gradient in the current step."""
         return self._absent or frozenset()
 
     def create_reduce_and_remove_grad_hooks(self) -> None:
-        """See the base class; in leaf modules, also sees gradients before zeros are put in for those that are missing."""
+        """See the base class; in leaf modules, also records gradients before DeepSpeed adds zeros for missing ones."""
         leaves: dict[Any, list[Any]] = {}
         for parameter in itertools.chain.from_iterable(self.fp16_groups):
             if z3_leaf_parameter(parameter):
@@ -76,7 +79,7 @@ class MissingGradientsStage3(DeepSpeedZeroOptimizer_Stage3):
             self.begin_gradients()
 
     def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> Any:
-        """See the base class; notes whose gradients have come, and adds none to those of the last step."""
+        """See the base class; records which gradients have come, and adds none to those of the last step."""
         self._forget_dropped()
         new = {parameter.ds_id for parameter in params_to_release} - self._come
         if self.micro_step_id:  # else they are overwritten
@@ -90,7 +93,7 @@ class MissingGradientsStage3(DeepSpeedZeroOptimizer_Stage3):
 
     @torch.no_grad()
     def settle_gradients(self) -> None:
-        """All gradients of a step have come: see who has none, and leave nothing of an older one in its place."""
+        """Called when all gradients of a step have come: find parameters without one, and zero their old gradients."""
         if self._absent is not None:
             return
         window = {parameter.ds_id: parameter for parameter in itertools.chain.from_iterable(self.fp16_groups)}
@@ -101,7 +104,7 @@ class MissingGradientsStage3(DeepSpeedZeroOptimizer_Stage3):
         self._absent = frozenset(absent)
 
     def begin_gradients(self) -> None:
-        """A step was taken or skipped: the next gradients are of another."""
+        """Called when a step was taken or skipped: the next gradients belong to a new step."""
         self._come.clear()
         self._at_boundary.clear()
         self._in_leaf.clear()
@@ -123,7 +126,7 @@ class MissingGradientsStage3(DeepSpeedZeroOptimizer_Stage3):
         return {i for i, anywhere in zip(leaf, present.tolist(), strict=True) if not anywhere}
 
     def _clear(self, identifiers: set[int] | frozenset[int]) -> None:
-        """Put zeros where these had gradients in an earlier step."""
+        """Zero the gradients that these parameters had in an earlier step."""
         if not (stale := self._written & identifiers):
             return
         partitions: dict[int, Tensor] = getattr(self, supported.GRAD_PARTITIONS)
@@ -139,7 +142,7 @@ class MissingGradientsStage3(DeepSpeedZeroOptimizer_Stage3):
                     self.norm_for_param_grads.pop(self.get_param_id(parameter), None)
 
     def _bring_to_host(self, parameters: Sequence[Any]) -> None:
-        """Copy what the base class copies only of gradients that come in the last micro-batch."""
+        """Copy these gradients to the host; the base class copies only those that come in the last micro-batch."""
         partitions: dict[int, Tensor] = getattr(self, supported.GRAD_PARTITIONS)
         for parameter in parameters:
             if parameter.partition_numel() * self._get_param_partition_rank(parameter) < parameter.ds_numel:
@@ -149,7 +152,7 @@ class MissingGradientsStage3(DeepSpeedZeroOptimizer_Stage3):
     # ---- an optimizer's own step, of a part of a sub-group --------------------------------------------------------
 
     def slices(self, sub_group_id: int) -> Iterator[tuple[Any, slice]]:
-        """The parameters of a sub-group, and where the partition of each lies in it."""
+        """The parameters of a sub-group, and the slice of each one's partition in it."""
         offset = 0
         for parameter in self.fp16_groups[sub_group_id]:
             size = parameter.partition_numel()
@@ -157,7 +160,7 @@ class MissingGradientsStage3(DeepSpeedZeroOptimizer_Stage3):
             offset += size
 
     def _optimizer_step(self, sub_group_id: int) -> None:
-        """See the base class; where parameters have no gradient now or had none before, each other one is stepped apart."""
+        """See the base class; if some parameters have or had no gradient, the others are stepped one by one."""
         master = self.fp32_partitioned_groups_flat[sub_group_id]
         parameters = self.fp16_groups[sub_group_id]
         missing = [parameter for parameter in parameters if parameter.ds_id in self.absent]
@@ -226,7 +229,7 @@ def _divisible(state: dict[str, Any], master: Tensor) -> bool:
 
 
 def _like(template: Any, value: Tensor) -> Any:
-    """``value`` as a step count of the kind that ``template`` is."""
+    """``value`` as a step count of the same type as ``template``."""
     if isinstance(template, Tensor):
         return torch.full_like(template, float(value))
     return int(value)

@@ -1,4 +1,4 @@
-"""What the window is laid out by."""
+"""``WindowPlan``: the model's units and the first draw, by which the window is laid out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lisa_ds.layers import ROLES, Unit
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """What the window must know of the model and the run before Stage 3 lays out its buffers."""
+    """The facts about model and run that the window needs before Stage 3 lays out its buffers."""
 
     unit_of: Mapping[int, Unit]
     """``id(parameter)`` to its unit, for every parameter of the model."""
@@ -28,10 +28,10 @@ class WindowPlan:
     """Roles that train in the first interval."""
 
     rewarm: Rewarm = field(default_factory=Rewarm)
-    """Of the rates of what comes in at a switch."""
+    """Learning-rate warm-up of units that begin to train at a switch."""
 
     growth_limit: NormGrowthLimit = field(default_factory=NormGrowthLimit)
-    """Of the gradients of units."""
+    """Norm-growth limiter of the gradients of units."""
 
     release: Release = field(default_factory=Drop)
-    """What becomes of the state of units that leave."""
+    """Policy for the state of units that stop training."""

@@ -1,4 +1,4 @@
-"""Stage 3's lists with one entry for each sub-group: all entries are kept here, and those that train shown there."""
+"""Stage 3's lists with one entry for each sub-group: keeps all entries, and shows Stage 3 only those that train."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SubGroups:
         self.weights: list[Tensor] = self._lists["fp16_partitioned_groups_flat"]
         """The 16-bit partition of each, ``(numel,)``."""
         self.shown: list[int] = []
-        """Those that the lists show now."""
+        """The sub-groups that the lists show now."""
         self.shown_units: list[Unit] = []
         """The unit of each of those."""
 
@@ -40,13 +40,13 @@ class SubGroups:
         self.shown, self.shown_units = list(sub_groups), [self.units[i] for i in sub_groups]
 
     def parameters(self) -> Iterator[tuple[int, Any]]:
-        """Every parameter, after its sub-group."""
+        """Every parameter, with its sub-group."""
         for i, group in enumerate(self._lists["fp16_groups"]):
             for parameter in group:
                 yield i, parameter
 
     def require_grad(self, window: Iterable[int]) -> None:
-        """Let exactly the parameters of ``window`` require grad, whatever others (an adapter's on and off) made of it."""
+        """Let exactly the parameters of ``window`` require grad, whatever other code (switching adapters) has set."""
         wanted = set(window)
         for i, parameter in self.parameters():
             parameter.requires_grad_(i in wanted)
@@ -54,7 +54,7 @@ class SubGroups:
                 parameter.grad = None
 
     def mark(self, window: Collection[int]) -> None:
-        """Tell the next engine of this model who is frozen by this one alone; see :func:`policies.apply`."""
+        """Mark parameters that only this engine froze, for the model's next engine; see :func:`policies.apply`."""
         wanted = set(window)
         for i, parameter in self.parameters():
             parameter.lisa_waits = i not in wanted

@@ -22,7 +22,7 @@ _UPDATE_CHUNK = 1024 * QUANT_BLOCK  # elements of an update that exist at a time
 
 @dataclass(frozen=True)
 class Part:
-    """Elements that belong to a unit: this rank's of a parameter, or of its gradient."""
+    """Elements that belong to a unit: this rank's partition of a parameter, or of its gradient."""
 
     values: Tensor
     """Flat or not, contiguous, of any floating type and on any device."""
@@ -31,15 +31,15 @@ class Part:
     """Position of the unit."""
 
     share: float = 1.0
-    """What its square counts: 1 / n where n ranks hold a copy of it."""
+    """Weight of its square in the sum: 1 / n where n ranks hold a copy of it."""
 
 
 class UnitSquares:
     """Adds up the squares of parts by unit.
 
     Args:
-        num_units: Positions there are.
-        device: Where the sums are wanted.
+        num_units: Number of units.
+        device: Device of the sums.
     """
 
     def __init__(self, num_units: int, device: torch.device | str) -> None:
@@ -107,7 +107,7 @@ def _takes_kernel(values: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class AdamStep:
-    """What besides the moments determines an update."""
+    """The numbers that determine an update besides the moments."""
 
     step: Any
     """Updates that the moments have seen, this one included: a number, or a tensor of one element."""
@@ -121,7 +121,7 @@ class AdamStep:
 
 
 def adam_step(optimizer: Any, group: Any, state: Any, *, lr_scale: float = 1.0) -> AdamStep | None:
-    """How ``optimizer`` has stepped what is in ``group`` with ``state``; None if it is not Adam, or has not stepped it."""
+    """The step of ``optimizer`` on a parameter of ``group`` with ``state``; None if it is not Adam, or made none."""
     step = state.get("step", group.get("step"))
     if not is_adam(optimizer) or group.get("amsgrad") or step is None or "exp_avg" not in state:
         return None
@@ -139,10 +139,11 @@ def adam_step(optimizer: Any, group: Any, state: Any, *, lr_scale: float = 1.0) 
 
 @torch.no_grad()
 def update_square(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamStep) -> Tensor:
-    """Squared 2-norm of the last update, worked out from what it has left behind: ``()``, fp64, on the weight's device.
+    """Squared 2-norm of the last update, computed from moments and new weights: ``()``, fp64, on the weight's device.
 
-    The update is ``lr * (m / (sqrt(v) + eps) + weight_decay * w)`` with bias-corrected moments and the weight of before. That
-    weight follows from the one of after, so nothing has to be kept; a quarter of a million elements are worked on at a time.
+    The update is ``lr * (m / (sqrt(v) + eps) + weight_decay * w)`` with bias-corrected moments and the old weight. The
+    old weight follows from the new one, so nothing has to be kept; a quarter of a million elements are processed at a
+    time.
 
     Args:
         weight: After the update, in the precision that is updated: the master copy if there is one.

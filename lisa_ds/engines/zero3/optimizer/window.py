@@ -6,8 +6,8 @@ Note on the window.
     overflow, step, state_dict) run over those lists. Here a sub-group is the part of one unit that lies in one parameter
     group. All sub-groups are laid out once in the 16-bit flat buffer; the lists then show only those of the sampled
     units, so that fp32 partitions, moments and gradients exist for these alone, and Stage 3's own code sees nothing else.
-    A switch re-points the lists, and has the state of what leaves released and of what comes in built by
-    :class:`lisa_ds.engines.zero3.state.unit_state.UnitState`, which alone knows how.
+    A switch re-points the lists, and :class:`lisa_ds.engines.zero3.state.unit_state.UnitState` releases the state of
+    units that stop training and builds that of units that begin.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class WindowedStage3(GradientBufferStage3):
 
     Args:
         plan: The units, and those that train first.
-        state_format: What moments are kept in; None where the optimizer that is given makes its own.
+        state_format: The format of the state; None where the given optimizer makes its own.
         *args: As for ``DeepSpeedZeroOptimizer_Stage3``.
         **kwargs: Likewise.
     """
@@ -46,7 +46,7 @@ class WindowedStage3(GradientBufferStage3):
     sub_group_to_group_id: dict[int, int]  # of the base class, which is untyped
 
     unit_state: UnitState
-    """The state of what trains."""
+    """The optimizer state of the units that train."""
 
     def __init__(self, *args: Any, plan: WindowPlan, state_format: StateFormat | None = None, **kwargs: Any) -> None:
         self._plan, self._format_of_moments = plan, state_format
@@ -76,7 +76,7 @@ class WindowedStage3(GradientBufferStage3):
         return list(by_unit.values())
 
     def _setup_for_real_optimizer(self) -> None:
-        """Remember the whole layout, then let the base class allocate state for the first window only."""
+        """Keep the whole layout, then let the base class allocate state for the first window only."""
         supported.check_attributes(self)
         self._check_growth_limit()
         self.layout = SubGroups(self, self._plan.unit_of)
@@ -136,7 +136,7 @@ class WindowedStage3(GradientBufferStage3):
         self.layout.show(self, sub_groups, self.unit_state.masters(sub_groups))
 
     def require_grad_of_window(self) -> None:
-        """Let exactly the window's parameters require grad, whatever others (an adapter's on and off) made of it."""
+        """Let exactly the window's parameters require grad, whatever other code (switching adapters) has set."""
         self.layout.require_grad(self._window)
 
     # ---- switch ---------------------------------------------------------------------------------------------------
@@ -153,28 +153,28 @@ class WindowedStage3(GradientBufferStage3):
 
     @property
     def absent_of_step(self) -> frozenset[int]:
-        """``ds_id`` of each parameter of the window that took no part in the last step."""
+        """``ds_id`` of each parameter of the window that had no gradient in the last step."""
         return self._absent_of_step
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Of embeddings, head and rest, those of which something trains now."""
+        """The roles (embeddings, head, rest) in which something trains now."""
         return self._roles
 
     def present(self, roles: Iterable[str]) -> tuple[str, ...]:
-        """Those of ``roles`` of which something can train."""
+        """Those of ``roles`` in which something can train."""
         wanted = set(self.layout.units).intersection(roles)
         return tuple(role for role in ROLES if role in wanted)
 
     @torch.no_grad()
     def switch(self, sampled: Iterable[int], roles: Iterable[str] | None = None) -> None:
-        """Make ``sampled`` the blocks that train, and ``roles`` the roles; release the state of what leaves.
+        """Train the blocks ``sampled`` and the roles ``roles``; release the state of units that stop training.
 
         A unit in both the old and the new set keeps its state. Call it between optimizer steps only, on every rank alike.
 
         Args:
             sampled: Indices of blocks.
-            roles: Roles, of which those with nothing to train are passed over; None for those that train now.
+            roles: Roles; those with nothing to train are skipped. None for those that train now.
         """
         sampled = tuple(sorted(sampled))
         wanted = self._roles if roles is None else self.present(roles)
@@ -194,7 +194,7 @@ class WindowedStage3(GradientBufferStage3):
         self.require_grad_of_window()
 
     def sampled_without_gradient(self) -> tuple[int, ...]:
-        """Sampled blocks of which no parameter has a gradient for the step to come."""
+        """Sampled blocks in which no parameter has a gradient for the next step."""
         self.settle_gradients()
         with_gradient = {
             self._plan.unit_of[id(parameter)]
@@ -214,7 +214,7 @@ class WindowedStage3(GradientBufferStage3):
         self.begin_gradients()
 
     def _stepped(self) -> None:
-        """Note that a step was taken, not skipped."""
+        """Record that a step was applied, not skipped."""
         self._absent_of_step = self.absent
         self._lr_scales_of_step = [self._lr_scale(position) for position in range(len(self.fp16_groups))]
         self._rewarm.stepped()
@@ -226,7 +226,7 @@ class WindowedStage3(GradientBufferStage3):
         return own * self._rewarm.share(unit)
 
     def _optimizer_step(self, sub_group_id: int) -> None:
-        """One sub-group's update, at its unit's share of the learning rate."""
+        """Update one sub-group, with its unit's learning-rate factor."""
         scale = self._lr_scale(sub_group_id)
         if scale == 1.0:
             super()._optimizer_step(sub_group_id)
@@ -262,7 +262,7 @@ class WindowedStage3(GradientBufferStage3):
             )
 
     def _get_norm_groups(self) -> list[Any]:
-        """Norms with the loss scale whose squares add up to the whole: of each unit, within its bound, if there are bounds."""
+        """Norms with the loss scale whose squares sum to the global norm's: after the norm-growth limit, by unit."""
         stock = super()._get_norm_groups
         if self._growth_limit.factor is None:
             return list(stock())
@@ -271,7 +271,7 @@ class WindowedStage3(GradientBufferStage3):
         return list(limited.to(self.device).unbind())
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
-        """See the base class; also holds the gradient to its unit's bound."""
+        """See the base class; also applies the norm-growth limit of its unit."""
         super().unscale_and_clip_grads(sub_group_id, total_norm)
         factor = self._growth_limit.of(self._shown_units[sub_group_id])
         gradient = self.fp32_partitioned_groups_flat[sub_group_id].grad
@@ -281,7 +281,7 @@ class WindowedStage3(GradientBufferStage3):
     # ---- checkpoint -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Stage 3's state of the sampled sub-groups, and which units they belong to."""
+        """Stage 3's state of the sampled sub-groups, and the units they belong to."""
         state: dict[str, Any] = super().state_dict()
         state[_STATE_KEY] = {
             "sampled": self._sampled,
@@ -310,7 +310,7 @@ class WindowedStage3(GradientBufferStage3):
         self.unit_state.load_care_state_dict(saved.get("care", {}), self._units, device)
 
     def forget_second_copies(self) -> None:
-        """Drop what hpZ keeps of every weight, after weights have been read; a step drops that of the window alone."""
+        """Drop hpZ's second copy of every weight, after weights were loaded; a step drops only that of the window."""
         for parameter in self.module.parameters():
             parameter.ds_secondary_tensor = None
 

@@ -1,7 +1,7 @@
-"""What is made of gradients as they come, one parameter at a time: a number for each block.
+"""Collectors: reduce gradients, as backward yields them one parameter at a time, to a number for each block.
 
-A collector takes ``parameter.grad`` and frees it before the next one comes. What it holds meanwhile is counted by
-:func:`lisa_ds.memory.probe_bytes`; whoever changes one changes both.
+A collector takes ``parameter.grad`` and frees it before the next one comes. :func:`lisa_ds.memory.probe_bytes` counts
+what it holds meanwhile; change both together.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from lisa_ds.engines.common.scores import add_squares, mean_norms, means, summed
 
 
 class Collector(Protocol):
-    """Makes a number for each block of gradients that come one at a time."""
+    """Reduces gradients that come one at a time to a number for each block."""
 
     additive: bool
-    """Whether a gradient may come in parts."""
+    """Whether a gradient may come in several parts that are added up."""
 
     def __init__(self, blocks: list[list[Any]], group: Any, device: torch.device, key_of: dict[int, int]) -> None: ...
 
     def take(self, parameter: Any) -> None:
-        """Use ``parameter.grad``, and free it."""
+        """Collect ``parameter.grad``, and free it."""
 
     def batch_done(self) -> None:
-        """All gradients of a batch have come."""
+        """Called when all gradients of a batch have come."""
 
     def result(self, batches: int) -> list[float]:
         """A number for each block, once all ``batches`` are done; a collective of all ranks."""
@@ -97,7 +97,7 @@ class Norms(_Collector):
 
 
 class Squares(_Collector):
-    """Keeps the sum of the squares of each block's gradients, each rank's for itself."""
+    """Keeps the sum of the squares of each block's gradients, on each rank separately."""
 
     additive = False
 
@@ -115,7 +115,7 @@ class Squares(_Collector):
 
 
 class Slopes(_Collector):
-    """Keeps the product of each block's gradient with its direction."""
+    """Keeps the inner product of each block's gradient with its Rademacher vector."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -136,7 +136,7 @@ class Slopes(_Collector):
 def _own_part(parameter: Any, group: Any) -> Tensor:
     """This rank's partition of the gradient, summed over ranks: ``(ceil(numel / ranks),)``, fp32 if there are several ranks.
 
-    The gradient itself is let go of.
+    The gradient itself is freed.
     """
     gradient, ranks = parameter.grad, dist.get_world_size(group)
     parameter.grad = None

@@ -1,4 +1,4 @@
-"""The draws of a run under ZeRO-3: what they are fed with."""
+"""Builds the ``Draws`` of a run under ZeRO-3: scores, gradient statistics, memory budget and collectives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lisa_ds.sampling import LayerSampler
 
 
 def draws_of(engine: Any, sampler: LayerSampler, calibration: measure.Calibration | None) -> Draws:
-    """The draws of a LISA engine that has been built."""
+    """The ``Draws`` of a LISA engine that has been built."""
     watched = watch(engine.optimizer, engine._stack) if sampler.watches_gradients else None
     return Draws(
         sampler,

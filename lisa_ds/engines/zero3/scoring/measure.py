@@ -1,4 +1,4 @@
-"""The scores of blocks that samplers draw by: measured on calibration batches, on the weights, or in training."""
+"""Measures the scores of blocks for a sampler: on calibration batches, on the weights, or in training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Calibration", "check", "measure"]
 
 
 def check(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> None:
-    """Refuse a sampler that could not be fed, before the optimizer is laid out.
+    """Refuse a sampler whose scores could not be measured, before the optimizer is laid out.
 
     Raises:
         ConfigError: It measures scores on calibration batches, and there are none.
-        EngineError: Or ranks share layers.
+        EngineError: It does, and ranks share layers.
     """
     chosen = lisa.sampler
     if not chosen.calibrates:

@@ -1,10 +1,11 @@
-"""Scores of all blocks from gradients on calibration data, without ever holding the gradients of all of them.
+"""Scores all blocks from gradients on calibration data, without holding the gradients of all blocks at once.
 
 Note on what is kept.
-    A gradient is taken as backward hands it over, put to its use and freed before the next one comes: nothing but numbers remains
-    of it, or its part in a sum that is partitioned over the ranks. Where sums must be held, the blocks are scored a few at a
+    A gradient is used as soon as backward yields it, and freed before the next one comes: only numbers remain of it, or
+    its part in a sum that is partitioned over the ranks. Where sums must be held, the blocks are scored a few at a
     time, in several passes over the calibration data. :func:`lisa_ds.memory.probe_bytes` says what that takes.
-    Gradients are those of the weights as they are trained, in their dtype; the loss is not scaled, so fp16 gradients may vanish.
+    Gradients are those of the weights as they are trained, in their dtype; the loss is not scaled, so fp16 gradients
+    may vanish.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ from lisa_ds.layers import LayerStack
 logger = logging.getLogger("lisa_ds.scores")  # a pass may take long: launch/train.py shows its lines
 
 Calibration = Callable[[nn.Module], Iterable[Tensor]]
-"""A generator function: from the partitioned model, one loss ``()`` a batch of this rank's share of the calibration data.
+"""A generator function: given the partitioned model, yields one loss ``()`` for each batch of this rank's calibration
+data.
 
-It is called once a pass, must begin anew each time with the same data, and run forward for a batch only when that is asked for.
-Every rank yields the same number of losses.
+It is called once a pass, must start again with the same data each time, and must run forward for a batch only when its
+loss is requested. Every rank yields the same number of losses.
 """
 
 
@@ -54,7 +56,7 @@ class Probe:
         backward_start: The engine's.
         calibration: See :data:`Calibration`.
         probe_blocks: Blocks scored at a time by ``accumulated`` and ``hutchinson``.
-        seed: Of the directions of ``hutchinson``.
+        seed: Seed of the Rademacher vectors of ``hutchinson``.
         epsilon: How far ``hutchinson`` moves each weight; by default 1e-4 in fp32, 3e-3 in bf16, 1e-3 in fp16.
 
     Raises:
@@ -99,10 +101,10 @@ class Probe:
                 ``empirical``: the trace of the block's empirical Fisher information: the mean over all losses of all ranks of
                 the squared 2-norm of the block's gradient. It is exact where a loss is that of one row. One pass.
                 ``hutchinson``: an estimate of the trace of the block's part of the Hessian of the mean loss, ``v^T H v`` for
-                one random ``v`` of signs. ``H v`` is the central difference of gradients at weights moved by ``epsilon * v``
-                one way and the other. It may be negative. Two passes for each ``probe_blocks`` blocks. Blocks moved at the
-                same time add their cross terms, whose mean is zero; ``probe_blocks: 1`` has none. In fp32 the difference is
-                good to three digits or more; weights and gradients in 16 bits leave one digit, or less.
+                one Rademacher vector ``v``. ``H v`` is the central difference of gradients at weights moved by
+                ``+-epsilon * v``. It may be negative. Two passes for each ``probe_blocks`` blocks. Blocks moved at the
+                same time add their cross terms, whose mean is zero; ``probe_blocks: 1`` has none. In fp32 the
+                difference is good to three digits or more; weights and gradients in 16 bits leave one digit, or less.
 
         Raises:
             EngineError: The ranks yield different numbers of losses, a loss depends on no block, or a score is not finite.
@@ -219,7 +221,7 @@ class Probe:
 
     @contextmanager
     def _saved(self, parameters: Sequence[Any]) -> Iterator[list[Tensor]]:
-        """Put the partitions of ``parameters`` back afterwards, as they are now, whatever happens inside."""
+        """Restore the partitions of ``parameters`` at the end, whatever happens inside."""
         saved = [parameter.ds_tensor.clone() for parameter in parameters]
         try:
             yield saved
@@ -252,10 +254,10 @@ def check(optimizer: WindowedStage3) -> None:
 
 @contextmanager
 def _in_step(module: nn.Module, group: Any, device: torch.device) -> Iterator[Callable[[bool], None]]:
-    """Have the ranks meet at each forward of ``module``, so that one without a further batch does not leave the others waiting.
+    """Synchronise ranks at each forward of ``module``, so that one without a further batch leaves no other waiting.
 
     Yields:
-        What a rank calls with False when it has no batch left.
+        A function that a rank calls with False when it has no batch left.
     """
     met = [0]
 

@@ -1,9 +1,10 @@
-"""Backward passes beside training: gradients of chosen blocks go to somebody else, and Stage 3 sees nothing of them.
+"""Backward passes outside training: gradients of chosen blocks go to a callback, and Stage 3 does not see them.
 
 Note on what must not be touched.
-    Stage 3's gradient hooks hang on every parameter and call four methods of the optimizer by name: one that reduces, three that
-    count hooks until the epilogue is due. While a side backward runs those names lead here. Its buffers, buckets and counters, and
-    the engine's bookkeeping of forward and backward, are as they were afterwards, so that training goes on to the bit.
+    Stage 3's gradient hooks are on every parameter and call four methods of the optimizer by name: one that reduces,
+    three that count hooks until the epilogue is due. During a side backward these names are shadowed. Stage 3's
+    buffers, buckets and counters, and the engine's bookkeeping of forward and backward, are restored at the end, so
+    that training goes on bit-exactly.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
 
 Arrived = Callable[[Any], None]
-"""Told of each parameter whose whole gradient has come, in ``parameter.grad``; it must take and free it."""
+"""Called with each parameter whose whole gradient has come, in ``parameter.grad``; it must use and free it."""
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def side_backward(
     parameters: Collection[nn.Parameter],
     arrived: Arrived,
 ) -> Iterator[None]:
-    """Have backward yield the gradients of ``parameters`` alone, each to ``arrived`` at once; undo all of it at the end.
+    """Inside, backward yields only the gradients of ``parameters``, each to ``arrived`` at once.
 
     Inside, every module is in eval mode, blocks that were set to be checkpointed are checkpointed all the same, and random numbers
     are drawn from a copy of the generators' state. Call it on every rank, after ``step()`` and before the next ``forward()``.
@@ -69,7 +70,7 @@ def side_backward(
 
 
 def release(optimizer: WindowedStage3) -> None:
-    """Partition every parameter again, those included of modules that backward has not left."""
+    """Partition every parameter again, also in modules whose backward has not ended."""
     offload = optimizer.parameter_offload
     if hasattr(offload, "release_backward_leftovers"):  # DeepSpeed 0.19.5 has no list of such modules yet
         offload.release_backward_leftovers()
@@ -78,7 +79,7 @@ def release(optimizer: WindowedStage3) -> None:
 
 @contextmanager
 def partitioned(optimizer: WindowedStage3) -> Iterator[None]:
-    """No parameter is whole inside, so that partitions may be written; the small ones that stay whole are so afterwards."""
+    """Inside, no parameter is gathered, so that partitions may be written; persistent ones are gathered again."""
     release(optimizer)
     try:
         yield
@@ -139,7 +140,7 @@ def _moved(
 
 @contextmanager
 def _evaluating(module: nn.Module, stack: LayerStack) -> Iterator[None]:
-    """Everything in eval mode. Transformers checkpoints no block in eval mode: those change into it a little later."""
+    """Inside, modules are in eval mode. Transformers checkpoints no block in eval mode: those switch later."""
     modes = [(each, each.training) for each in module.modules()]
     wrapped: list[tuple[Any, Any]] = []
     try:
@@ -200,7 +201,7 @@ def _diverted(optimizer: WindowedStage3, arrived: Arrived) -> Iterator[None]:
 
 @contextmanager
 def _own_trace(optimizer: WindowedStage3) -> Iterator[None]:
-    """Other modules run backward here than in training: the recorded order of fetches holds for neither in the other."""
+    """Drop DeepSpeed's recorded order of fetches before and after: other modules run backward here than in training."""
 
     def forget() -> None:
         coordinator = optimizer.parameter_offload.get_param_coordinator()

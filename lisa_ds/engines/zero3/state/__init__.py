@@ -1,1 +1,1 @@
-"""Optimizer state by unit under ZeRO-3: built when a unit comes in, released when it leaves, restored and counted in between."""
+"""Optimizer state by unit under ZeRO-3: built when a unit begins to train, released when it stops, and restored."""

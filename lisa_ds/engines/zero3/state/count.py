@@ -1,4 +1,4 @@
-"""Bytes of live optimizer state, counted from storages, of LISA's window and of a stock ZeRO-3 optimizer alike."""
+"""Bytes of live optimizer state, counted from storages; for LISA's window and a stock ZeRO-3 optimizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def state_bytes(masters: Iterable[Tensor], moments: Iterable[Mapping[str, Any]])
 
     Args:
         masters: The master copies, see :func:`own_masters`.
-        moments: What the optimizer keeps beside each.
+        moments: The optimizer's state for each.
 
     Returns:
         ``master``, ``exp_avg``, ``exp_avg_sq`` (with the scales of 8-bit moments), in bytes.
@@ -30,7 +30,7 @@ def state_bytes(masters: Iterable[Tensor], moments: Iterable[Mapping[str, Any]])
 
 
 def own_masters(masters: Iterable[Tensor], weights: Iterable[Tensor]) -> list[Tensor]:
-    """Of ``masters``, the partitions that are updated, those that are copies and not among the 16-bit ``weights`` themselves."""
+    """Those of ``masters`` (the partitions that are updated) that are copies, not the 16-bit ``weights`` themselves."""
     themselves = {flat.data_ptr() for flat in weights}
     return [master for master in masters if master.data_ptr() not in themselves]
 

@@ -1,4 +1,4 @@
-"""What becomes of the state of a unit that leaves."""
+"""Policies for the optimizer state of a unit that stops training."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from torch import Tensor
 
 
 class Release(Protocol):
-    """A policy. State comes by sub-group: the part of a unit that lies in one parameter group.
+    """A policy. State is passed by sub-group: the part of a unit in one parameter group.
 
     Each call is made between optimizer steps, on all ranks alike.
     """
 
     def leaves(self, sub_group: int, master: Tensor, moments: dict[str, Any]) -> None:
-        """Take leave of a sub-group, which nobody else refers to any more: what is not copied now is freed.
+        """Called with the state of a sub-group that stops training, the last reference to it: copy what is to be kept.
 
         Args:
             sub_group: Which one, in the whole layout.
             master: Its fp32 partition on this rank, ``(numel,)``; the 16-bit weights themselves where there is no master copy.
-            moments: What the optimizer kept beside it, by torch's names; empty before the first step.
+            moments: The optimizer's state for it, by torch's names; empty before the first step.
         """
 
     def returns(self, sub_group: int, master: Tensor) -> dict[str, Any]:
-        """Give back what was kept of a sub-group that comes in.
+        """Return the kept state of a sub-group that begins to train.
 
         Args:
             sub_group: Which one.
             master: Its new fp32 partition, filled from the 16-bit weights; a kept one is copied into it.
 
         Returns:
-            The moments it goes on with; empty if it begins without.
+            The moments it continues with; empty if it begins without.
         """
 
     def forget(self) -> None:
-        """Drop everything kept: the weights are about to be others."""
+        """Drop everything kept: the weights are about to be replaced."""
 
     def parked_bytes(self) -> dict[str, int]:
         """Bytes kept on this rank: ``parked_host`` and ``parked_nvme``."""
 
 
 class Drop:
-    """LISA as published: what leaves is gone, and who comes in again begins without moments. Nothing is kept."""
+    """LISA as published: state is dropped, and a unit that is drawn again begins without moments."""
 
     def leaves(self, sub_group: int, master: Tensor, moments: dict[str, Any]) -> None:
         """Keep nothing; see :class:`Release`."""

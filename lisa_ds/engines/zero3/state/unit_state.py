@@ -1,4 +1,4 @@
-"""The life of a unit's optimizer state: built when it comes in, released when it leaves, restored, forgotten, counted."""
+"""The life cycle of a unit's optimizer state: built when the unit begins to train, released when it stops, restored."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from lisa_ds.optim import StateFormat
 
 
 class UnitState:
-    """The state on this rank of the units that train, and what becomes of it.
+    """The optimizer state on this rank of the units that train.
 
-    Note on where it lies.
-        State comes by sub-group, the part of a unit in one parameter group. The fp32 partition (*master*) of each that is live is
-        kept here; whoever shows them to Stage 3 asks for them. Moments lie in the optimizer's own ``state``, by master, where
+    Note on where it is kept.
+        State is kept by sub-group, the part of a unit in one parameter group. The live fp32 partitions (*masters*) are
+        kept here, and shown to Stage 3 by the window. Moments are in the optimizer's own ``state``, by master, where
         learning-rate schedules, checkpoints and DeepSpeed's accessors look for them.
 
     Args:
-        optimizer: The one that the engine was given; it holds the moments.
+        optimizer: The optimizer that the engine was given; it holds the moments.
         units: The unit of each sub-group of the whole layout.
         weights: The 16-bit partition of each. Where there is no master copy it is the master itself, and no state.
-        create: Makes the masters of sub-groups from their 16-bit weights, ``(numel,)`` each, in order. When it is called nobody but
-            Stage 3's lists refers to what has been released, and it points those elsewhere before it allocates.
-        host_gradient: Makes the gradient that an offloaded master has from the start, of its shape; None without offload.
-        state_format: What moments are kept in; None where the optimizer makes its own in its first step.
-        rewarm: Told who comes in, stays and leaves, as the ages of units are part of their state.
+        create: Makes the masters of sub-groups from their 16-bit weights, ``(numel,)`` each, in order. When it is
+            called only Stage 3's lists still refer to released state, and it re-points those before it allocates.
+        host_gradient: Allocates the gradient that an offloaded master has from the start, of its shape; None without
+            offload.
+        state_format: The format of moments; None where the optimizer makes its own in its first step.
+        rewarm: The learning-rate warm-up; told which units train, as their step counts are part of their state.
         growth_limit: Likewise, for the norms of their last gradients.
-        release: What becomes of state that leaves.
+        release: Policy for the state of units that stop training.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class UnitState:
         self._care_for(units)
 
     def train(self, units: Collection[Unit]) -> None:
-        """Make ``units`` those that have state: release what leaves, then build what comes in. What stays keeps its own."""
+        """Set the units that have state: release those that stop, then build those that begin. Others keep theirs."""
         wanted = self.sub_groups(units)
         self._let_go(sorted(self._masters.keys() - set(wanted)))
         self._build([i for i in wanted if i not in self._masters])
@@ -102,7 +103,7 @@ class UnitState:
         return [self._masters[i] for i in sub_groups if i in self._masters]
 
     def moments_of(self, sub_group: int, sizes: Sequence[int]) -> dict[str, Any]:
-        """The moments and step count of a live sub-group, to be worked on in place; zero where it has none yet.
+        """The moments and step count of a live sub-group, to be updated in place; zeros if it has none yet.
 
         Args:
             sub_group: Which one.
@@ -116,7 +117,7 @@ class UnitState:
         return state
 
     def of(self, unit: Unit) -> list[dict[str, Any]]:
-        """The live state of ``unit`` on this rank, itself and no copy.
+        """The live state of ``unit`` on this rank, not a copy.
 
         Returns:
             For each of its sub-groups, the ``master`` if there is a copy, and once it has taken a step what the optimizer keeps: of
@@ -131,7 +132,7 @@ class UnitState:
         return found
 
     def _copies(self, sub_groups: Iterable[int]) -> list[Tensor]:
-        """The masters of these live sub-groups that are copies of their weights."""
+        """The masters of these live sub-groups that are real copies, not the 16-bit weights."""
         live = list(sub_groups)
         return own_masters(self.masters(live), [self._weights[i] for i in live])
 
@@ -141,21 +142,21 @@ class UnitState:
         return all(self._optimizer.state.get(master) for master in self._masters.values())
 
     def bytes(self) -> dict[str, int]:
-        """Bytes of it on this rank: ``master``, ``exp_avg``, ``exp_avg_sq``, ``parked_host`` and ``parked_nvme``."""
+        """Bytes of state on this rank: ``master``, ``exp_avg``, ``exp_avg_sq``, ``parked_host`` and ``parked_nvme``."""
         live = state_bytes(self._copies(self._masters), self._optimizer.state.values())
         return {**live, **self._release.parked_bytes()}
 
     # ---- forgotten and restored -----------------------------------------------------------------------------------
 
     def forget_moments(self) -> None:
-        """Drop the moments of everything that trains, and what was kept of the rest; they start at zero at the next step."""
+        """Drop the moments of everything that trains, and all kept state; moments start at zero in the next step."""
         self._optimizer.state.clear()
         self._release.forget()
         self._rewarm.begin_anew()
         self._growth_limit.begin_anew()
 
     def restore(self, saved: Mapping[str, Any], masters: Sequence[Tensor]) -> None:
-        """Take over saved moments as they are.
+        """Load saved moments without conversion.
 
         torch casts loaded state to the parameter's type, which 8-bit codes and fp32 moments beside bf16 would not survive.
 
@@ -172,12 +173,12 @@ class UnitState:
                 self._optimizer.state[master] = state | {"step": state["step"].float().reshape(())}
 
     def care_state_dict(self) -> dict[str, Any]:
-        """What is known of the units that train beside their tensors: plain values."""
+        """The warm-up's counts and the limiter's norms for the units that train: plain values."""
         return {"ages": self._rewarm.state_dict(), "norms": self._growth_limit.state_dict()}
 
     def load_care_state_dict(
         self, saved: Mapping[str, Any], units: Collection[Unit], device: torch.device | str
     ) -> None:
-        """Take up where :meth:`care_state_dict` was taken, for ``units``, which train now; norms are kept on ``device``."""
+        """Restore from :meth:`care_state_dict`, for ``units``, which train now; norms are kept on ``device``."""
         self._rewarm.load_state_dict(saved.get("ages"))
         self._growth_limit.load_state_dict(saved.get("norms", {}), units, device)

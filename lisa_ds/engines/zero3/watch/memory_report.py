@@ -1,4 +1,4 @@
-"""Bytes of the tensors that are alive on this rank, counted from their storages."""
+"""Bytes of live model-state tensors on this rank, counted from their storages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def memory_report(optimizer: Any, parameters: Iterable[Any]) -> dict[str, int]:
 
 
 def precision(engine: Any) -> Precision:
-    """Bytes of an element of each kind in ``engine``, stock or ours, to plan with what it really uses."""
+    """Bytes per element of each kind of state in ``engine``, stock or LISA's, for the planner."""
     weight, gradient = engine.get_data_types()
     state_format: StateFormat = getattr(engine, "state_format", StateFormat())
     return Precision(

@@ -1,7 +1,7 @@
 """Norms of weights, gradients and updates by unit under ZeRO-3: LISA's window, or DeepSpeed's own optimizer.
 
-Ranks add up the squares of their own partitions. Those of gradients are added up on the device at every step, before the step
-has clipped them; nothing travels and no host waits until somebody asks, and then one small vector is reduced.
+Ranks add up the squares of their own partitions. Those of gradients are added up on the device at every step, before
+the step clips them, without communication or host sync; a reading then all-reduces one small vector.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ATTRIBUTE = "lisa_unit_statistics"
 
 @dataclass(frozen=True)
 class Mark:
-    """A moment, from which gradients are averaged."""
+    """The start of an average over gradients."""
 
     squares: Tensor
     steps: tuple[int, ...]
@@ -41,17 +41,17 @@ class Norms:
     """What :meth:`UnitStatistics.read` found, by unit, equal on all ranks."""
 
     weight: dict[Unit, float | None]
-    """Of all weights of the unit together; None where they are not in memory as numbers (NVMe, quantised)."""
+    """Norm of all weights of the unit together; None where they are not readable in memory (NVMe, quantised)."""
 
     gradient: dict[Unit, float | None]
     """Root mean square over the steps in which the unit trained; None if it did not."""
 
     update: dict[Unit, float | None]
-    """Of what the last step added to the weights; None if it trained not, or not by Adam."""
+    """Norm of what the last step added to the weights; None if the unit did not train, or not by Adam."""
 
 
 class UnitStatistics:
-    """Norms of what a ZeRO-3 optimizer trains; it watches steps only where :func:`watch` has made it.
+    """Norms of what a ZeRO-3 optimizer trains; to record gradients it must be made by :func:`watch`.
 
     Args:
         optimizer: ``DeepSpeedZeroOptimizer_Stage3``, or the window that LISA makes of it.
@@ -60,7 +60,7 @@ class UnitStatistics:
 
     def __init__(self, optimizer: Any, stack: LayerStack) -> None:
         self.units: tuple[Unit, ...] = units_of(stack)
-        """Those that have parameters, in the order they run."""
+        """The units that have parameters, in the order they run."""
         self.applied = 0
         """Steps seen, skipped ones not counted."""
         self.after_step: list[Callable[[], None]] = []
@@ -77,17 +77,17 @@ class UnitStatistics:
         self._step: Callable[..., Any] = optimizer.step
 
     def begin(self) -> None:
-        """Watch every step from now on."""
+        """Record gradients at every step from now on."""
         self._optimizer.step = self._step_and_add
 
     def remove(self) -> None:
-        """Let the optimizer step unwatched."""
+        """Stop recording."""
         self._optimizer.step = self._step
         if getattr(self._optimizer, _ATTRIBUTE, None) is self:
             delattr(self._optimizer, _ATTRIBUTE)
 
     def mark(self) -> Mark:
-        """This moment. Readings may overlap: each goes back to a mark of its own."""
+        """Mark the present step. Readings may overlap: each begins at its own mark."""
         return Mark(self._squares.clone(), tuple(self._steps), self.applied)
 
     def trained(self, since: Mark) -> tuple[Unit, ...]:
@@ -103,11 +103,12 @@ class UnitStatistics:
     def read(self, since: Mark, weights: Collection[Any] | None = None) -> Norms:
         """All norms now; gradients since ``since``. Every rank must call it, in :attr:`after_step`; the numbers are the same on each.
 
-        Gradients are those of all ranks together, averaged, unscaled, and not clipped. Elsewhere the update would be worked out with the learning rate of the step to come.
+        Gradients are those of all ranks together, averaged, unscaled, and not clipped. Elsewhere the update would be
+        computed with the learning rate of the next step.
 
         Args:
-            since: Where gradients begin.
-            weights: The parameters that weight norms are of; None for all of the model.
+            since: The mark from which gradients are averaged.
+            weights: The parameters whose weight norms are read; None for all of the model.
         """
         weights = self._weights if weights is None else weights
         update_squares, updated = self._update_squares()
@@ -149,7 +150,7 @@ class UnitStatistics:
         return result
 
     def _gradient_squares(self) -> Tensor:
-        """This rank's, loss scale and all. A step may clip its gradients in place, so this comes before."""
+        """This rank's squares, with the loss scale; read before the step, which may clip gradients in place."""
         optimizer = self._optimizer
         if optimizer.offload_optimizer:
             # Taken on the device, before the gradients went to the host.
@@ -168,7 +169,7 @@ class UnitStatistics:
 
     @torch.no_grad()
     def _update_squares(self) -> tuple[Tensor, set[int]]:
-        """This rank's, and the units whose update is known. One parameter's partition is worked on at a time."""
+        """This rank's squares, and the units whose update is known; one parameter's partition at a time."""
         optimizer, result = self._optimizer, self._of_weights.zeros()
         known: set[int] = set()
         if not is_adam(optimizer.optimizer) or optimizer.swap_optimizer:
@@ -197,12 +198,12 @@ class UnitStatistics:
         return result, known
 
     def _part(self, parameter: Any, partition: Tensor) -> Part:
-        """What of ``partition`` is not padding."""
+        """``partition`` without its padding."""
         return Part(partition[: own_elements(parameter)], self._unit_of[id(parameter)], _share(parameter))
 
 
 class BlockGradients:
-    """The gradient norms of the blocks, interval by interval; unlike readings between marks, resumed to the bit.
+    """The gradient norms of the blocks, interval by interval; unlike readings between marks, they resume bit-exactly.
 
     Args:
         statistics: See :func:`watch`.
@@ -229,7 +230,7 @@ class BlockGradients:
         return {"squares": self._squares.tolist(), "steps": list(self._steps)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up where :meth:`state_dict` was taken."""
+        """Restore from :meth:`state_dict`."""
         self._squares = torch.tensor(state["squares"], dtype=self._squares.dtype, device=self._squares.device)
         self._steps = list(state["steps"])
 
@@ -243,7 +244,7 @@ class BlockGradients:
 
 
 def watch(optimizer: Any, stack: LayerStack) -> UnitStatistics:
-    """The statistics of ``optimizer``: there is one for each, whoever asks first.
+    """The statistics of ``optimizer``, made on the first call: one object for each optimizer.
 
     Args:
         optimizer: ``DeepSpeedZeroOptimizer_Stage3``, or the window that LISA makes of it.
@@ -262,7 +263,7 @@ def watch(optimizer: Any, stack: LayerStack) -> UnitStatistics:
 
 
 def block_norms(norms: Mapping[Unit, float | None], num_layers: int) -> list[float | None]:
-    """Of norms by unit, those of the blocks, in order."""
+    """The norms of the blocks, in order, out of norms by unit."""
     return [norms.get(layer) for layer in range(num_layers)]
 
 
@@ -282,7 +283,7 @@ def _is_readable(parameter: Any) -> bool:
 
 
 def _share(parameter: Any) -> float:
-    """1 / n where n groups of ranks partition a copy of ``parameter`` each, as those that share other layers do of a norm."""
+    """1 / n where n groups of ranks each partition a copy of ``parameter``, such as a norm under tensor parallelism."""
     if is_model_parallel_parameter(parameter):
         return 1.0
     return float(dist.get_world_size(parameter.ds_process_group)) / float(dist.get_world_size())
