@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 # Before torch is imported: OpenMP reads its thread count once, and several ranks share few cores.
@@ -28,6 +30,15 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     # Not by keywords, of which the checkout's own folders are some.
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """A command that ran in this process has set up how its messages are shown; the next test looks for them elsewhere."""
+    logger = logging.getLogger("lisa_ds")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    yield
+    logger.level, logger.propagate, logger.handlers[:] = before
 
 
 def _group(item: pytest.Item) -> str:
