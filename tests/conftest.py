@@ -36,9 +36,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def _logging_as_before() -> Iterator[None]:
     """A command that ran in this process has set up how its messages are shown; the next test looks for them elsewhere."""
     logger = logging.getLogger("lisa_ds")
-    before = logger.level, logger.propagate, list(logger.handlers)
+    level = logger.level
     yield
-    logger.level, logger.propagate, logger.handlers[:] = before
+    logger.setLevel(level)
 
 
 def _group(item: pytest.Item) -> str:
