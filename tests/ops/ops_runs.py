@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields, replace
 from typing import Any
 
@@ -17,8 +18,8 @@ SEED = 5
 FIELDS = ("weight", "master", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "step")
 
 
-def run(backend: Backend) -> dict[str, Any]:
-    """All measurements of one backend."""
+def run(backend: Backend, names: Collection[str] = tuple(mode.name for mode in MODES)) -> dict[str, Any]:
+    """All measurements of one backend in these modes."""
     torch.set_num_threads(2)
     return {
         mode.name: {
@@ -31,6 +32,7 @@ def run(backend: Backend) -> dict[str, Any]:
             "sum_of_squares": squares(backend, mode),
         }
         for mode in MODES
+        if mode.name in names
     }
 
 
