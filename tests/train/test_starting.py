@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,7 @@ def test_questions_on_a_terminal(folder: Path, typed: str, code: int, said: str)
     for line in typed.splitlines(keepends=True):
         while not told.endswith(b"]: "):
             told += os.read(terminal, 1000)
+        time.sleep(0.3)  # a signal between the prompt and the read is seen with the next key, and nobody types as fast
         os.write(terminal, line.encode())
         told += b"\n"
     try:

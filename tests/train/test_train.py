@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -86,11 +85,6 @@ def test_speed_is_in_every_log_entry_in_the_records_and_on_the_console(finished:
         assert entry["tokens_per_second"] == pytest.approx(2 * entry["tokens_per_second_per_gpu"], abs=0.2)
         assert 0 < entry["mfu"] < entry["hfu"] < 1  # padding and checkpointing
         assert entry["max_rank_memory_gb"] > 0.1
-    steps = [line for line in output.splitlines() if re.match(r"step \d/6 .*  loss ", line)]
-    assert len(steps) == 6
-    assert all(
-        line.endswith("%") or len(line) > 100 - len("  MFU 100%") for line in steps
-    )  # where there is room for it
     read = {record.name: record for record in records.read(folder / "out/records.jsonl")}
     assert 0 < read["mfu"].value < read["hfu"].value
     assert read["max_rank_memory_gb"].value == entries[-1]["max_rank_memory_gb"] or (
