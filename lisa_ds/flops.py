@@ -60,8 +60,7 @@ class Trained:
     """What has gradients in a step."""
 
     blocks: frozenset[int]
-    """Sampled blocks, their norms included: these come before the matrices, whose inputs all need gradients
-    therefore."""
+    """Sampled blocks, their norms included: norms come before the matrices, so the inputs of all matrices need gradients."""
 
     embeddings: bool = True
     """Whether the embeddings, or anything else below the blocks, train."""

@@ -149,7 +149,15 @@ def fork_context() -> multiprocessing.context.ForkServerContext:
         {**rank_environment(0, 1, 0), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     ):
         forkserver.ensure_running()
+    # On a fresh machine it compiles DeepSpeed's operators first, which takes minutes: before the clock of any rank starts.
+    first = context.Process(target=_nothing)
+    first.start()
+    first.join()
     return context
+
+
+def _nothing() -> None:
+    pass
 
 
 def rank_environment(rank: int, world_size: int, port: int, gpus: bool = False) -> dict[str, str]:
