@@ -77,7 +77,7 @@ test-cluster: $(VENV)/installed  ## real Slurm and ssh on two hosts made of name
 	{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(CLUSTER_PACKAGES); }
 	$(PYTEST) -m cluster
 
-# Those of the night among them too: what needs a GPU has no other target.
+# The nightly ones among them too: what needs a GPU has no other target.
 test-gpu: $(VENV)/installed  ## the tests that need a GPU; without one they say so and are skipped
 	$(PYTEST) -m gpu
 

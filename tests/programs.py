@@ -9,11 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lisa_ds.cache import cache_dir
-from tests.ranks import fork_context, free_port, rank_environment, set_environment
+from lisa_ds.cluster.environment import free_port
+from tests.ranks import fork_context, rank_environment, set_environment
 
 ROOT = Path(__file__).parent.parent
 _COMMON = cache_dir()
@@ -62,7 +64,7 @@ def on_ranks(
 
     Args:
         ranks: How many; 0 for a plain process without a launcher's environment.
-        command: A script, or ``-m`` and a module, and its arguments.
+        command: A script and its arguments.
         folder: Where it runs.
         env: Added to the environment.
         timeout_s: After which it is killed.
@@ -106,20 +108,14 @@ def _main(command: list[str], folder: str, environment: dict[str, str], streams:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     code = 1
     try:
-        if command[0] == "-m":
-            sys.argv = command[1:]
-            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = list(command)
-            runpy.run_path(command[0], run_name="__main__")
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     with contextlib.suppress(Exception):
         sys.stdout.flush()

@@ -8,7 +8,6 @@ import functools
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import tempfile
 import time
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pytest
+
+from lisa_ds.cluster.environment import free_port
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -189,10 +190,3 @@ def set_environment(environment: dict[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

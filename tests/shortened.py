@@ -12,8 +12,6 @@ def shortened(values: Iterable[Any], *kept: Any) -> list[Any]:
     """``values`` as parameters, marked ``more`` but for those that are ``kept``, which are named by their ``name`` if they have one."""
     found, marked = set(), []
     for value in values:
-        if isinstance(value, type(pytest.param())):
-            raise TypeError(f"mark {value} itself")
         name = (
             tuple(getattr(v, "name", v) for v in value) if isinstance(value, tuple) else getattr(value, "name", value)
         )

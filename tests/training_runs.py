@@ -18,7 +18,7 @@ TRACKER = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
 def launch(folder: Path, *more: str, ranks: int = 2, really: bool = False) -> subprocess.CompletedProcess[str]:
     """``deepspeed --num_gpus RANKS launch/train.py``; with 0 ranks, ``python launch/train.py``.
 
-    Only ``really`` by the launcher, which takes half a minute to import all that ranks forked in the test have at once.
+    Only ``really`` by the launcher: it and its ranks import for seconds what forked ranks have at once.
     """
     environment = {**programs.variables(folder), "LISA_DS_PEAK_TFLOPS": "0.01"}  # no CPU is in the table
     script = [str(programs.ROOT / "launch/train.py"), "--lisa_config", "run.yaml", *more]

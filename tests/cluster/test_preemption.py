@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from lisa_ds.cluster.environment import free_port
 from lisa_ds.cluster.preemption import MARKER, SIGNALS, Preempted, Preemption, forget
 from lisa_ds.integrations.preemption import PreemptionCallback
 from tests.programs import ROOT
@@ -28,9 +28,7 @@ from tests.training_runs import write_run
 
 def run(folder: Path, signalled: str = "", *more: str, ranks: int = 2) -> tuple[list[int], str]:
     """Ranks as `srun` starts them: no launcher in between. Returns their exit codes and what they said."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     started = []
     for rank in range(ranks):
         environment = os.environ | {
