@@ -1,7 +1,7 @@
 # Everything runs in a virtual environment of its own, .venv, which is built on first use and when its inputs change.
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-more test-nightly check format test-fuzz test-cluster test-gpu proof-gpu test-versions bench ablate ablate-report clean
+.PHONY: help install demo test test-more test-nightly check format test-fuzz test-cluster test-gpu proof-gpu test-versions bench compare ablate ablate-report clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -95,9 +95,16 @@ format: $(VENV)/installed  ## rewrite what can be rewritten
 	$(VENV)/bin/ruff check --fix .
 
 # Records and figures in docs/results are drawn from these. A busy machine is no place to measure on.
-bench: $(VENV)/installed  ## measure the optimizer, into docs/results
+bench: $(VENV)/installed  ## measure optimizer, methods and planner, into docs/results
 	$(VENV)/bin/python benchmarks/masked_adamw.py --out docs/results/masked_adamw.jsonl --figure docs/results/masked_adamw.png
 	$(VENV)/bin/python benchmarks/optimizer_step.py --out docs/results/optimizer_step.jsonl
+	$(VENV)/bin/python benchmarks/method_steps.py --out docs/results/method_steps.jsonl
+	$(VENV)/bin/python benchmarks/plan_accuracy.py --out docs/results/plan_accuracy.jsonl
+
+# Goes on where it was cut short: hours on two cores. The data set lies beside the checkout.
+compare: $(VENV)/installed  ## full, LoRA, GaLore and LISA on real data, into runs/compare; COMPARE_FLAGS="--deadline-s 3600"
+	$(VENV)/bin/lisa-ds compare benchmarks/methods_gsm8k.yaml --arms configs/arms/methods.yaml --seeds 1,2,3 --screen-seed 0 \
+	    --rates 3 --num-gpus 2 --drop-models --out runs/compare $(COMPARE_FLAGS)
 
 # Continues what docs/results/ablation.jsonl holds already; hours on a CPU, minutes on a GPU. The data sets lie beside the
 # checkout; those that do not are skipped.

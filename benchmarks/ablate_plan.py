@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lisa_ds.evidence import SELECT, choose
+
 MODEL = "builtin:smollm2-135m"
 MAX_LENGTH = 256
 DATA: dict[str, dict[str, Any]] = {
@@ -208,8 +210,8 @@ class Progress:
         runs = self.rates(arm, data)
         if not self._settled(runs):
             return None
-        tried = [(self.losses[run.key]["select"], run.settings["lr"]) for run in runs if run.key in self.losses]
-        return min(tried)[1] if tried else None
+        chosen = choose({run.settings["lr"]: self.losses[run.key][SELECT] for run in runs if run.key in self.losses})
+        return chosen.rate if chosen else None
 
     def difference(self, option: Option) -> float | None:
         """Mean of option minus base on ``select`` at equal seeds; None where a seed is missing."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ablate_plan import DATA, RATES, Progress, Protocol
-from paired import Gap
 
+from lisa_ds.evidence import Gap, holding
 from lisa_ds.records import Record
 
 BEGIN, END = "<!-- tables: make ablate-report -->", "<!-- end of tables -->"
@@ -254,20 +254,19 @@ def _caveat(m: Measured) -> str:
     compared = m.comparisons()
     if not compared:
         return ""
-    level = 1 - 0.05 / len(compared)
+    holds = holding([gap for _, _, gap in compared])
 
-    def told(clear: Iterable[tuple[str, str, Gap]]) -> str:
-        return ", ".join(f"{m.final_name(arm)} on {d} ({gap.mean:+.4f})" for arm, d, gap in clear) or "none"
+    def told(clear: Iterable[int]) -> str:
+        names = (f"{m.final_name(arm)} on {d} ({gap.mean:+.4f})" for arm, d, gap in (compared[i] for i in clear))
+        return ", ".join(names) or "none"
 
-    alone = [c for c in compared if abs(c[2].mean) > c[2].half_width()]
-    together = [c for c in compared if abs(c[2].mean) > c[2].half_width(level)]
     return "\n".join(
         [
             f"These are {len(compared)} comparisons with the base: of so many intervals at 95 %, {0.05 * len(compared):.1f} would miss "
             "zero by chance alone.",
             "",
-            f"* Interval without zero, each comparison by itself: {told(alone)}.",
-            f"* The same at {100 * level:.2f} %, so that all hold together at 95 % (Bonferroni): {told(together)}.",
+            f"* Interval without zero, each comparison by itself: {told(holds.alone)}.",
+            f"* The same at {100 * holds.level:.2f} %, so that all hold together at 95 % (Bonferroni): {told(holds.together)}.",
         ]
     )
 

@@ -108,6 +108,16 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def answer_loss(model: Any, batch: dict[str, Any]) -> Any:
+    """Mean loss of the labelled tokens; logits are computed for these alone, as ``LabelLogitsTrainer`` does."""
+    import torch
+
+    labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    kept = labels != IGNORED
+    hidden = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]).float(), labels[kept])
+
+
 class Bench:
     """What a process keeps from run to run.
 
@@ -152,13 +162,13 @@ class Bench:
         """Train as ``settings`` say; held-out losses per labelled token on both parts, times, and the layers drawn."""
         start = time.perf_counter()
         if settings["method"] == "none":
-            return {**self._losses(settings["data"], self._plain_loss), "seconds": time.perf_counter() - start}
+            return {**self.losses(settings["data"], self._plain_loss), "seconds": time.perf_counter() - start}
         trainer = self._trainer(settings)
         training = time.perf_counter()
         trainer.train()
         trained = time.perf_counter()
         trainer.deepspeed.eval()
-        losses = self._losses(settings["data"], lambda batch: self._engine_loss(trainer, batch))
+        losses = self.losses(settings["data"], lambda batch: self._engine_loss(trainer, batch))
         done = time.perf_counter()
         drawn = [list(layers) for layers in getattr(trainer.deepspeed, "layer_history", ())]
         trainer.deepspeed.destroy()
@@ -221,7 +231,13 @@ class Bench:
             lisa_ds.attach(trainer, {**settings["lisa"], "seed": settings["seed"]})
         return trainer
 
-    def _losses(self, data: str, loss: Any) -> dict[str, float]:
+    def losses(self, data: str, loss: Any) -> dict[str, float]:
+        """Mean loss per labelled token on each held-out part.
+
+        Args:
+            data: Name of the data set.
+            loss: From a batch to the mean loss of its labelled tokens.
+        """
         import torch
 
         found = {}
@@ -247,13 +263,8 @@ class Bench:
             return trainer.compute_loss(trainer.deepspeed, dict(batch))  # mean of the labelled tokens
 
     def _plain_loss(self, batch: dict[str, Any]) -> Any:
-        import torch
-
-        labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        kept = labels != IGNORED
         self.pristine.eval()
-        hidden = self.pristine.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        return torch.nn.functional.cross_entropy(self.pristine.lm_head(hidden[kept]).float(), labels[kept])
+        return answer_loss(self.pristine, batch)
 
     def clean(self) -> None:
         """Let go of a run's memory.

@@ -9,9 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +20,11 @@ from ablate_plan import Run
 
 from lisa_ds import records
 from lisa_ds.cluster.environment import free_port
+from lisa_ds.compare.pace import Pace
 from lisa_ds.config import LisaConfig
 from lisa_ds.errors import ConfigError
+from lisa_ds.evidence import PARTS
 
-PARTS = ("select", "verdict")
 Losses = dict[str, dict[str, float]]
 """By key of a run, its held-out loss on each part."""
 
@@ -73,11 +72,10 @@ class Campaign:
 
     def __init__(self, settings: Settings, open_runs: Callable[[Losses, set[str]], list[Run]]) -> None:
         self.settings, self.open_runs = settings, open_runs
-        self.start = time.monotonic()
+        self.pace = Pace(settings.deadline_s)
         self.losses = measured(settings.out)
         self.closed: set[str] = set()
         self.in_flight: dict[int, Run] = {}
-        self.paces: list[float] = []  # seconds of a run for each of its steps
         self.commit, self.versions = settings.commit or records.commit(), records.versions()
         self.device = settings.device_name or "CPU"
         self.refused: dict[str, str] = {}
@@ -174,7 +172,7 @@ class Campaign:
                 break
             self.closed.add(refused.key)
         for run in open_runs:
-            if self._in_time(run):
+            if self.pace.in_time("run", run.settings["steps"]):
                 return run
         return None
 
@@ -188,12 +186,6 @@ class Campaign:
             return False
         return True
 
-    def _in_time(self, run: Run) -> bool:
-        if self.settings.deadline_s is None:
-            return True
-        expected = statistics.quantiles(self.paces, n=10)[-1] if len(self.paces) > 1 else 0.0
-        return time.monotonic() - self.start + expected * run.settings["steps"] < self.settings.deadline_s
-
     def _take(self, run: Run, kind: str, result: Any) -> None:
         if kind == "failed":
             self.closed.add(run.key)
@@ -202,7 +194,7 @@ class Campaign:
             return
         self.losses[run.key] = {part: result[part] for part in PARTS}
         if run.settings["steps"]:
-            self.paces.append(result["seconds"] / run.settings["steps"])
+            self.pace.took("run", result["seconds"], run.settings["steps"])
         for record in self._records(run, result):
             records.append(self.settings.out, record)
         s = run.settings
@@ -231,7 +223,7 @@ class Campaign:
             )
 
     def _say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self.start:5.0f} s] {text}", flush=True)
+        print(f"[{self.pace.elapsed:5.0f} s] {text}", flush=True)
 
 
 def measured(path: Path) -> dict[str, dict[str, float]]:

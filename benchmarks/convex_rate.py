@@ -180,7 +180,7 @@ def slope(marks: Sequence[int], gaps: Array) -> tuple[float, float]:
         marks: Steps.
         gaps: ``(marks, seeds)``.
     """
-    from paired import Gap
+    from lisa_ds.evidence import Gap
 
     fits = [float(np.polyfit(np.log(marks), np.log(column), 1)[0]) for column in gaps.T]
     return Gap(tuple(fits)).mean, Gap(tuple(fits)).half_width()

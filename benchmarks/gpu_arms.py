@@ -33,12 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 import ablate_run
 from ablate_plan import Run
-from campaign import PARTS, Campaign, Losses, Settings
+from campaign import Campaign, Losses, Settings
 
 from benchmarks.gpu_claims import Claim, Report, device_name
 from lisa_ds import records
 from lisa_ds.cache import cache_dir
 from lisa_ds.config.files import read_mapping
+from lisa_ds.evidence import PARTS
 
 CLAIMS: list[Claim] = []  # which arm is better is what is asked
 KEYS: dict[str, type | tuple[type, ...]] = {

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 from benchmarks.gpu_claims import Claim, Report, at_most
 from benchmarks.gpu_clock import Clock
 from lisa_ds import records
-from lisa_ds.config import LisaConfig
+from lisa_ds.config import LisaConfig, LoraConfig
 from lisa_ds.memory import Architecture, RunSettings, catalogue, forecast
 
 TINY, LLAMA2, LLAMA3 = "TinyLlama-1.1B-Chat-v1.0", "Llama-2-7b-hf", "Llama-3.1-8B"
@@ -58,7 +58,7 @@ class Arm:
     def settings(self) -> RunSettings:
         """The same for the planner."""
         return RunSettings(
-            1, self.batch, self.sequence, method=self.method, lisa=self.lisa_config, lora_rank=128,
+            1, self.batch, self.sequence, method=self.method, lisa=self.lisa_config, lora=LoraConfig(rank=128),
             checkpointing=self.checkpointing, bucket_size=BUCKET,
         )  # fmt: skip
 

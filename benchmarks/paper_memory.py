@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from a checkout, installed or not
 
 from lisa_ds import records
-from lisa_ds.config import LisaConfig
+from lisa_ds.config import LisaConfig, LoraConfig
 from lisa_ds.memory import Architecture, RunSettings, catalogue, forecast
 
 BF16 = {"optimizer": {"precision": "stochastic_rounding", "moments": "bf16"}}
@@ -49,7 +49,7 @@ def planned(model: str, ranks: int) -> dict[str, float]:
 
     found = {"vanilla": in_bf16(replace(run, method="full"))}
     for rank in RANKS_OF_LORA:
-        found[f"LoRA r{rank}"] = in_bf16(replace(run, method="lora", lora_rank=rank))
+        found[f"LoRA r{rank}"] = in_bf16(replace(run, method="lora", lora=LoraConfig(rank=rank)))
     for count, column in zip(LAYERS, COLUMNS[-len(LAYERS) :], strict=True):
         lisa = LisaConfig.load(BF16 | {"num_sampled_layers": max(count, 1)})
         found[column] = forecast(architecture, replace(run, lisa=lisa), sampled=range(count)).peak

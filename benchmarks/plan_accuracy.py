@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run from a checkout, in
 
 from lisa_ds import records
 from lisa_ds.cluster.environment import free_port
-from lisa_ds.config import LisaConfig
+from lisa_ds.config import GaloreConfig, LisaConfig, LoraConfig
 from lisa_ds.memory import Architecture, RunSettings, catalogue, forecast
 from lisa_ds.memory.gather import GatherSettings
-from lisa_ds.memory.state import Precision, full_state_bytes, state_bytes
+from lisa_ds.memory.state import KINDS, Precision, full_state_bytes, state_bytes
 
 STEPS, INTERVAL = 4, 3
 
@@ -46,6 +46,8 @@ class Run:
     checkpointing: bool = False
     lisa: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    galore: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -68,6 +70,9 @@ class Run:
             sequence=self.sequence,
             method=self.method,
             lisa=self.lisa_config,
+            lora=LoraConfig(**self.lora),
+            galore=GaloreConfig(**self.galore),
+            stage=self.zero.get("stage", 3),
             width=width,
             checkpointing=self.checkpointing,
             bucket_size=self.zero.get("reduce_bucket_size"),
@@ -91,6 +96,17 @@ RUNS = [
         zero={"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 10_000_000}),
     Run("TinyLlama-1.1B, LISA, all but blocks never, checkpointing, 2 ranks", "TinyLlama-1.1B-Chat-v1.0", 2,
         sequence=256, checkpointing=True, lisa={"embeddings": "never", "lm_head": "never", "rest": "never"}),
+    Run("SmolLM2-135M, LoRA r8, 2 ranks", "SmolLM2-135M", 2, "lora", batch=2, lora={"rank": 8}, zero=BUCKET),
+    Run("SmolLM2-135M, LoRA r128, 2 ranks", "SmolLM2-135M", 2, "lora", batch=2, lora={"rank": 128}, zero=BUCKET),
+    Run("SmolLM2-135M, LoRA r128, ZeRO-2, 2 ranks", "SmolLM2-135M", 2, "lora", batch=2, lora={"rank": 128},
+        zero={"stage": 2, **BUCKET}),
+    Run("SmolLM2-135M, LoRA r8 on attention, ZeRO-2, checkpointing, 2 ranks", "SmolLM2-135M", 2, "lora", batch=2, checkpointing=True,
+        lora={"rank": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}, zero={"stage": 2, **BUCKET}),
+    Run("SmolLM2-135M, GaLore r128, 2 ranks", "SmolLM2-135M", 2, "galore", batch=2, galore={"rank": 128}),
+    Run("SmolLM2-135M, GaLore r128, 8-bit moments, 1 rank", "SmolLM2-135M", 1, "galore", batch=2,
+        galore={"rank": 128, "moments": "int8"}),
+    Run("SmolLM2-135M, GaLore r128, layerwise, checkpointing, 1 rank", "SmolLM2-135M", 1, "galore", batch=2, checkpointing=True,
+        galore={"rank": 128, "layerwise": True}),
 ]  # fmt: skip
 
 
@@ -104,7 +120,6 @@ def measure(run: Run) -> dict[str, Any]:
     import lisa_ds
     from benchmarks.live_bytes import LiveBytes
     from lisa_ds.engines.zero3.scoring.measure import measure as measure_scores
-    from lisa_ds.engines.zero3.watch.memory_report import memory_report
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     zero = {"stage": 3, **run.zero}
@@ -122,24 +137,27 @@ def measure(run: Run) -> dict[str, Any]:
     def calibration(module: Any) -> Any:
         yield module(input_ids=ids, labels=ids).loss
 
+    sharded = run.method != "galore" and zero["stage"] == 3
     with live:
-        with deepspeed.zero.Init(config_dict_or_path=config):
+        with deepspeed.zero.Init(config_dict_or_path=config, enabled=sharded):
             model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16 if run.bf16 else torch.float32)
         model.train()
         if run.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # as transformers' default
+        if run.method == "lora":
+            model = _with_adapters(run, model)
         with live.phase("init"):
-            if run.method == "lisa":
-                engine, *_ = lisa_ds.initialize(
-                    model=model,
-                    optimizer=optimizer,
-                    config=config,
-                    lisa_config=run.lisa_config,
-                    calibration=calibration,
-                )
+            if run.method == "galore":
+                engine: Any = _Ddp(run, model)
             else:
-                engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # as transformers' default
+                kwargs: dict[str, Any] = {"model": model, "optimizer": optimizer, "config": config}
+                if run.method == "lisa":
+                    engine, *_ = lisa_ds.initialize(**kwargs, lisa_config=run.lisa_config, calibration=calibration)
+                else:
+                    engine, *_ = deepspeed.initialize(**kwargs)
+        count = _count(run, engine)
         if run.method == "lisa":
             _follow_switch(engine, live)
         sampled: tuple[int, ...] = ()
@@ -156,7 +174,7 @@ def measure(run: Run) -> dict[str, Any]:
             with live.phase("step" if step == 1 else "-"):
                 engine.step()
             if step == 1:
-                state = memory_report(engine.optimizer, engine.module.parameters())
+                state = count()
             if step == 1 and run.lisa_config.sampler.calibrates:
                 with live.phase("scores"):
                     measure_scores(engine, run.lisa_config, calibration)
@@ -166,6 +184,85 @@ def measure(run: Run) -> dict[str, Any]:
         "sampled": sampled,
         "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def _with_adapters(run: Run, model: Any) -> Any:
+    from peft import LoraConfig as Adapters
+    from peft import get_peft_model
+
+    from lisa_ds.config.targets import chosen
+    from lisa_ds.models.linears import all_linears
+
+    settings = run.settings().lora
+    paths = [path for path in all_linears(model, conv1d=True) if chosen(settings.targets, path, inside=False)]
+    made = Adapters(r=settings.rank, lora_alpha=settings.scale_numerator, target_modules=paths)
+    return get_peft_model(model, made, autocast_adapter_dtype=False)
+
+
+def _count(run: Run, engine: Any) -> Any:
+    """A function that counts the model state of an engine."""
+    from lisa_ds.engines.zero2.memory_report import StepWatch
+    from lisa_ds.engines.zero3.watch.memory_report import memory_report
+
+    if run.method == "galore":
+        return engine.state
+    if run.zero.get("stage") == 2:
+        return StepWatch(engine.optimizer, engine.module.parameters()).bytes
+    return lambda: memory_report(engine.optimizer, engine.module.parameters())
+
+
+class _Ddp:
+    """GaLore on DDP, with an engine's three calls."""
+
+    def __init__(self, run: Run, model: Any) -> None:
+        from types import SimpleNamespace
+
+        import torch
+
+        from lisa_ds.integrations import galore
+        from lisa_ds.integrations.live_state import LiveState
+        from lisa_ds.models.linears import all_linears
+
+        settings = run.settings().galore
+        args = SimpleNamespace(
+            learning_rate=1e-4,
+            weight_decay=0.0,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            adam_epsilon=1e-8,
+            device=torch.device("cpu"),
+            world_size=run.world_size,
+        )
+        trainer: Any = SimpleNamespace(
+            model=model, args=args, optimizer=None, deepspeed=None, is_deepspeed_enabled=False, create_optimizer=None,
+            get_decay_parameter_names=lambda model: [], accelerator=SimpleNamespace(state=SimpleNamespace()),
+        )  # fmt: skip
+        self._live = LiveState(trainer)
+        targets = [module.weight for module in all_linears(model, conv1d=False).values()]
+        kept = ("rank", "update_proj_gap", "scale", "proj_type")
+        galore.install(
+            trainer,
+            targets,
+            projection={key: getattr(settings, key) for key in kept},
+            int8=settings.moments == "int8",
+            layerwise=settings.layerwise,
+        )
+        self._optimizer = trainer.create_optimizer()
+        self._model = torch.nn.parallel.DistributedDataParallel(model) if run.world_size > 1 else model
+        trainer.model_wrapped = self._model
+
+    def __call__(self, **batch: Any) -> Any:
+        return self._model(**batch)
+
+    def backward(self, loss: Any) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def state(self) -> dict[str, int]:
+        return self._live.bytes()
 
 
 def _follow_switch(engine: Any, live: Any) -> None:
@@ -189,10 +286,15 @@ def planned(run: Run, sampled: tuple[int, ...]) -> tuple[dict[str, int], dict[st
         settings.gradient_width,
         master_bytes=4 if optimizer.precision == "mixed" else 0,
         moments=optimizer.moments,
-        bucket_bytes=phases["step"]["buckets"],
+        bucket_bytes=phases["step"].get("buckets", 0),
     )
     shape = architecture.shape
-    if run.method == "full":
+    if run.method in ("lora", "galore"):
+        parts = phases["step"]
+        state = dict.fromkeys(KINDS, 0) | {
+            key: parts.get(key, 0) for key in ("weights", "gradients", "master", "moments", "buckets")
+        }
+    elif run.method == "full":
         state = full_state_bytes(shape, world_size=run.world_size, precision=precision)
     else:
         state = state_bytes(
@@ -238,6 +340,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             first, *_ = on_ranks(run, Path(folder))
         phases, state = planned(run, tuple(first["sampled"]))
+        if "moments" in state:  # both in one
+            counted = first["state"]
+            counted["moments"] = counted.pop("exp_avg") + counted.pop("exp_avg_sq")
+            counted.pop("buckets")  # DDP's are its own
         wrong = {kind: (state[kind], size) for kind, size in first["state"].items() if state[kind] != size}
         print(f"{run.name} ({time.perf_counter() - start:.0f} s): model state {wrong or 'exact'}")
         peaks = first["peaks"]

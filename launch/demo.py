@@ -3,6 +3,7 @@
 All that takes long happens in other processes, so that this one can say at any time how far they are.
 """
 
+import json
 import os
 import queue
 import shutil
@@ -17,7 +18,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = "runs/demo"
-MODEL = "builtin:smollm2-135m"
 PROMPT = "What does `math.gcd(a, b)` do in Python?"
 LOOK = "from torch import cuda; print(cuda.device_count(), cuda.is_available() and cuda.is_bf16_supported())"
 LISA_DS = [sys.executable, "-m", "lisa_ds.cli"]
@@ -25,30 +25,31 @@ STAMP = "[{:4.0f} s] "
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, lambda *_: None)  # the process at work hears it as well, and ends
     narrator = Narrator()
+    signal.signal(signal.SIGINT, narrator.hear)
     num_gpus, bf16 = narrator.run("looking for GPUs", [sys.executable, "-c", LOOK]).split()
     on_gpus = num_gpus != "0"
     if not on_gpus:
         bf16 = str(cpu_is_fast_in_bf16())
-    before = ask(narrator, MODEL, "before")
     run = ["train", "configs/demo.yaml", *([] if on_gpus else ["--num-gpus", "2"])]
     run += [f"training.output_dir={OUTPUT}", f"training.bf16={bf16.lower()}"]
     shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
     narrator.say(f"$ lisa-ds {' '.join(run)}")
     narrator.run("fine-tuning", [*LISA_DS, *run], show=True)
-    after = ask(narrator, f"{OUTPUT}/model", "after")
-    print(f"\n{PROMPT}\n\nbefore training:\n{before}\n\nafter training:\n{after}")
-    return 0
-
-
-def ask(narrator: "Narrator", model: str, when: str) -> str:
-    command = [*LISA_DS, "generate", model, "--prompt", PROMPT, "--max_new_tokens", "60"]
+    place = ROOT / OUTPUT
+    (place / "prompts.txt").write_text(PROMPT)
+    ask = ["evaluate", OUTPUT, "--samples", f"{OUTPUT}/prompts.txt", "--max-new-tokens", "60"]
+    narrator.say(f"$ lisa-ds {' '.join(ask)}")
     # One thread is enough, and is not slowed down by what else the machine does, as threads that wait for each other are.
     threads = os.environ.get("OMP_NUM_THREADS", "1")
-    said = narrator.run(f"asking the model {when} training", command, OMP_NUM_THREADS=threads)
-    lines = (line for line in said.splitlines() if line.strip())
-    return "\n".join(textwrap.fill(line, narrator.width, initial_indent="> ", subsequent_indent="> ") for line in lines)
+    narrator.run("asking the model before and after training", [*LISA_DS, *ask], show=True, OMP_NUM_THREADS=threads)
+    said = json.loads((place / "samples.jsonl").read_text(encoding="utf-8"))
+    print(f"\n{PROMPT}")
+    for when in ("before", "after"):
+        print(f"\n{when} training:")
+        for line in filter(str.strip, said[when].splitlines()):
+            print(textwrap.fill(line, narrator.width, initial_indent="> ", subsequent_indent="> "))
+    return 0
 
 
 class Narrator:
@@ -60,6 +61,11 @@ class Narrator:
         self.beat_s = 1.0 if self.on_terminal else 3.0  # after so long without a line there is one that says how long
         self.width = min(100, shutil.get_terminal_size((100, 40)).columns)
         self.indent = len(STAMP.format(0))
+        self.interrupted = False
+
+    def hear(self, *_: object) -> None:
+        """Ctrl-C: the process at work hears it as well, and ends; one that was only just starting may not have."""
+        self.interrupted = True
 
     def say(self, text: str) -> None:
         """Print a line; on a terminal in the place of the last beat."""
@@ -103,7 +109,7 @@ class Narrator:
                     if line:
                         self.say(line)
                         since, stage = time.monotonic(), line.removesuffix(" ...") if line.endswith(" ...") else what
-            if code := process.returncode:
+            if code := process.returncode or 130 * self.interrupted:
                 sys.exit(code if code > 0 else 128 - code)
             answer.seek(0)
             return answer.read()

@@ -60,7 +60,10 @@ class Trained:
     """What has gradients in a step."""
 
     blocks: frozenset[int]
-    """Sampled blocks, their norms included: norms come before the matrices, so the inputs of all matrices need gradients."""
+    """Blocks in which something trains. What trains may be a norm before all matrices, so the inputs of all count as needing gradients."""
+
+    matrices: int | None = None
+    """Elements of the matrices that train in them; None for all."""
 
     embeddings: bool = True
     """Whether the embeddings, or anything else below the blocks, train."""
@@ -110,7 +113,7 @@ def cost(shape: ComputeShape, trained: Trained) -> Cost:
     count = len(shape.blocks)
     lowest = 0 if trained.embeddings else min(trained.blocks, default=count)
     passed = sum(shape.blocks[lowest:])
-    sampled = sum(shape.blocks[block] for block in trained.blocks)
+    sampled = sum(shape.blocks[block] for block in trained.blocks) if trained.matrices is None else trained.matrices
     reaches_head_input = trained.rest or lowest < count
     return Cost(
         per_token=2.0 * (sum(shape.blocks) + passed + sampled),

@@ -15,17 +15,20 @@ Only identities and sizes of parameters are used, never their values: under ZeRO
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
 from typing import Any
 
 from torch import nn
 
+from lisa_ds.config import LisaConfig
 from lisa_ds.config.roles import ROLES as ROLES
 from lisa_ds.errors import ModelError
+from lisa_ds.units import Drawn, assigned, matrices, numel
 
 Unit = int | str
-"""What is sampled or frozen as a whole: a block by its index, or one of :data:`ROLES`."""
+"""What is sampled or frozen as a whole: a block or a matrix by its index in :attr:`LayerStack.units`, or one of :data:`ROLES`."""
 
 # What the head is called where the model does not say (`get_output_embeddings`): the first name that occurs is it.
 _HEAD_NAMES = (
@@ -56,10 +59,16 @@ class LayerStack:
     """The parameters of the head that are not tied."""
     rest: list[nn.Parameter]
     """All other parameters outside the blocks."""
+    block_rest: list[nn.Parameter]
+    """The small parameters of the blocks, where matrices are drawn and these are not."""
+    units: list[Drawn]
+    """What is drawn: the blocks, or the matrices in them."""
     tied: bool
     """Whether the head shares a weight with the embeddings."""
+    by_matrices: bool
+    """Whether the units are matrices, not blocks."""
     unit_of: dict[int, Unit]
-    """``id(parameter)`` to its unit: the index of a block, or a role."""
+    """``id(parameter)`` to its unit: an index of ``units``, or a role."""
     names: dict[int, str]
     """``id(parameter)`` to its name; the first one if it has several."""
 
@@ -93,16 +102,51 @@ class LayerStack:
             embeddings=roles["embeddings"],
             lm_head=roles["lm_head"],
             rest=roles["rest"],
+            block_rest=[],
+            units=[
+                Drawn(name, i, tuple(block.parameters()))
+                for i, (name, block) in enumerate(zip(_names_of_blocks(stacks), layers, strict=True))
+            ],
             tied=tied,
+            by_matrices=False,
             unit_of=unit_of,
             names=names,
         )
 
+    @classmethod
+    def of_run(cls, model: nn.Module, config: LisaConfig) -> LayerStack:
+        """The same with the units that ``config`` draws.
+
+        Raises:
+            ModelError: See :meth:`from_model`, or no block has a matrix.
+        """
+        stack = cls.from_model(model, config.layers_path)
+        return stack if config.unit == "block" else stack.by_matrix(with_block=config.block_rest == "with_block")
+
+    def by_matrix(self, *, with_block: bool) -> LayerStack:
+        """The same with matrices as units; see :func:`lisa_ds.units.matrices`.
+
+        Args:
+            with_block: Whether small parameters are units as well, one of each block, and not the role ``block_rest``.
+
+        Raises:
+            ModelError: No block has a matrix.
+        """
+        units, small = matrices(self.layers, [unit.name for unit in self.units])
+        if not units:
+            raise ModelError("lisa.unit: 'matrix': no block has a parameter of two dimensions or more; use 'block'")
+        unit_of: dict[int, Unit] = {key: unit for key, unit in self.unit_of.items() if isinstance(unit, str)}
+        left = [] if with_block else [parameter for unit in small for parameter in unit.parameters]
+        units += small if with_block else []
+        unit_of |= {**dict.fromkeys(map(id, left), "block_rest"), **assigned(units)}
+        return replace(self, units=units, block_rest=left, by_matrices=True, unit_of=unit_of)
+
     def parameters(self, unit: Unit) -> list[nn.Parameter]:
-        """Return the parameters of a block, or of ``embeddings``, ``lm_head`` or ``rest``."""
+        """Return the parameters of what is drawn, by its index, or of a role."""
         if isinstance(unit, int):
-            return list(self.layers[unit].parameters())
-        return {"embeddings": self.embeddings, "lm_head": self.lm_head, "rest": self.rest}[unit]
+            return list(self.units[unit].parameters)
+        parameters: list[nn.Parameter] = getattr(self, unit)
+        return parameters
 
     def numels(self, *, trainable: bool | None = None) -> dict[Unit, tuple[int, ...]]:
         """Return the elements of each parameter of each unit, whole also where ZeRO-3 has partitioned it.
@@ -110,11 +154,22 @@ class LayerStack:
         Args:
             trainable: Only parameters that require grad now (True) or do not (False); None for all.
         """
-        units: list[Unit] = [*range(len(self.layers)), *ROLES]
         return {
-            unit: tuple(_numel(p) for p in self.parameters(unit) if trainable in (None, p.requires_grad))
-            for unit in units
+            unit: tuple(numel(p) for p in self.parameters(unit) if trainable in (None, p.requires_grad))
+            for unit in self.all_units
         }
+
+    def told(self, units: Sequence[int]) -> str:
+        """Some of what is drawn, for a message: layers by index, matrices by name."""
+        if not self.by_matrices:
+            return f"layers {list(units)}"
+        names = ", ".join(self.units[unit].name for unit in list(units)[:2])
+        return f"{len(units)} matrices ({names}{', ...' if len(units) > 2 else ''})"
+
+    @property
+    def all_units(self) -> list[Unit]:
+        """Every unit: those that are drawn, by index, and the roles."""
+        return [*range(len(self.units)), *ROLES]
 
     def __repr__(self) -> str:
         """Say what was found in one line; the blocks themselves would fill pages."""
@@ -130,16 +185,16 @@ class _Container:
     blocks: list[nn.Module]
 
     @property
-    def numel(self) -> int:
-        return sum(_numel(parameter) for block in self.blocks for parameter in block.parameters())
+    def size(self) -> int:
+        return sum(numel(parameter) for block in self.blocks for parameter in block.parameters())
 
     def __str__(self) -> str:
         kinds = dict.fromkeys(type(block).__name__ for block in self.blocks)
         return f"{self.path} ({len(self.blocks)} x {'/'.join(kinds)})"
 
 
-def _numel(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))  # what a rank holds of a partitioned one is empty
+def _names_of_blocks(stacks: list[_Container]) -> list[str]:
+    return [f"{stack.path}.{i}" for stack in stacks for i in range(len(stack.blocks))]
 
 
 def _blocks_in(module: nn.Module) -> list[nn.Module]:
@@ -183,7 +238,7 @@ def _detect(model: nn.Module, found: dict[str, _Container]) -> list[_Container]:
         )
 
     def size(choice: list[_Container]) -> int:
-        return sum(stack.numel for stack in choice)
+        return sum(stack.size for stack in choice)
 
     choices.sort(key=size, reverse=True)
     choices = [choice for choice in choices if size(choice) >= _RIVAL_SHARE * size(choices[0])]

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lisa_ds.errors import DataError
 
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
 PACKAGES = ("torch", "deepspeed", "transformers", "triton")
 """The packages whose versions a measurement depends on."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +159,47 @@ def read(path: str | Path) -> Iterator[Record]:
         except (TypeError, ValueError) as error:
             raise DataError(f"{path}:{number}: not a record: {error}") from None
         yield record
+
+
+def growing(path: Path, parse: Callable[[Any], T], *, what: str, line: str) -> Iterator[tuple[int, T]]:
+    """The lines of a file of JSON lines that a run appends to, each with its number.
+
+    A last line that a killed run did not finish is skipped, with a notice.
+
+    Args:
+        path: The file.
+        parse: Of the values of a line; raises ``ValueError`` or ``TypeError`` where they are malformed.
+        what: What the file holds, in messages.
+        line: What a line is, in messages.
+
+    Raises:
+        DataError: The file cannot be read, or a line is malformed; the message names it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"{path}: no {what} can be read: {error.strerror}") from None
+    *lines, unfinished = text.split("\n")
+    for number, told in enumerate(lines, start=1):
+        try:
+            yield number, parse(json.loads(told))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}:{number}: no {line}: {error}") from None
+    if unfinished:
+        _log.warning("%s:%d: passing over a last line that was not finished", path, len(lines) + 1)
+
+
+def cut_unfinished_line(path: Path) -> None:
+    """Remove the unfinished last line of a file of lines: a killed run's, to which the next line would be joined.
+
+    Raises:
+        OSError: The file cannot be read or written.
+    """
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        whole = file.read()
+        end = whole.rfind(b"\n") + 1
+        if end < len(whole):
+            _log.warning("%s: removing a last line that was not finished", path)
+            file.truncate(end)

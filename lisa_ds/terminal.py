@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import logging
 import os
 import select
 import signal
@@ -24,6 +25,10 @@ READER_GONE = 128 + signal.SIGPIPE
 class Parser(argparse.ArgumentParser):
     """An argument parser whose options may be written with ``-`` or with ``_``, and whose mistakes are one line.
 
+    Args:
+        default_command: Of its commands the one that is meant where a first word names none.
+        **settings: See argparse.
+
     Example:
         >>> parser = Parser(prog="example")
         >>> _ = parser.add_argument("--world-size")
@@ -31,8 +36,9 @@ class Parser(argparse.ArgumentParser):
         '8'
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, default_command: str | None = None, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})
+        self._default_command = default_command
 
     def error(self, message: str) -> NoReturn:
         """See argparse.
@@ -45,8 +51,13 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """See argparse."""
         words = list(sys.argv[1:] if args is None else args)
+        if self._default_command and words and words[0] not in (*self._commands(), "-h", "--help"):
+            words.insert(0, self._default_command)
         end = words.index("--") if "--" in words else len(words)
         return super().parse_known_args([*map(self._as_declared, words[:end]), *words[end:]], namespace)
+
+    def _commands(self) -> list[str]:
+        return [name for action in self._actions if isinstance(action.choices, dict) for name in action.choices]
 
     def _as_declared(self, word: str) -> str:
         name, equals, value = word.partition("=")
@@ -71,6 +82,8 @@ def run(command: Callable[[], int | None], prefix: str = "lisa-ds: ") -> int:
         What ``command`` returns; 2 after an error that is the user's to put right; :data:`INTERRUPTED` after Ctrl-C,
         :data:`READER_GONE` if the reader of the output is gone. Anything else is raised.
     """
+    # Imported by PEFT wherever it is installed, it warns of kernels for 4-bit weights that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for stream in _streams():
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no such letter is no reason to fail

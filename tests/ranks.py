@@ -26,6 +26,7 @@ from lisa_ds.cluster.environment import free_port
 T = TypeVar("T")
 K = TypeVar("K")
 
+PRELOAD_S = 900  # what ranks import, and DeepSpeed's operators compiled, where it is the first time
 START_S = 60  # ranks import torch and DeepSpeed before the clock of the body starts, on a busy machine slowly
 
 
@@ -153,7 +154,14 @@ def fork_context() -> multiprocessing.context.ForkServerContext:
     # On a fresh machine it compiles DeepSpeed's operators first, which takes minutes: before the clock of any rank starts.
     first = context.Process(target=_nothing)
     first.start()
-    first.join()
+    first.join(PRELOAD_S)
+    if first.exitcode != 0:
+        folder = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
+        pytest.exit(
+            f"no ranks after {PRELOAD_S} s: see `python -m tests.preloaded`; a compilation that was killed leaves a file 'lock' "
+            f"below {folder}, for which all others wait: remove it",
+            returncode=2,
+        )
     return context
 
 

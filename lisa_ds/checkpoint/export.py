@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +10,7 @@ import transformers
 from torch import Tensor
 
 from lisa_ds.checkpoint import adapters, names
+from lisa_ds.checkpoint.directories import appearing, copy_generation_config, copy_tokenizer, refuse_taken
 from lisa_ds.errors import CheckpointError, ModelError
 from lisa_ds.models import resolve
 
@@ -45,8 +43,7 @@ def export(
         CheckpointError: The checkpoint is missing or incomplete, has no adapter to merge, or ``out`` is taken. Nothing has been written.
         ModelError: Config and weights are not of the same model.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists already; choose a new directory")
+    refuse_taken(out)
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no such directory (looked from {Path.cwd()})")
     adapter = adapters.config_beside(checkpoint)
@@ -74,40 +71,33 @@ def export(
             f"{checkpoint}: holds the weights of a PEFT model; {adapters.NO_CONFIG}: copy there the one that "
             "model.save_pretrained(directory) writes"
         )
+    tied = adapters.tied_names(skeleton)
     whole = skeleton if adapter is None else adapters.wrapped(skeleton, adapter, weights)
     try:
         whole.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ModelError(f"{checkpoint}: its weights are not those of the model in {source}: {error}") from None
-    skeleton.tie_weights()
     if adapter is not None and not merged:
-        with _appearing(out) as unfinished:
+        with appearing(out) as unfinished:
             whole.save_pretrained(unfinished)
-            _copy_tokenizer(source, unfinished)
+            copy_tokenizer(source, unfinished)
         return
+    if parted := adapters.tied_and_adapted(skeleton, tied):
+        raise CheckpointError(
+            f"{checkpoint}: its adapter changes one of {' and '.join(parted)}, which are one tied weight, and merging would change both; "
+            "export without --merged, then merge in files, which parts them: lisa-ds merge"
+        )
+    skeleton.tie_weights()
     if adapter is not None:
         skeleton = whole.merge_and_unload()
     inputs = names.stored_in(_files_of(source))
     if inputs:
         names.undo_what_was_done(skeleton, inputs)
-    with _appearing(out) as unfinished:
+    with appearing(out) as unfinished:
         skeleton.save_pretrained(unfinished)
         names.restore(unfinished, inputs, skeleton)
-        _copy_generation_config(source, unfinished)
-        _copy_tokenizer(source, unfinished)
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A directory to write to, which becomes ``out`` once all is written."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        unfinished.rename(out)  # over an empty directory, too
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        copy_generation_config(source, unfinished)
+        copy_tokenizer(source, unfinished)
 
 
 def _beside_weights(checkpoint: Path) -> Path:
@@ -123,20 +113,3 @@ def _beside_weights(checkpoint: Path) -> Path:
 def _files_of(source: str) -> Path:
     """The local directory of a model; for a name on the hub, its snapshot in the cache."""
     return Path(transformers.utils.cached_file(source, "config.json")).parent
-
-
-def _copy_generation_config(source: str, target: Path) -> None:
-    """Copy it if there is one: a chat model's stop tokens and sampling settings are often nowhere else."""
-    try:
-        generation = transformers.GenerationConfig.from_pretrained(source)
-    except (OSError, ValueError):  # a model may have none
-        return
-    generation.save_pretrained(target)
-
-
-def _copy_tokenizer(source: str, target: Path) -> None:
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):  # a model may have none
-        return
-    tokenizer.save_pretrained(target)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import lisa_ds
-from lisa_ds.cli import hosts, layers, models, planning, rows, starting, training
+from lisa_ds.cli import comparing, evaluating, hosts, layers, models, planning, reports, rows, starting, training
 from lisa_ds.terminal import Parser
 
 if TYPE_CHECKING:
     from lisa_ds.cli.values import Commands
 
-GROUPS = (starting, rows, planning, hosts, training, layers, models)
+GROUPS = (starting, rows, planning, hosts, training, comparing, layers, reports, models, evaluating)
 """Modules that hold commands, in the order of the help."""
 
 

@@ -21,7 +21,7 @@ def add(commands: values.Commands) -> None:
     init.add_argument("file", nargs="?", type=Path, default=Path("run.yaml"), help="default: run.yaml")
     init.add_argument("--model", metavar="NAME", help="a directory, a hub name or builtin:smollm2-135m")
     init.add_argument("--data", metavar="PATH", help="a file, a directory of files, a hub name or builtin:stdlib-docs")
-    init.add_argument("--method", choices=("lisa", "full"), default="lisa", help="default: lisa")
+    init.add_argument("--method", choices=("lisa", "full", "lora", "galore"), default="lisa", help="default: lisa")
     init.add_argument("--gpus", type=values.count, metavar="N", help="default: those of this host")
     init.add_argument("--gpu-memory", type=values.memory, metavar="SIZE", help="of each, such as 24GB")
     init.add_argument("--force", action="store_true", help="write over a file that exists")

@@ -26,7 +26,9 @@ _COMMENTS = {
     "data.eval_fraction": "share of the rows that is held out: its loss is told before and after",
     "data.eval_max_rows": "evaluate on so many rows at most",
     "data.max_length": "tokens of a row at most",
-    "method": "lisa | full: the same run with every layer trained all the time",
+    "method": "lisa | full | lora | galore: the same run by another method",
+    "lora.rank": "of the adapters: a higher one trains and takes more",
+    "galore.rank": "of the gradients' projection",
     "lisa.num_sampled_layers": "blocks that train at a time: more take more memory",
     "lisa.interval_steps": "optimizer steps until others are drawn",
     "lisa.embeddings_lr_scale": "the embeddings, which always train, at a tenth of the learning rate",
@@ -65,7 +67,7 @@ def make(model: str, data: str, method: str, gpus: int, memory: int | None) -> T
     Args:
         model: As in ``model.name_or_path``.
         data: As in ``data.path``.
-        method: ``lisa`` or ``full``.
+        method: ``lisa``, ``full``, ``lora`` or ``galore``.
         gpus: How many there are; 0 for a run on the CPU.
         memory: Bytes of each; None if unknown, and then nothing is planned.
 
@@ -109,14 +111,18 @@ def _fields(model: str, data: str, method: str, gpus: int, parameters: int) -> d
     held_out: dict[str, Any] = {"eval_fraction": 0.05}
     if data == "builtin:stdlib-docs":
         held_out = {"eval_split": "test"}
-    lisa = {"num_sampled_layers": 2, "interval_steps": 20, "embeddings_lr_scale": 0.1}
+    sections: dict[str, dict[str, Any]] = {
+        "lisa": {"num_sampled_layers": 2, "interval_steps": 20, "embeddings_lr_scale": 0.1},
+        "lora": {"rank": 16},
+        "galore": {"rank": 256},
+    }
     return {
         "model": {"name_or_path": model},
         "data": {"path": data, **held_out, "eval_max_rows": 200, "max_length": 1024 if gpus else 256},
         "method": method,
-        **({"lisa": lisa} if method == "lisa" else {}),
+        **({method: sections[method]} if method in sections else {}),
         "training": {
-            "learning_rate": 1e-4 if 0 < parameters < SMALL else 1e-5,
+            "learning_rate": (1e-4 if 0 < parameters < SMALL else 1e-5) * (10 if method == "lora" else 1),
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.03,
             "num_train_epochs": 1,

@@ -51,6 +51,16 @@ class Facts:
     """Whether there is an InfiniBand or RoCE device, which locks memory."""
 
 
+def device_name() -> str:
+    """This rank's GPU, or ``CPU``."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def devices(ranks: int) -> str:
+    """The hardware of so many ranks like this one, in words: ``2 x CPU``."""
+    return f"{ranks} x {device_name()}"
+
+
 def collect(place: Place) -> Facts:
     """Look around on this host; nothing is changed."""
     has_cuda = torch.cuda.is_available()

@@ -16,10 +16,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from lisa_ds.run_log import PREEMPTED
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Slurm's own, that of ``--signal=USR1@...``, and the one that submitit uses."""
 
-MARKER = "preempted.json"
+MARKER = PREEMPTED
 """File in a run's ``output_dir`` that says it was preempted and may be continued."""
 
 

@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
@@ -38,14 +38,17 @@ class Origin:
 
     file: str = ""
     prefix: str = ""
-    overridden: frozenset[str] = frozenset()  # dotted keys that the command line set
-    added: frozenset[str] = frozenset()  # sections that are there only because of such a key
+    overridden: Mapping[str, str] = field(default_factory=dict)  # dotted keys that were set over the file's, and where
+    added: Mapping[str, str] = field(default_factory=dict)  # sections that are there only because of such a key
 
     def where(self, key: str) -> str:
-        """``run.yaml: lisa.seed`` for the key ``seed``, or ``command line: lisa.seed`` if it was overridden."""
+        """``run.yaml: lisa.seed`` for the key ``seed``, or ``command line: lisa.seed`` if it was overridden there."""
         dotted = ".".join(filter(None, (self.prefix, key)))
-        typed = dotted in self.added or any(f"{dotted}.".startswith(f"{key}.") for key in self.overridden)
-        return ": ".join(filter(None, ("command line" if typed else self.file, dotted)))
+        place = self.added.get(dotted, self.file)
+        for key, written in self.overridden.items():
+            if f"{dotted}.".startswith(f"{key}."):
+                place = written
+        return ": ".join(filter(None, (place, dotted)))
 
 
 class Section(BaseModel):

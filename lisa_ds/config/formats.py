@@ -16,5 +16,8 @@ Moments = Literal["fp32", "bf16", "int8"]
 QUANT_BLOCK = 256
 """Elements of 8-bit moments that share an fp32 scale. Blocks begin with their segment; csrc/ has it as kQuantBlock."""
 
+SMALLEST_INT8 = 4096
+"""GaLore: parameters with fewer elements keep fp32 moments where the others are in 8 bits, as in bitsandbytes."""
+
 SCORING_CHUNK = 2**20
 """Elements of a gradient that scoring works on at a time, in fp64 and with a random sign for each."""

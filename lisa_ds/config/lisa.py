@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from lisa_ds.config.base import NOT_BUILT, Origin, Section, mistake, not_built, show, validate
 from lisa_ds.config.files import read_mapping
 from lisa_ds.config.formats import Moments, Weights
-from lisa_ds.config.roles import Fixed, Policy
+from lisa_ds.config.roles import ROLES, Fixed, Policy
 from lisa_ds.config.sampler import Count, GrowthConfig, SamplerConfig, named
 from lisa_ds.errors import ConfigError
 
@@ -73,11 +73,16 @@ class OptimizerConfig(Section):
 class LisaConfig(Section):
     """Which layers train, for how long, and what they leave behind."""
 
+    unit: Literal["block", "matrix"] = "block"
+    """What is drawn: whole layers (``block``), or single weight matrices anywhere in depth (``matrix``)."""
+
     num_sampled_layers: Count = 2
-    """Layers trained in one interval (gamma in the paper)."""
+    """Layers trained in one interval (gamma in the paper). With ``unit: matrix`` a budget: matrices with as many elements as
+    that many layers have on average."""
 
     sampling_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The same as a share of the model's layers, rounded down. Instead of ``num_sampled_layers``."""
+    """The same as a share of the model's layers, rounded down. Instead of ``num_sampled_layers``. With ``unit: matrix`` the share
+    of the elements of all layers."""
 
     interval_steps: Annotated[int | str, BeforeValidator(_interval)] = 20
     """Optimizer steps between two draws (K in the paper), or ``"1epoch"``. Micro-steps do not count."""
@@ -104,6 +109,10 @@ class LisaConfig(Section):
     rest: Fixed = "always"
     """Whether (``always`` or ``never``) what is in neither blocks, embeddings nor head trains: the final norm and the like."""
 
+    block_rest: Literal["always", "never", "with_block"] = "always"
+    """``unit: matrix`` only: when the small parameters of layers train (norms, gates, biases without a matrix). ``with_block``: those
+    of a layer when any of its matrices does."""
+
     embeddings_lr_scale: Scale = 1.0
     """Factor on the learning rate of the embeddings."""
 
@@ -112,6 +121,9 @@ class LisaConfig(Section):
 
     rest_lr_scale: Scale = 1.0
     """Factor on the learning rate of the rest."""
+
+    block_rest_lr_scale: Scale = 1.0
+    """Factor on the learning rate of the small parameters of layers, where they train ``always``."""
 
     rewarm_steps: Annotated[int, Field(ge=0)] = 0
     """Steps n of learning-rate warm-up for units that begin to train, at a switch or at the start: from 1/n of the rate
@@ -155,10 +167,34 @@ class LisaConfig(Section):
                 )
         if self.growth and self.sampler.kind.same_all_along:
             raise mistake("growth does not go with sampler 'fixed', whose layers are the same for the whole run")
-        for part in ("embeddings", "lm_head", "rest"):
+        if self.unit == "matrix":
+            self._check_matrices()
+        else:
+            for key in ("block_rest", "block_rest_lr_scale"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise mistake(f"{key} is of unit 'matrix'; with unit 'block' layers are drawn whole: remove one")
+        for part in ROLES:
             if getattr(self, part) == "never" and getattr(self, f"{part}_lr_scale") != 1:
                 raise mistake(f"{part}_lr_scale has no effect with {part}: never; remove one of them")
         return self
+
+    def _check_matrices(self) -> None:
+        if self.sampler.layers:
+            raise mistake("unit 'matrix' does not go with sampler.layers, which names whole layers; remove one")
+        if self.sampler.varies:
+            raise mistake(
+                "unit 'matrix' draws within a budget, which 'bernoulli' would exceed; use 'uniform' or 'cyclic'"
+            )
+        if self.growth and self.sampling_ratio is not None:
+            raise mistake(
+                "growth counts in layers: with unit 'matrix' give num_sampled_layers in place of sampling_ratio"
+            )
+        if self.block_rest == "with_block" and self.block_rest_lr_scale != 1:
+            raise mistake("block_rest_lr_scale has no effect with block_rest: with_block; remove one of them")
+        if self.sampler.kind.calibrates:
+            raise mistake(
+                f"unit 'matrix': sampler {self.sampler.name!r} measures whole layers; use another, or unit 'block'"
+            )
 
     @property
     def interval_epochs(self) -> int | None:
@@ -186,14 +222,47 @@ class LisaConfig(Section):
                     "or check that layers_path leads to the block stack"
                 )
             return self.num_sampled_layers
-        # As written in decimal: 0.29 * 100 is 28.999999999999996 in binary, and would lose a layer.
-        count = int(Fraction(repr(self.sampling_ratio)) * num_layers)
+        count = int(self._ratio() * num_layers)
+        if self.unit == "matrix":
+            return max(1, count)
         if count == 0:
             raise ConfigError(
                 f"{self.where('sampling_ratio')}: leaves no layer of the model's {num_layers}, "
                 f"got {self.sampling_ratio}; it takes at least 1/{num_layers}, or set num_sampled_layers"
             )
         return count
+
+    def share(self, num_layers: int) -> Fraction:
+        """Share of a model of ``num_layers`` that one interval draws, by number or, of matrices, by elements; exact.
+
+        Raises:
+            ConfigError: See :meth:`num_sampled`.
+        """
+        if self.unit == "matrix" and self.sampling_ratio is not None:
+            return self._ratio()
+        return Fraction(self.num_sampled(num_layers), num_layers)
+
+    def check_budget(self, budget: int, largest: int, elements: int) -> None:
+        """Refuse a draw of matrices that has no room for the largest.
+
+        Args:
+            budget: Elements of matrices that the first draw may have.
+            largest: Elements of the largest matrix, and of what trains beside it.
+            elements: Of all that is drawn from.
+
+        Raises:
+            ConfigError: It has not.
+        """
+        if budget < largest:
+            key = "num_sampled_layers" if self.sampling_ratio is None else "sampling_ratio"
+            raise ConfigError(
+                f"{self.where(key)}: a draw of matrices has {budget:,} elements at most, fewer than the largest matrix with "
+                f"{largest:,}; set sampling_ratio to {largest / elements:.3g} or more"
+            )
+
+    def _ratio(self) -> Fraction:
+        # As written in decimal: 0.29 * 100 is 28.999999999999996 in binary, and would lose a layer.
+        return Fraction(repr(self.sampling_ratio))
 
     def most_sampled(self, num_layers: int) -> int:
         """The most layers that an interval of a model of ``num_layers`` may draw (``bernoulli``: on average).
@@ -233,15 +302,15 @@ class LisaConfig(Section):
         file = str(source) if isinstance(source, (str, Path)) else "lisa_config"
         fields: Mapping[str, Any] = read_mapping(file) if isinstance(source, (str, Path)) else source or {}
         prefix = ""
-        if "lisa" in fields:
-            sections = ("model", "data", "method", "lisa", "training", "deepspeed", "statistics")
+        if "lisa" in fields or {"model", "data"} <= set(fields):  # a whole run; one of another method may lack it
+            sections = ("model", "data", "method", "lisa", "lora", "galore", "training", "deepspeed", "statistics")
             if unknown := [key for key in fields if key not in sections]:
                 raise ConfigError(
                     "\n".join(
                         f"{file}: {key}: unknown section; the sections are {', '.join(sections)}" for key in unknown
                     )
                 )
-            prefix, fields = "lisa", fields["lisa"] or {}
+            prefix, fields = "lisa", fields.get("lisa") or {}
             if not isinstance(fields, Mapping):
                 raise ConfigError(f"{file}: lisa: should be a section of keys, got {show(fields)}")
         origin = Origin(file, prefix)

@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field
 
 from lisa_ds.config.base import Section, mistake, show
 
-ROLES = ("embeddings", "lm_head", "rest")
-"""What of a model is in no block, in the order of every list of them."""
+ROLES = ("embeddings", "lm_head", "rest", "block_rest")
+"""What of a model is not drawn, in the order of every list of it; the last is of blocks from which matrices are drawn."""
 
 _NAMES = ("always", "never", "sampled")
 _CHOICES = "should be 'always', 'never', 'sampled' or {every: n}"
@@ -72,8 +72,12 @@ class Policies(Protocol):
     def rest(self) -> str:
         """Whether the rest trains."""
 
-    def num_sampled(self, num_layers: int) -> int:
-        """Layers drawn in one interval of a model of ``num_layers``."""
+    @property
+    def block_rest(self) -> str:
+        """When the small parameters of blocks train, from which matrices are drawn."""
+
+    def share(self, num_layers: int) -> Fraction:
+        """Share of a model of ``num_layers`` that is drawn in one interval."""
 
 
 def policy_of(config: Policies, role: str, *, tied: bool) -> str | Every:
@@ -81,7 +85,7 @@ def policy_of(config: Policies, role: str, *, tied: bool) -> str | Every:
 
     Args:
         config: The ``lisa`` section.
-        role: ``embeddings``, ``lm_head`` or ``rest``.
+        role: One of :data:`ROLES`.
         tied: Whether the model's head shares its weight with the embeddings.
     """
     policy: str | Every = getattr(config, "embeddings" if tied and role == "lm_head" else role)
@@ -92,11 +96,11 @@ def share_of(config: Policies, role: str, *, tied: bool, num_layers: int) -> Fra
     """Share of the intervals in which ``role`` trains, on average: exactly, from 0 to 1.
 
     Raises:
-        ConfigError: See ``LisaConfig.num_sampled``.
+        ConfigError: See ``LisaConfig.share``.
     """
     policy = policy_of(config, role, tied=tied)
     if isinstance(policy, Every):
         return Fraction(1, policy.every)
     if policy == "sampled":
-        return Fraction(config.num_sampled(num_layers), num_layers)
+        return config.share(num_layers)
     return Fraction(policy == "always")

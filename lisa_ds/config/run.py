@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -10,11 +11,13 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lisa_ds.config.base import Origin, PathName, Section, fits_a_path, mistake, not_built, show, unfit, validate
+from lisa_ds.config.base import Origin, PathName, Section, fits_a_path, mistake, unfit, validate
 from lisa_ds.config.deepspeed import autotp_size
-from lisa_ds.config.files import parse_yaml, read_mapping
+from lisa_ds.config.files import read_mapping
+from lisa_ds.config.galore import GaloreConfig
 from lisa_ds.config.lisa import LisaConfig, rename_aliases
-from lisa_ds.config.sampler import named
+from lisa_ds.config.lora import LoraConfig
+from lisa_ds.config.overrides import COMMAND_LINE, override
 from lisa_ds.config.training import TrainingValues, known, section
 from lisa_ds.errors import ConfigError
 
@@ -84,6 +87,10 @@ class DataConfig(Section):
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the training split to hold out."""
 
+    eval_part: Literal["all", "select", "verdict"] = "all"
+    """Which held-out rows are evaluated: ``all``, or one of two halves without a row in common, ``select`` to choose settings on
+    and ``verdict`` to judge them by."""
+
     eval_max_rows: Count | None = None
     """The most rows that are evaluated."""
 
@@ -109,7 +116,10 @@ class DataConfig(Section):
     """What becomes of a row longer than ``max_length``."""
 
     seed: int = 0
-    """Seed of which rows ``eval_fraction``, ``max_rows`` and ``eval_max_rows`` choose."""
+    """Seed of which rows ``eval_fraction``, ``eval_part``, ``max_rows`` and ``eval_max_rows`` choose."""
+
+    pad_to_multiple_of: Count | None = None
+    """Pads a batch's rows to a multiple of so many tokens, such as 8, instead of to the longest of them."""
 
     num_workers: Count = 1
     """Processes that tokenise."""
@@ -125,6 +135,10 @@ class DataConfig(Section):
         if self.eval_fraction and (self.eval_path or self.eval_split):
             other = "eval_path" if self.eval_path else "eval_split"
             raise mistake(f"eval_fraction and {other} both say what is held out: keep one")
+        if self.eval_part != "all" and not (self.eval_fraction or self.eval_path or self.eval_split):
+            raise mistake(
+                f"eval_part {self.eval_part!r} is a half of the held-out rows, and there are none; set eval_fraction, eval_split or eval_path"
+            )
         if self.packing and self.format not in ("auto", "text"):
             raise mistake(f"packing joins plain text, but format is {self.format!r}")
         return self
@@ -139,14 +153,18 @@ class RunConfig(Section):
     data: DataConfig
     """What it is trained on."""
 
-    method: Annotated[
-        Literal["lisa", "full"],
-        not_built(lora="the comparison of methods", galore="the comparison of methods"),
-    ] = "lisa"
-    """``lisa``, or ``full`` for the same run with every layer trained all the time."""
+    method: Literal["lisa", "full", "lora", "galore"] = "lisa"
+    """``lisa``; ``full`` for the same run with every layer trained all the time; ``lora`` with adapters beside frozen weights;
+    ``galore`` with projected gradients. Of the sections ``lisa``, ``lora`` and ``galore`` the method reads its own."""
 
     lisa: LisaConfig = Field(default_factory=LisaConfig)
-    """The method's own settings."""
+    """Settings of method ``lisa``."""
+
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    """Settings of method ``lora``."""
+
+    galore: GaloreConfig = Field(default_factory=GaloreConfig)
+    """Settings of method ``galore``."""
 
     training: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of ``transformers.TrainingArguments``: learning rate, batch size, precision, steps."""
@@ -206,6 +224,18 @@ class RunConfig(Section):
             raise ConfigError("\n".join(problems))
         return fields
 
+    def written_out(self, *, defaults: bool = True) -> dict[str, Any]:
+        """Everything as plain values, with DeepSpeed's keys in place of the path of their file.
+
+        Args:
+            defaults: Whether values that are the default are among them.
+
+        Raises:
+            ConfigError: That file is missing or malformed.
+        """
+        values = self.model_dump(mode="json", exclude_defaults=not defaults)
+        return {**values, "deepspeed": self.deepspeed and self.deepspeed_config()}
+
     def deepspeed_source(self) -> str:
         """What messages call DeepSpeed's config: its own file, or the section of this one."""
         return self.deepspeed if isinstance(self.deepspeed, str) else self.where("deepspeed")
@@ -222,12 +252,16 @@ class RunConfig(Section):
         return autotp_size(self.deepspeed_config(), self.deepspeed_source(), num_ranks=num_ranks)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), more: Mapping[str, Sequence[str]] | None = None
+) -> RunConfig:
     """Read a run from a YAML or JSON file.
 
     Args:
         path: The file.
-        overrides: ``key=value`` with a dotted key, such as ``training.learning_rate=1e-4``; values are YAML.
+        overrides: ``key=value`` with a dotted key, such as ``training.learning_rate=1e-4``; values are YAML. Messages call
+            their place ``command line``.
+        more: Overrides that go over these, by what messages call their place.
 
     Raises:
         ConfigError: Every mistake in the file and the overrides, one a line.
@@ -236,7 +270,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     fields = {key: value for key, value in read_mapping(path).items() if value is not None}  # `lisa:` alone is empty
     if isinstance(fields.get("lisa"), Mapping):
         fields["lisa"] = rename_aliases(fields["lisa"], Origin(str(path), "lisa"), problems)
-    return _overridden(fields, overrides, Origin(str(path)), problems)
+    return _overridden(fields, {COMMAND_LINE: overrides, **(more or {})}, Origin(str(path)), problems)
 
 
 def model_alone(name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -254,60 +288,24 @@ def model_alone(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         "data": {"path": "none", "max_length": 1024},
         "training": {"bf16": True, "per_device_train_batch_size": 1},
     }
-    return _overridden(fields, overrides, Origin("command line"), [])
+    return _overridden(fields, {COMMAND_LINE: overrides}, Origin(COMMAND_LINE), [])
 
 
-def _overridden(fields: dict[str, Any], overrides: Sequence[str], origin: Origin, problems: list[str]) -> RunConfig:
-    overridden: set[str] = set()
-    added: set[str] = set()
-    for override in overrides:
-        dotted, _, text = override.partition("=")
-        parts = dotted.split(".")
-        if "=" not in override or not all(parts):
-            problems.append(f"command line: should be key=value with a dotted key, got {show(override)}")
-            continue
-        if parts[0] == "lisa" and len(parts) == 2:
-            parts = ["lisa", *rename_aliases({parts[1]: None}, Origin("command line", "lisa"), problems)]
-        try:
-            value = parse_yaml(text)
-        except ValueError as error:
-            problems.append(f"command line: {dotted}: {error}, got {show(text)}")
-            continue
-        try:
-            added |= _put(_written_out(fields, parts), parts, value)
-            overridden.add(".".join(parts))
-        except ValueError as error:
-            problems.append(f"command line: {dotted}: {error}")
-    origin = replace(origin, overridden=frozenset(overridden), added=frozenset(added))
-    return validate(RunConfig, fields, origin, problems)
+def from_fields(fields: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that keys describe which were read elsewhere than in its file, such as in its records.
 
-
-def _written_out(fields: dict[str, Any], parts: list[str]) -> dict[str, Any]:
-    """``fields`` with a section's short form (a name, a file's path) written out, if a key of it is to be set."""
-    lisa = fields.get("lisa")
-    if parts[0] == "deepspeed" and len(parts) > 1 and isinstance(fields.get("deepspeed"), str):
-        fields["deepspeed"] = read_mapping(fields["deepspeed"])
-    if parts[0] == "lisa" and len(parts) > 2 and parts[1] in ("sampler", "optimizer") and isinstance(lisa, dict):
-        lisa[parts[1]] = named(lisa.get(parts[1]))
-    return fields
-
-
-def _put(fields: dict[str, Any], parts: list[str], value: Any) -> set[str]:
-    """Set a dotted key and return the sections that had to be added for it.
+    Args:
+        fields: Its sections.
+        source: What messages call the place where they were read.
+        overrides: As for :func:`load_config`.
 
     Raises:
-        ValueError: A part of the key is no section.
+        ConfigError: Every mistake in fields and overrides, one a line.
     """
-    *sections, key = parts
-    added = set()
-    for depth, part in enumerate(sections, start=1):
-        section = ".".join(sections[:depth])
-        if fields.get(part) is None:
-            fields[part] = {}
-            added.add(section)
-        inner = fields[part]
-        if not isinstance(inner, dict):
-            raise ValueError(f"{section} is {show(inner)}, which has no keys to set; override it as a whole")
-        fields = inner
-    fields[key] = value
-    return added
+    return _overridden(copy.deepcopy(dict(fields)), {COMMAND_LINE: overrides}, Origin(source), [])
+
+
+def _overridden(
+    fields: dict[str, Any], overrides: Mapping[str, Sequence[str]], origin: Origin, problems: list[str]
+) -> RunConfig:
+    return validate(RunConfig, fields, override(fields, overrides, origin, problems), problems)

@@ -26,6 +26,7 @@ from lisa_ds.data.ignored import leave_out, leave_out_read
 from lisa_ds.data.sources import Source
 from lisa_ds.data.tokenise import Status, Tokeniser
 from lisa_ds.errors import DataError
+from lisa_ds.evidence import VERDICT
 
 _BATCH = 1000  # rows in memory
 _WORTH_A_PROCESS = 1000  # rows; starting a process takes as long as a thousand
@@ -43,16 +44,25 @@ _CONTENT: dict[formats.Kind, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """Part of a source's rows: those whose hash lies in a range, up to a number of them, lowest hash first."""
+    """Part of a source's rows: those whose hash lies in a range, of these perhaps a half, up to a number of them.
+
+    Always those with the lowest hashes. Equal rows have equal hashes, and are never in both halves.
+    """
 
     low: float = 0.0
     high: float = 1.0
     max_rows: int | None = None
+    half: str | None = None
+    """Of :data:`~lisa_ds.evidence.PARTS`; None for all."""
 
     def choose(self, hashes: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
         """Indices of the rows, ascending."""
         chosen = np.flatnonzero((hashes >= self.low) & (hashes < self.high))
-        return np.sort(chosen[np.argsort(hashes[chosen], kind="stable")[: self.max_rows]])
+        chosen = chosen[np.argsort(hashes[chosen], kind="stable")]
+        if self.half is not None and len(chosen):
+            middle = int(np.searchsorted(hashes[chosen], hashes[chosen[len(chosen) // 2]]))
+            chosen = chosen[middle:] if self.half == VERDICT else chosen[:middle]
+        return np.sort(chosen[: self.max_rows])
 
 
 def build(
@@ -81,6 +91,11 @@ def build(
     hashes, classes, unused = _write_rows(scratch, source, form, columns, ignored, seed)
     chosen = part.choose(hashes)
     if not len(chosen):
+        if part.half is not None and (count := len(replace(part, half=None).choose(hashes))):
+            raise DataError(
+                f"{source.name}: data.eval_part {part.half!r} is left without a row, of {count} held out; hold out more rows "
+                "that differ"
+            )
         share = "data.eval_fraction holds out none" if part.low == 0 else "data.eval_fraction holds out each"
         raise DataError(f"{source.name}: {share} of its {len(hashes)} rows")
     if form.kind == "classification" and tokeniser.labels is None:

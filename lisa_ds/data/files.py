@@ -105,7 +105,12 @@ def _arrow_rows(batch: Any) -> list[dict[str, Any]]:
     for name, values in zip(batch.schema.names, batch.columns, strict=True):
         try:
             columns[name] = [without_nulls(value) for value in values.to_pylist()]
-        except (ValueError, OverflowError, ImportError) as error:  # a date of year 20000, bytes that are not UTF-8
+        except (
+            ValueError,
+            OverflowError,
+            ImportError,
+            LookupError,
+        ) as error:  # a year of 20000, no UTF-8, no such time zone
             raise _Unreadable(f"column {name!r} cannot be read: {' '.join(str(error).split())}") from None
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

@@ -59,16 +59,53 @@ def load_dataset(
         ConfigError: ``data.chat_template`` is not a chat template.
     """
     set_chat_template(tokenizer, config)
+    train = _train_part(config, tokenizer, task)
+    return train, _held_out(config, tokenizer, task, tuple(label_names(train) or ()), told=config.eval_fraction > 0)
+
+
+def load_held_out(
+    config: DataConfig, tokenizer: Any, *, task: str = "causal_lm", labels: tuple[str, ...] | None = None
+) -> datasets.Dataset | None:
+    """The held-out rows alone, as :func:`load_dataset` returns them; None if the config holds none out.
+
+    Args:
+        config: The ``data`` section.
+        tokenizer: The model's; its chat template is set as by :func:`load_dataset`.
+        task: ``causal_lm`` or ``sequence_classification``.
+        labels: Names of the classes in the model's order; None to take those of the rows that are trained on.
+
+    Raises:
+        DataError: As by :func:`load_dataset`.
+        ConfigError: As by :func:`load_dataset`.
+    """
+    if not (config.eval_path or config.eval_split or config.eval_fraction):
+        return None
+    set_chat_template(tokenizer, config)
+    if task == "causal_lm":
+        labels = ()
+    elif labels is None:
+        labels = tuple(label_names(_train_part(config, tokenizer, task)) or ())
+    return _held_out(config, tokenizer, task, labels, told=False)
+
+
+def _train_part(config: DataConfig, tokenizer: Any, task: str) -> datasets.Dataset:
     source = open_source(config.path, config.split, config.where("path"))
-    train = _load(source, Part(low=config.eval_fraction, max_rows=config.max_rows), config, tokenizer, task)
-    held_out = Part(high=config.eval_fraction or 1.0, max_rows=config.eval_max_rows)
+    return _load(source, Part(low=config.eval_fraction, max_rows=config.max_rows), config, tokenizer, task)
+
+
+def _held_out(
+    config: DataConfig, tokenizer: Any, task: str, labels: tuple[str, ...], *, told: bool
+) -> datasets.Dataset | None:
+    half = config.eval_part if config.eval_part != "all" else None
+    part = Part(high=config.eval_fraction or 1.0, max_rows=config.eval_max_rows, half=half)
     if config.eval_path or config.eval_split:
         key = config.where("eval_path" if config.eval_path else "eval_split")
         source = open_source(config.eval_path or config.path, config.eval_split or "train", key)
-    elif not config.eval_fraction:
-        return train, None
-    labels = tuple(label_names(train) or ())
-    return train, _load(source, held_out, config, tokenizer, task, labels, told=config.eval_fraction > 0)
+    elif config.eval_fraction:
+        source = open_source(config.path, config.split, config.where("path"))
+    else:
+        return None
+    return _load(source, part, config, tokenizer, task, labels, told=told)
 
 
 def label_names(rows: datasets.Dataset) -> list[str] | None:

@@ -1,13 +1,15 @@
-"""The effective weights of a PEFT model: base weights plus adapters' deltas, and which parameters are plain weights."""
+"""PEFT models in trainers: effective weights (base weights plus adapters' deltas), and saving adapters alone."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Adapters:
@@ -69,6 +71,37 @@ class Adapters:
                     whole = whole + layer.get_delta_weight(name).to(whole)
                 square = whole.norm(dtype=torch.float64).square().item()
             yield weight, square
+
+
+def save_alone(trainer: Any) -> None:
+    """Have ``trainer.save_model`` write the adapters of its PEFT model, and not gather the weights beside them.
+
+    Args:
+        trainer: A ``transformers.Trainer``, under ZeRO-3, ZeRO-2 or no DeepSpeed.
+    """
+
+    def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
+        place = Path(output_dir or trainer.args.output_dir)
+        state = trained_weights(trainer.model)
+        if not trainer.args.should_save:
+            return
+        os.makedirs(place, exist_ok=True)
+        # "auto" would ask the hub for the base model's vocabulary.
+        trainer.model.save_pretrained(str(place), state_dict=state, save_embedding_layers=False)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(str(place))
+
+    trainer.save_model = save_model
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters that train, by name, on the CPU; every rank takes part, one parameter at a time."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                state[name] = parameter.detach().cpu().clone()
+    return state
 
 
 def _weight(layer: Any) -> nn.Parameter:

@@ -35,6 +35,7 @@ _LAST: dict[str, Callable[[Any], str]] = {
 # What the line says already, or another one; and transformers' mean loss, which a resumed run divides by the steps before it, too.
 _UNTOLD = {
     *("train_loss", "step", "total_flos", "lisa/state_mb", "tokens_per_second_per_gpu", "hfu", "max_rank_reserved_gb"),
+    *("forward_s", "backward_s", "optimizer_s", "switch_s"),
     *("eval_steps_per_second", "train_steps_per_second", "train_samples_per_second", "evaluating_and_saving_s"),
 }
 

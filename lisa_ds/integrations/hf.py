@@ -18,15 +18,13 @@ from transformers import Trainer, TrainerCallback
 
 from lisa_ds.config import LisaConfig
 from lisa_ds.engines.zero3 import LisaEngine, armed, config_keys, parallel, supported
-from lisa_ds.engines.zero3.watch.memory_report import memory_report, precision
 from lisa_ds.errors import ConfigError, EngineError
 from lisa_ds.integrations import console
 from lisa_ds.integrations.calibration import CalibrationBatches
 from lisa_ds.integrations.order import keep_order
 from lisa_ds.integrations.sharing import count_rows_once
 from lisa_ds.integrations.tally import keep_tally
-from lisa_ds.layers import LayerStack
-from lisa_ds.memory import SAMPLED_KINDS, full_state_bytes
+from lisa_ds.memory import SAMPLED_KINDS
 
 _FILLED_IN = frozenset(
     (
@@ -152,18 +150,6 @@ def check_fp16(source: str) -> None:
         )
 
 
-def live_state(trainer: Any) -> dict[str, int]:
-    """Bytes of live model state on this rank by kind, as in ``engine.memory_report()``; for stock ZeRO-3 as well."""
-    return memory_report(trainer.deepspeed.optimizer, trainer.deepspeed.module.parameters())
-
-
-def full_state(trainer: Any, stack: LayerStack) -> dict[str, int]:
-    """Bytes that full fine-tuning of ``stack`` would keep alive on this rank, by the planner, in ``trainer``'s precision."""
-    ranks = parallel.data_parallel_size(trainer.deepspeed)
-    shape = parallel.model_shape(stack, ranks, frozen=False)
-    return full_state_bytes(shape, world_size=ranks, precision=precision(trainer.deepspeed))
-
-
 class LisaCallback(TrainerCallback):
     """Checks that LISA's engine trains, and reports which layers; :func:`attach` adds it.
 
@@ -205,6 +191,8 @@ class LisaCallback(TrainerCallback):
         engine = self._trainer.deepspeed
         self._step_interval = self._interval
         self._is_new, self._interval = engine.interval != self._interval, engine.interval
+        if self._each_step and self._told >= 0 and state.global_step % max(1, int(state.logging_steps)):
+            return  # a line for each entry of the log is enough
         # One step after the switch, when the moments of the new layers are there to be counted.
         if self._told != self._interval and (self._each_step or not self._is_new):
             self._tell(engine, state)

@@ -66,7 +66,7 @@ class LabelledLogits:
             return None
         made = cls(own, head)
         if not made._changes_nothing(model, head, {"num_items_in_batch": 5} if counts_items else {}):
-            made._let_go()
+            made.let_go()
             return None
         return made
 
@@ -92,7 +92,8 @@ class LabelledLogits:
         loss: Tensor = ForCausalLMLoss(logits, labels, *args, **kwargs)
         return loss
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Remove the hooks; the model is as it was."""
         self._hook.remove()
         del self._model._loss_function
 

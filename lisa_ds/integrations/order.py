@@ -11,10 +11,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from lisa_ds.config.row_order import differing
 from lisa_ds.integrations.sharing import tensor_parallel_size
-
-_SEEDED = ("random", "group_by_length")
-"""Sampling strategies whose order the run's seed decides."""
 
 
 def order_of(args: Any, rows: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,14 +40,9 @@ def order_of(args: Any, rows: Mapping[str, Any]) -> dict[str, Any]:
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences of two orders, in words; none if the same rows are in the same steps.
 
-    The rows of a step may be split into micro-batches differently, unless incomplete steps are dropped.
+    What only one of them has is no difference: another release has saved it.
     """
-    changed = [key for key in saved if key in now and saved[key] != now[key]]
-    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    if _rows_of_step(saved) == _rows_of_step(now) and not now["dataloader_drop_last"]:
-        changed = [key for key in changed if key not in sizes]
-    if now["train_sampling_strategy"] not in _SEEDED:
-        changed = [key for key in changed if key != "seed"]
+    changed = [key for key in differing(saved, now) if key in saved and key in now]
     told = [
         f"training.{key} {saved[key]!r}, and now it is {now[key]!r}" for key in changed if key not in ("data", "ranks")
     ]
@@ -63,10 +56,6 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             else f"other training rows than now, though there are {count:,} in both"
         )
     return told
-
-
-def _rows_of_step(order: Mapping[str, Any]) -> int:
-    return int(order["per_device_train_batch_size"]) * int(order["gradient_accumulation_steps"])
 
 
 class RowOrder(TrainerCallback, ExportableState):

@@ -42,7 +42,8 @@ class LayerStatistics(TrainerCallback):
     Args:
         trainer: A ``transformers.Trainer``: under LISA, ZeRO-3 or no DeepSpeed at all, with or without PEFT adapters.
         path: The file; None for ``layers.jsonl`` in the trainer's ``output_dir``.
-        every: ``interval``: at the end of each of LISA's intervals, without LISA every 20 steps. Or a number of steps.
+        every: ``interval``: at the end of each of LISA's intervals; every 20 steps without LISA, and with intervals of one step.
+            Or a number of steps.
         method: The run's method in reports; None to detect ``lisa``, ``lora`` or ``full``.
         layers_path: As in the LISA section.
         model: What the file calls the model; by default, what it was loaded from.
@@ -84,7 +85,9 @@ class LayerStatistics(TrainerCallback):
         """
         trainer = self._trainer
         self.close()
-        stack = LayerStack.from_model(trainer.model, self._layers_path)
+        engine = trainer.deepspeed
+        by_lisa = isinstance(engine, LisaEngine)
+        stack = engine.stack if by_lisa else LayerStack.from_model(trainer.model, self._layers_path)
         adapters = Adapters(trainer.model)
         self._reader = _reader(trainer, stack, adapters, self._take)
         self._last = state.global_step
@@ -122,6 +125,7 @@ class LayerStatistics(TrainerCallback):
             model=self._model or str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
             units=tuple(str(unit) for unit in units_of(stack)),
             tied=stack.tied,
+            matrices=tuple(unit.name for unit in stack.units) if stack.by_matrices else (),
             settings={**{key: getattr(args, key) for key in kept}, "world_size": args.world_size, **self._settings},
             commit=records.commit(),
             versions=records.versions((*records.PACKAGES, "peft") if adapters.any else records.PACKAGES),
@@ -140,7 +144,7 @@ class LayerStatistics(TrainerCallback):
         engine, state = self._trainer.deepspeed, self._trainer.state
         step = state.global_step + 1  # the trainer counts it a moment later
         has_intervals = isinstance(engine, LisaEngine)
-        by_interval = has_intervals and self._every == "interval"
+        by_interval = has_intervals and self._every == "interval" and engine.interval_steps > 1
         due = engine.ends_interval if by_interval else step // self._steps > self._last // self._steps
         if self._reader is None or not (due or step == state.max_steps):
             return
@@ -195,7 +199,7 @@ class _Partitioned:
     """Under ZeRO-3; every rank takes part in a reading."""
 
     def __init__(self, optimizer: Any, stack: LayerStack, adapters: Adapters, take: Any) -> None:
-        self.num_layers = len(stack.layers)
+        self.num_layers = len(stack.units)
         self._stack, self._adapters, self._take = stack, adapters, take
         self._watch: UnitStatistics = watch(optimizer, stack)
         self._watch.after_step.append(take)
@@ -218,7 +222,7 @@ class _Whole:
     """Without DeepSpeed: every rank has whole weights and, when the optimizer steps, the same gradients; rank 0 reads them."""
 
     def __init__(self, trainer: Any, stack: LayerStack, adapters: Adapters, take: Any) -> None:
-        self.num_layers = len(stack.layers)
+        self.num_layers = len(stack.units)
         self._trainer, self._stack, self._adapters, self._take = trainer, stack, adapters, take
         self._units = units_of(stack)
         self._index = {unit: i for i, unit in enumerate(self._units)}
@@ -297,6 +301,7 @@ class _Whole:
 
     def _updates(self) -> dict[Unit, float | None]:
         squares: dict[Unit, float | None] = dict.fromkeys(self._units)
+        unread: set[Unit] = set()
         optimizer = self._trainer.optimizer
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
         for group in optimizer.param_groups:
@@ -306,16 +311,27 @@ class _Whole:
                 unit = self._stack.unit_of.get(id(parameter))
                 if step is None or unit is None or self._steps[self._index[unit]] == 0:
                     continue
+                if "projector" in state:  # GaLore: the moments are of projected gradients, the update is not
+                    unread.add(unit)
+                    continue
                 first, second = state["exp_avg"], state["exp_avg_sq"]
                 if "exp_avg_scale" in state:
                     first = dequantise_signed(first.reshape(-1), state["exp_avg_scale"])
                     second = dequantise_unsigned(second.reshape(-1), state["exp_avg_sq_scale"])
                 square = update_square(state.get("master", parameter), first, second, step).item()
                 squares[unit] = (squares[unit] or 0.0) + square
+        squares.update(dict.fromkeys(unread))
         return {unit: None if square is None else square**0.5 for unit, square in squares.items()}
 
     def close(self) -> None:
         self._trainer.accelerator.clip_grad_norm_ = self._clip
+
+
+def unreadable(args: Any) -> str | None:
+    """Why the layers of a trainer with these ``TrainingArguments`` cannot be read; None if they can."""
+    plugin = args.deepspeed_plugin
+    stage = 3 if plugin is None else plugin.hf_ds_config.get_value("zero_optimization.stage")
+    return None if stage == 3 else f"they are read from ZeRO-3's partitions, and this run is under ZeRO-{stage}"
 
 
 def _reader(trainer: Any, stack: LayerStack, adapters: Adapters, take: Any) -> _Partitioned | _Whole:

@@ -5,7 +5,9 @@ Each rank counts by itself; ranks communicate only when an entry is logged: one 
 
 from __future__ import annotations
 
+import itertools
 import resource
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -156,15 +158,7 @@ def compute_shape(model: Any, stack: LayerStack) -> ComputeShape | None:
     words = model.get_input_embeddings() if stack.tied else None
     head = words.parameters() if words is not None else iter(stack.lm_head)
     return ComputeShape(
-        blocks=tuple(
-            sum(
-                _matrix(weight)
-                for part in block.modules()
-                if not isinstance(part, nn.Embedding)
-                for weight in _own(part)
-            )
-            for block in stack.layers
-        ),
+        blocks=tuple(sum(_matrix(weight) for part in _parts(block) for weight in _own(part)) for block in stack.layers),
         attention=heads * int(getattr(config, "head_dim", None) or width // heads),
         head=sum(_matrix(weight) for weight in head),
     )
@@ -179,13 +173,24 @@ def trained(model: nn.Module, stack: LayerStack) -> Trained:
         if stack.unit_of[id(weight)] == "rest":
             below.add(id(weight))
     weights = list(model.parameters())
+    inside = [weight for part in _inside(stack) for weight in _own(part) if weight.requires_grad]
     head = stack.embeddings if stack.tied else stack.lm_head
     return Trained(
         blocks=frozenset(i for i in range(len(stack.layers)) if any(p.requires_grad for p in stack.parameters(i))),
+        matrices=sum(map(_matrix, inside)),
         embeddings=any(weight.requires_grad for weight in weights if id(weight) in below),
         rest=any(weight.requires_grad for weight in stack.rest),
         head=any(weight.requires_grad for weight in head),
     )
+
+
+def _inside(stack: LayerStack) -> Iterator[nn.Module]:
+    return itertools.chain.from_iterable(map(_parts, stack.layers))
+
+
+def _parts(block: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a block that multiply their input."""
+    return (part for part in block.modules() if not isinstance(part, nn.Embedding))
 
 
 def _own(part: nn.Module) -> list[nn.Parameter]:

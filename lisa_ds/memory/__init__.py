@@ -9,6 +9,7 @@ from lisa_ds.memory.probe import probe_bytes as probe_bytes
 from lisa_ds.memory.run_settings import Forecast as Forecast
 from lisa_ds.memory.run_settings import RunSettings as RunSettings
 from lisa_ds.memory.state import KINDS as KINDS
+from lisa_ds.memory.state import PARTS_OF_STATE as PARTS_OF_STATE
 from lisa_ds.memory.state import SAMPLED_KINDS as SAMPLED_KINDS
 from lisa_ds.memory.state import ModelShape as ModelShape
 from lisa_ds.memory.state import Plan as Plan
@@ -21,6 +22,7 @@ from lisa_ds.memory.state import state_bytes as state_bytes
 __all__ = [
     "KINDS",
     "METHODS",
+    "PARTS_OF_STATE",
     "SAMPLED_KINDS",
     "Architecture",
     "Forecast",

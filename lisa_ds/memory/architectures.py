@@ -9,67 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from lisa_ds.config.targets import Targets, chosen
 from lisa_ds.errors import ModelError
+from lisa_ds.memory.modules import Module as Module
+from lisa_ds.memory.modules import Sizes as Sizes
 from lisa_ds.memory.state import ModelShape
 
 MOST_LAYERS = 10_000
 """More layers than any model has; refused beyond, as a plan goes through them one by one."""
-
-
-@dataclass(frozen=True)
-class Module:
-    """One module with parameters of its own."""
-
-    kind: str
-    """``embedding``, ``norm``, ``linear``, ``experts`` or ``head``."""
-
-    shapes: tuple[tuple[int, ...], ...]
-    """Shapes of its parameters: the weight first, then a bias."""
-
-    width: int = 0
-    """Elements per token of its input; 0 for an embedding."""
-
-    part: str = ""
-    """``attention`` or ``mlp`` for a linear that tensor parallelism splits."""
-
-    by_row: bool = False
-    """Whether tensor parallelism splits a linear by its inputs (row parallel, the second of a pair) instead of its
-    outputs."""
-
-    @property
-    def numels(self) -> tuple[int, ...]:
-        """Elements of each parameter."""
-        return tuple(math.prod(shape) for shape in self.shapes)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Widths of a block's tensors, in elements per token."""
-
-    hidden: int
-    query: int
-    """Query heads times their dimension."""
-
-    key: int
-    """Key-value heads times their dimension; values are as many."""
-
-    intermediate: int
-    num_heads: int
-    num_key_heads: int
-    vocab: int
-    gated: bool
-    """Whether the MLP multiplies two projections (SwiGLU) instead of one."""
-
-    norm: str
-    """``rms`` (computed in fp32 from a copy) or ``layer``."""
-
-    active_experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -92,6 +44,8 @@ class Architecture:
 
     tied: bool
     sizes: Sizes
+    path: str = "model.layers"
+    """Where the blocks are in transformers' model."""
 
     @property
     def shape(self) -> ModelShape:
@@ -107,6 +61,18 @@ class Architecture:
             rest=numels(self.final),
             tied=self.tied,
         )
+
+    def linears(self, targets: Targets, *, inside: bool, conv1d: bool) -> list[tuple[int, int]]:
+        """``(out, in)`` of each linear of all blocks that ``targets`` names; arguments as of :func:`lisa_ds.models.linears.linears`."""
+        if self.kind == "gpt2" and not conv1d:  # all of its linears are
+            return []
+        named = [(module.name, module.shapes[0]) for module in self.block if module.name]
+        return [
+            (out, into)
+            for block in range(self.num_layers)
+            for name, (out, into) in named
+            if chosen(targets, f"{self.path}.{block}.{name}", inside=inside)
+        ]
 
     @property
     def modules(self) -> tuple[Module, ...]:
@@ -197,8 +163,8 @@ class Architecture:
         return architecture
 
 
-def _linear(into: int, out: int, bias: bool = False, *, part: str, by_row: bool = False) -> Module:
-    return Module("linear", ((out, into), *(((out,),) if bias else ())), into, part, by_row)
+def _linear(into: int, out: int, bias: bool = False, *, part: str, by_row: bool = False, name: str = "") -> Module:
+    return Module("linear", ((out, into), *(((out,),) if bias else ())), into, part, by_row, name)
 
 
 def _norm(width: int, bias: bool = False) -> Module:
@@ -223,14 +189,21 @@ def _llama(kind: str, config: Mapping[str, Any]) -> Architecture:
     tied = bool(config.get("tie_word_embeddings", kind in ("gemma", "gemma2")))
     of_heads, of_mlp = functools.partial(_linear, part="attention"), functools.partial(_linear, part="mlp")
     if kind == "phi3":
-        attention = [of_heads(hidden, query + 2 * key), of_heads(query, hidden, by_row=True)]
-        mlp = [of_mlp(hidden, 2 * intermediate), of_mlp(intermediate, hidden, by_row=True)]
+        attention = [
+            of_heads(hidden, query + 2 * key, name="self_attn.qkv_proj"),
+            of_heads(query, hidden, by_row=True, name="self_attn.o_proj"),
+        ]
+        mlp = [
+            of_mlp(hidden, 2 * intermediate, name="mlp.gate_up_proj"),
+            of_mlp(intermediate, hidden, by_row=True, name="mlp.down_proj"),
+        ]
     else:
-        attention = [of_heads(hidden, query, qkv_bias), *(of_heads(hidden, key, qkv_bias) for _ in range(2))]
+        attention = [of_heads(hidden, query, qkv_bias, name="self_attn.q_proj")]
+        attention += [of_heads(hidden, key, qkv_bias, name=f"self_attn.{name}_proj") for name in ("k", "v")]
         attention += {"qwen3": [_norm(per_head)] * 2, "olmo2": [_norm(query), _norm(key)]}.get(kind, [])
-        attention.append(of_heads(query, hidden, attention_bias, by_row=True))
-        mlp = [of_mlp(hidden, intermediate, mlp_bias) for _ in range(2)]
-        mlp.append(of_mlp(intermediate, hidden, mlp_bias, by_row=True))
+        attention.append(of_heads(query, hidden, attention_bias, by_row=True, name="self_attn.o_proj"))
+        mlp = [of_mlp(hidden, intermediate, mlp_bias, name=f"mlp.{name}_proj") for name in ("gate", "up")]
+        mlp.append(of_mlp(intermediate, hidden, mlp_bias, by_row=True, name="mlp.down_proj"))
     experts = 1
     if kind == "mixtral":
         count, experts = config["num_local_experts"], config.get("num_experts_per_tok", 2)
@@ -260,13 +233,19 @@ def _gpt2(kind: str, config: Mapping[str, Any]) -> Architecture:
     intermediate = config.get("n_inner") or 4 * hidden
     tied = bool(config.get("tie_word_embeddings", True))
     positions = config.get("n_positions", 1024)
-    return _plain(kind, config["n_layer"], hidden, heads, intermediate, vocab, tied, (positions,), fused=True)
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    return _plain(
+        kind, config["n_layer"], hidden, heads, intermediate, vocab, tied, (positions,), names, path="transformer.h",
+    )  # fmt: skip
 
 
 def _gpt_neox(kind: str, config: Mapping[str, Any]) -> Architecture:
     sizes = (config["hidden_size"], config["num_attention_heads"], config["intermediate_size"], config["vocab_size"])
     tied, bias = bool(config.get("tie_word_embeddings", False)), bool(config.get("attention_bias", True))
-    return _plain(kind, config["num_hidden_layers"], *sizes, tied, (), fused=True, attention_bias=bias)
+    names = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    return _plain(
+        kind, config["num_hidden_layers"], *sizes, tied, (), names, path="gpt_neox.layers", attention_bias=bias
+    )
 
 
 def _opt(kind: str, config: Mapping[str, Any]) -> Architecture:
@@ -278,15 +257,26 @@ def _opt(kind: str, config: Mapping[str, Any]) -> Architecture:
     sizes = (hidden, config["num_attention_heads"], config["ffn_dim"], config["vocab_size"])
     positions = config["max_position_embeddings"] + 2  # the first two are for padding
     tied = bool(config.get("tie_word_embeddings", True))
-    return _plain(kind, config["num_hidden_layers"], *sizes, tied, (positions,), fused=False)
+    names = (*(f"self_attn.{name}_proj" for name in ("k", "v", "q", "out")), "fc1", "fc2")
+    return _plain(kind, config["num_hidden_layers"], *sizes, tied, (positions,), names, path="model.decoder.layers")
 
 
 def _phi(kind: str, config: Mapping[str, Any]) -> Architecture:
     sizes = (config["hidden_size"], config["num_attention_heads"], config["intermediate_size"], config["vocab_size"])
     tied = bool(config.get("tie_word_embeddings", False))
+    names = (*(f"self_attn.{name}_proj" for name in ("q", "k", "v")), "self_attn.dense", "mlp.fc1", "mlp.fc2")
     return _plain(
-        kind, config["num_hidden_layers"], *sizes, tied, (), fused=False, head_bias=True, norms=1,
+        kind, config["num_hidden_layers"], *sizes, tied, (), names, path="model.layers", head_bias=True, norms=1,
     )  # fmt: skip
+
+
+def _bloom(kind: str, config: Mapping[str, Any]) -> Architecture:
+    hidden = config.get("n_embed") or config["hidden_size"]
+    names = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    tied = bool(config.get("tie_word_embeddings", True))
+    sizes = (hidden, config["n_head"], 4 * hidden, config["vocab_size"])
+    plain = _plain(kind, config["n_layer"], *sizes, tied, (), names, path="transformer.h")
+    return replace(plain, final=(_norm(hidden, bias=True), *plain.final))  # one comes after the embeddings
 
 
 def _plain(
@@ -298,18 +288,23 @@ def _plain(
     vocab: int,
     tied: bool,
     positions: tuple[int, ...],
+    names: tuple[str, ...],
     *,
-    fused: bool,
+    path: str,
     attention_bias: bool = True,
     head_bias: bool = False,
     norms: int = 2,
 ) -> Architecture:
-    """GPT-2 and those built like it: layer norms, biases, an MLP of two matrices."""
+    """GPT-2 and those built like it: layer norms, biases, an MLP of two matrices; with four ``names``, queries, keys and values are fused."""
     norm = _norm(hidden, bias=True)
     of_heads, of_mlp = functools.partial(_linear, part="attention"), functools.partial(_linear, part="mlp")
-    projections = [of_heads(hidden, 3 * hidden, attention_bias)] if fused else [of_heads(hidden, hidden, True)] * 3
-    attention = [*projections, of_heads(hidden, hidden, attention_bias, by_row=True)]
-    mlp = [of_mlp(hidden, intermediate, True), of_mlp(intermediate, hidden, True, by_row=True)]
+    *of_queries, out, up, down = names
+    if len(of_queries) == 1:
+        projections = [of_heads(hidden, 3 * hidden, attention_bias, name=of_queries[0])]
+    else:
+        projections = [of_heads(hidden, hidden, True, name=name) for name in of_queries]
+    attention = [*projections, of_heads(hidden, hidden, attention_bias, by_row=True, name=out)]
+    mlp = [of_mlp(hidden, intermediate, True, name=up), of_mlp(intermediate, hidden, True, by_row=True, name=down)]
     return Architecture(
         kind=kind,
         embeddings=tuple(Module("embedding", ((rows, hidden),)) for rows in (vocab, *positions)),
@@ -319,11 +314,13 @@ def _plain(
         head=(_head({}, hidden, vocab, tied=tied, bias=head_bias),),
         tied=tied,
         sizes=Sizes(hidden, hidden, hidden, intermediate, heads, heads, vocab, gated=False, norm="layer"),
+        path=path,
     )
 
 
 _READERS: dict[str, Callable[[str, Mapping[str, Any]], Architecture]] = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2"), _llama),
+    "bloom": _bloom,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "opt": _opt,

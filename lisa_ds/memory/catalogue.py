@@ -30,6 +30,20 @@ def _sizes(
 _TIED = {"tie_word_embeddings": True}
 
 CATALOGUE: dict[str, dict[str, Any]] = {
+    "bigscience/bloom-560m": {
+        "model_type": "bloom",
+        "hidden_size": 1024,
+        "n_layer": 24,
+        "n_head": 16,
+        "vocab_size": 250880,
+    },
+    "bigscience/bloom-7b1": {
+        "model_type": "bloom",
+        "hidden_size": 4096,
+        "n_layer": 30,
+        "n_head": 32,
+        "vocab_size": 250880,
+    },
     "HuggingFaceTB/SmolLM2-135M": _sizes("llama", 576, 1536, 30, 9, 3, 49152, **_TIED),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": _sizes("llama", 2048, 5632, 22, 32, 4, 32000),
     "meta-llama/Llama-2-7b-hf": _sizes("llama", 4096, 11008, 32, 32, 32, 32000),

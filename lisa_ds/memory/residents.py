@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lisa_ds.memory.run_settings import RunSettings
 from lisa_ds.memory.state import ModelShape, partitions
+from lisa_ds.memory.step import Sampled
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Residents:
     always_moments: int
     """Bytes of the moments of what trains in every interval."""
 
-    blocks: list[int]
-    """Blocks that train."""
+    blocks: Sampled
+    """Blocks that train, or by block those of its modules that do."""
 
     roles: list[str]
     """The roles (embeddings, head, rest) that train."""
@@ -47,7 +48,7 @@ def residents(
     state: dict[str, int],
     *,
     trained: Sequence[int],
-    blocks: Iterable[int],
+    blocks: Sampled,
     roles: Iterable[str],
     comes: Iterable[str] = (),
     always_moments: int = 0,
@@ -59,7 +60,7 @@ def residents(
         run: Its settings.
         state: Bytes by part.
         trained: Elements of each parameter that ever trains.
-        blocks: Blocks that train.
+        blocks: Blocks that train, or by block those of its modules that do.
         roles: Roles that train.
         comes: Roles that may start to train at a switch.
         always_moments: Bytes of the moments of what trains in every interval.
@@ -69,13 +70,13 @@ def residents(
     return Residents(
         state=state,
         always_moments=always_moments,
-        blocks=list(blocks),
+        blocks=blocks,
         roles=list(roles),
         switched=max(sum(partitions(unit, run.world_size)) for unit in units),
         trainable=trainable,
         sub_group=min(trainable, run.sub_group_size),
         largest_parameter=max(shape.all()),
-        largest_trainable=max(trained),
+        largest_trainable=max(trained, default=0),  # adapters of a plan beside the run's may have no place
     )
 
 

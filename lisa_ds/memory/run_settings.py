@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lisa_ds.config import LisaConfig
+from lisa_ds.config import GaloreConfig, LisaConfig, LoraConfig
 from lisa_ds.config.deepspeed import gradient_bytes
 from lisa_ds.memory.gather import GatherSettings
 
@@ -60,8 +60,10 @@ class RunSettings:
     """Whether ranks compute on CPUs, where tensors that DeepSpeed moves to the host during setup count, too."""
 
     sub_group_size: int = 1_000_000_000
-    lora_rank: int = 16
-    galore_rank: int = 256
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    galore: GaloreConfig = field(default_factory=GaloreConfig)
+    stage: int = 3
+    """ZeRO stage of LoRA; LISA and full fine-tuning have 3, GaLore none."""
 
     @property
     def gradient_width(self) -> int:

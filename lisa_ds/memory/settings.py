@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lisa_ds.config import ModelConfig, RunConfig
 from lisa_ds.config.deepspeed import asked_gradient_bytes, section
 from lisa_ds.config.files import read_mapping
+from lisa_ds.config.targets import name_nothing
 from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.memory import catalogue
 from lisa_ds.memory.architectures import Architecture
+from lisa_ds.memory.forecast import forecast
 from lisa_ds.memory.gather import GatherSettings
 from lisa_ds.memory.methods import METHODS
-from lisa_ds.memory.run_settings import RunSettings
+from lisa_ds.memory.run_settings import Forecast, RunSettings
 
 _GATHER_KEYS = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
 
@@ -69,6 +72,7 @@ def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -
     Raises:
         ConfigError: ``tensor_parallel`` does not divide the ranks, or a size is no number.
     """
+    _check_targets(config, architecture)
     training, deepspeed = config.training_values(), config.deepspeed_config()
     zero = section(deepspeed, "zero_optimization")
     ways = config.tensor_parallel(num_ranks)
@@ -86,6 +90,9 @@ def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -
         sequence=config.data.max_length,
         method=config.method,
         lisa=config.lisa,
+        lora=config.lora.effective() if config.method == "lora" else config.lora,
+        galore=config.galore,
+        stage=2 if zero.get("stage") == 2 else 3,
         width=width,
         bf16=training.bf16,
         gradient_asked=asked_gradient_bytes(deepspeed, config.deepspeed_source()),
@@ -101,6 +108,32 @@ def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -
         tensor_parallel=ways,
         second_copies=_number(config, zero, "zero_hpz_partition_size", None) or 1,
     )
+
+
+def forecast_of(config: RunConfig, *, num_ranks: int, on_cpu: bool) -> Forecast:
+    """The plan of a run, from its config alone.
+
+    Args:
+        config: The run.
+        num_ranks: All ranks.
+        on_cpu: Whether ranks are on the CPU.
+
+    Raises:
+        LisaError: The planner does not know the model, or the run's settings do not fit it.
+    """
+    architecture = architecture_of(config.model)
+    return forecast(architecture, replace(from_run(config, architecture, num_ranks=num_ranks), on_cpu=on_cpu))
+
+
+def _check_targets(config: RunConfig, architecture: Architecture) -> None:
+    """Refuse a method's ``targets`` that name no linear of the model."""
+    if config.method not in ("lora", "galore"):
+        return
+    lora = config.method == "lora"
+    targets = config.lora.effective().targets if lora else config.galore.targets
+    if not architecture.linears(targets, inside=not lora, conv1d=lora):
+        there = [module.name for module in architecture.block if module.name and (lora or architecture.kind != "gpt2")]
+        raise name_nothing(config.where(f"{config.method}.targets"), config.model.name_or_path, targets, there)
 
 
 def _number(config: RunConfig, zero: Mapping[str, Any], key: str, automatic: int | None) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from lisa_ds.config import LisaConfig
 from lisa_ds.config.formats import QUANT_BLOCK
@@ -20,6 +21,15 @@ KINDS = ("weights", "gradients", "master", "exp_avg", "exp_avg_sq", "parked_host
 SAMPLED_KINDS = ("gradients", "master", "exp_avg", "exp_avg_sq")
 """Those that LISA keeps for what is sampled only."""
 
+PARTS_OF_STATE: Mapping[str, tuple[str, ...]] = {
+    "weights": ("weights",),
+    "gradients": ("gradients",),
+    "master": ("master",),
+    "moments": ("exp_avg", "exp_avg_sq"),
+    "buckets": ("buckets",),
+}
+"""Parts of a plan, each with the kinds of live state that it holds."""
+
 _FP32 = 4  # gradients on the host, whatever the weights are
 _SMALLEST_BUCKET, _LARGEST_BUCKET = 2**24, 5 * 10**8
 
@@ -28,21 +38,41 @@ _SMALLEST_BUCKET, _LARGEST_BUCKET = 2**24, 5 * 10**8
 class ModelShape:
     """The number of elements of each parameter of a model, by unit."""
 
-    layers: tuple[tuple[int, ...], ...]
+    layers: tuple[tuple[int, ...], ...]  # what is drawn: blocks, or matrices
     embeddings: tuple[int, ...] = ()
     lm_head: tuple[int, ...] = ()  # empty if it is tied: the weight is counted once, with the embeddings
     rest: tuple[int, ...] = ()
+    block_rest: tuple[int, ...] = ()  # where layers are matrices
     tied: bool = False
     frozen: tuple[int, ...] = ()  # parameters that never train whatever the policies say; in no other field
+    of_blocks: int | None = None  # blocks that hold ``layers``, where these are matrices
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the model."""
+        return len(self.layers) if self.of_blocks is None else self.of_blocks
 
     @classmethod
     def from_numels(
-        cls, numels: Mapping[int | str, Sequence[int]], *, tied: bool = False, frozen: Sequence[int] = ()
+        cls,
+        numels: Mapping[int | str, Sequence[int]],
+        *,
+        tied: bool = False,
+        frozen: Sequence[int] = (),
+        of_blocks: int | None = None,
     ) -> ModelShape:
-        """The shape from :meth:`lisa_ds.LayerStack.numels`; ``frozen`` are parameters that it left out."""
+        """The shape from :meth:`lisa_ds.LayerStack.numels`.
+
+        Args:
+            numels: By unit.
+            tied: Whether the head is.
+            frozen: Parameters that were left out.
+            of_blocks: Blocks of the model, where matrices are drawn.
+        """
         layers = sorted(unit for unit in numels if isinstance(unit, int))
         roles = {role: tuple(numels.get(role, ())) for role in ROLES}
-        return cls(layers=tuple(tuple(numels[layer]) for layer in layers), tied=tied, frozen=tuple(frozen), **roles)
+        units = tuple(tuple(numels[layer]) for layer in layers)
+        return cls(layers=units, tied=tied, frozen=tuple(frozen), of_blocks=of_blocks, **roles)
 
     def trained(self, sampled: Iterable[int], roles: Collection[str]) -> list[int]:
         """Elements of each parameter that trains while the layers ``sampled`` and ``roles`` do."""
@@ -52,12 +82,13 @@ class ModelShape:
 
     def roles(self, config: LisaConfig, *, always: bool) -> list[str]:
         """Roles that train in every interval (``always``), or in at least one."""
-        shares = {role: share_of(config, role, tied=self.tied, num_layers=len(self.layers)) for role in ROLES}
-        return [role for role, share in shares.items() if share == 1 or (share and not always)]
+        shares = {role: share_of(config, role, tied=self.tied, num_layers=self.num_blocks) for role in ROLES}
+        there = (role for role in ROLES if role != "block_rest" or self.block_rest)
+        return [role for role in there if shares[role] == 1 or (shares[role] and not always)]
 
     def all(self) -> list[int]:
         """Elements of every parameter."""
-        units = (*self.layers, self.embeddings, self.lm_head, self.rest, self.frozen)
+        units = (*self.layers, *(getattr(self, role) for role in ROLES), self.frozen)
         return [numel for unit in units for numel in unit]
 
 
@@ -98,7 +129,8 @@ class Plan:
     """The mean over draws, and over intervals with and without embeddings and head if they do not train in all."""
 
     most: dict[str, int]
-    """With the largest layers drawn (``bernoulli``: all of them), and with all roles that may train."""
+    """With the largest layers drawn (``bernoulli``: all of them; of matrices, as many elements as a draw may have), and with all
+    roles that may train."""
 
     full: dict[str, int]
     """The same model with every parameter trained all the time."""
@@ -144,7 +176,7 @@ def default_bucket(shape: ModelShape) -> int:
 
     Those 5e8 are DeepSpeed's default. It would outweigh the whole sampled state; a block of a 70B model is larger still.
     """
-    trainable = (*shape.layers, shape.embeddings, shape.lm_head, shape.rest)
+    trainable = (*shape.layers, *(getattr(shape, role) for role in ROLES))
     return min(max(*map(sum, shape.layers), _SMALLEST_BUCKET), sum(map(sum, trainable)), _LARGEST_BUCKET)
 
 
@@ -157,23 +189,30 @@ def plan(
         ConfigError: The config samples more layers than the model has, or none.
     """
     config, precision = config or LisaConfig(), precision or Precision()
-    count, greatest = config.num_sampled(len(shape.layers)), config.most_sampled(len(shape.layers))
+    count, greatest = config.num_sampled(shape.num_blocks), config.most_sampled(shape.num_blocks)
     weights = sum(partitions(shape.all(), world_size))
     always = _table(partitions(shape.trained([], shape.roles(config, always=True)), world_size), weights, precision)
 
+    def table_of(elements: Sequence[int]) -> dict[str, int]:
+        return _table(elements, 0, replace(precision, bucket_bytes=0))
+
     def table(numels: Iterable[int]) -> dict[str, int]:
-        return _table(partitions(numels, world_size), 0, replace(precision, bucket_bytes=0))
+        return table_of(partitions(numels, world_size))
 
     layers = [table(layer) for layer in shape.layers]
     typical, most = dict(always), dict(always)
     for role in shape.roles(config, always=False):
-        share = share_of(config, role, tied=shape.tied, num_layers=len(shape.layers))
+        share = share_of(config, role, tied=shape.tied, num_layers=shape.num_blocks)
         for kind, size in table(getattr(shape, role)).items() if share < 1 else ():
             typical[kind] += round(share * size)
             most[kind] += size
+    by_matrix = shape.of_blocks is not None
+    bound = table_of(_most_elements(shape, config, world_size)) if by_matrix else {}
     for kind in always:
         sizes = [layer[kind] for layer in layers]
-        if config.sampler.layers:
+        if by_matrix:
+            drawn, largest = round(sum(sizes) * config.share(shape.num_blocks)), bound[kind]
+        elif config.sampler.layers:
             drawn = largest = sum(sizes[layer] for layer in config.sampler.layers)
         else:
             drawn = round(sum(sizes) * count / len(sizes))  # as if each layer were drawn equally often
@@ -181,6 +220,37 @@ def plan(
         typical[kind] += drawn
         most[kind] += largest
     return Plan(typical, most, full_state_bytes(shape, world_size=world_size, precision=precision))
+
+
+def _most_elements(shape: ModelShape, config: LisaConfig, world_size: int) -> list[int]:
+    """Elements on a rank of each parameter of a draw of matrices that has all that one may have: no draw has more.
+
+    A draw is a share of the elements of all blocks, and as many parameters as fit if the smallest are drawn; each part of a
+    parameter that does not divide evenly is rounded up.
+    """
+    budget = most_of_a_draw(shape, config)
+    config.check_budget(budget, max(map(sum, shape.layers)), sum(map(sum, shape.layers)))
+    count, room = 0, budget
+    for unit in sorted(shape.layers, key=sum):
+        if sum(unit) <= room:
+            room -= sum(unit)
+            count += len(unit)
+    uneven = any(numel % world_size for unit in shape.layers for numel in unit)
+    elements = budget // world_size + (count if uneven else 0)
+    # Of all divisions the one with the most 8-bit scales.
+    return [*[1] * (count - 1), elements - (count - 1)]
+
+
+def most_of_a_draw(shape: ModelShape, config: LisaConfig) -> int:
+    """Elements that a draw of matrices may have, of all that the run makes.
+
+    Raises:
+        ConfigError: See ``LisaConfig.num_sampled``.
+    """
+    share = config.share(shape.num_blocks)
+    if config.sampling_ratio is None:
+        share = Fraction(config.most_sampled(shape.num_blocks), shape.num_blocks)
+    return int(share * sum(map(sum, shape.layers)))
 
 
 def partitions(numels: Iterable[int], world_size: int) -> list[int]:

@@ -8,13 +8,16 @@ counted here; model state, which stays, is in :mod:`lisa_ds.memory.state`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from lisa_ds.memory.architectures import Architecture, Module
 from lisa_ds.memory.gather import Coordinator, GatherSettings
 from lisa_ds.memory.ledger import Ledger
 from lisa_ds.memory.tape import Tape, block, embedding, head
+
+Sampled = Collection[int] | Mapping[int, frozenset[int]]
+"""Blocks that train; or by block the indices of its modules that do."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class StepSettings:
     """Tokens of a rank's micro-batch, padding included."""
 
     world_size: int
+    sequence: int = 0
+    """Tokens of a row, for attention that keeps its scores."""
+
     width: int = 2
     """Bytes of an element of weights and activations."""
 
@@ -33,6 +39,9 @@ class StepSettings:
 
     bucket_size: int = 0
     """Elements of the reduce bucket."""
+
+    gradient_width: int = 0
+    """Bytes of an element of gradients that stay in place until the step; 0 where they are reduced out of a bucket."""
 
     forgets_inputs: bool = True
     """Whether frozen linears keep no input (LISA's engine) or do (DeepSpeed's)."""
@@ -77,14 +86,20 @@ class _Section:
 
 class _Step:
     def __init__(
-        self, architecture: Architecture, settings: StepSettings, sampled: Collection[int], roles: Collection[str]
+        self, architecture: Architecture, settings: StepSettings, sampled: Sampled, roles: Collection[str]
     ) -> None:
         self._settings = settings
         self._ledger = Ledger()
         self._numels: dict[int, int] = {}
-        self._sections = self._build(architecture, set(sampled), set(roles))
+        whole = frozenset(range(len(architecture.block)))
+        by_block = sampled if isinstance(sampled, Mapping) else dict.fromkeys(sampled, whole)
+        self._sections = self._build(architecture, by_block, set(roles))
         self._trainable = {
-            number for s in self._sections if s.trains for numbers in s.numbers for number in numbers
+            number
+            for s in self._sections
+            for module, numbers in enumerate(s.numbers)
+            if s.tape.trained(module)
+            for number in numbers
         } | self._always
         self._bucket: list[int] = []
         self._coordinator = Coordinator(
@@ -106,7 +121,9 @@ class _Step:
 
     # ---- the model ------------------------------------------------------------------------------------------------
 
-    def _build(self, architecture: Architecture, sampled: set[int], roles: set[str]) -> list[_Section]:
+    def _build(
+        self, architecture: Architecture, sampled: Mapping[int, frozenset[int]], roles: set[str]
+    ) -> list[_Section]:
         settings = self._settings
         self._always: set[int] = set()
         embeddings_train = "embeddings" in roles
@@ -116,14 +133,19 @@ class _Step:
         sections = [self._section(0, start, embeddings_train, False)]
         tied = sections[0].numbers[0]
         grad = embeddings_train or settings.adapter_rank > 0
-        tapes = {trains: self._tape(trains=trains) for trains in (False, True)}  # all blocks are alike
+        beside: frozenset[int] = frozenset()
+        if "block_rest" in roles:
+            beside = frozenset(i for i, module in enumerate(architecture.block) if module.kind == "norm")
+        of_block = {index: sampled.get(index, frozenset()) | beside for index in range(architecture.num_layers)}
+        tapes = {trained: self._tape(trains=trained) for trained in set(of_block.values())}  # all blocks are alike
         for tape in tapes.values():
             tape.adapter_rank = settings.adapter_rank
             block(architecture, tape)
         for index in range(architecture.num_layers):
-            sections.append(self._section(index + 1, tapes[index in sampled], index in sampled, grad))
+            trained = of_block[index]
+            sections.append(self._section(index + 1, tapes[trained], bool(trained), grad))
             sections[-1].checkpointed = settings.checkpointing and sections[-1].records
-            grad = grad or index in sampled
+            grad = grad or bool(trained)
         head_role = "embeddings" if architecture.tied else "lm_head"
         tape = self._tape(trains=head_role in roles)
         head(architecture, tape, fused=settings.fused_loss)
@@ -139,9 +161,11 @@ class _Step:
             sections[-1].numbers[-1] = (tied[0], *output[1:])
         return sections
 
-    def _tape(self, *, trains: bool) -> Tape:
+    def _tape(self, *, trains: bool | frozenset[int]) -> Tape:
         settings = self._settings
-        return Tape(settings.tokens, settings.width, trains, all_inputs=not settings.forgets_inputs)
+        return Tape(
+            settings.tokens, settings.width, trains, all_inputs=not settings.forgets_inputs, sequence=settings.sequence
+        )
 
     def _section(self, index: int, tape: Tape, trains: bool, needs_input_grad: bool) -> _Section:
         numbers = [self._number(module) for module in tape.modules]
@@ -237,6 +261,11 @@ class _Step:
         for number in section.numbers[module]:
             if number not in self._trainable:
                 continue
+            if self._settings.gradient_width:
+                size = self._numels[number] * self._settings.gradient_width
+                name = f"gradients/{number}"
+                (self._ledger.briefly if name in self._ledger.sizes else self._ledger.add)(name, size)
+                continue
             size = self._numels[number] * self._settings.width
             name = f"gradients in flight/{number}"
             if self._is_head(section) and number in self._sections[0].numbers[0]:
@@ -268,14 +297,14 @@ class _Step:
 
 
 def step_peaks(
-    architecture: Architecture, settings: StepSettings, *, sampled: Collection[int], roles: Collection[str]
+    architecture: Architecture, settings: StepSettings, *, sampled: Sampled, roles: Collection[str]
 ) -> StepPeaks:
     """The peak bytes of a step beyond model state.
 
     Args:
         architecture: The model.
         settings: Batch, ranks, and how ZeRO-3 works.
-        sampled: Blocks that train.
-        roles: Which of ``embeddings``, ``lm_head``, ``rest`` train.
+        sampled: Blocks that train, or by block the indices of its modules that do.
+        roles: Which of ``embeddings``, ``lm_head``, ``rest``, ``block_rest`` train.
     """
     return _Step(architecture, settings, sampled, roles).run()

@@ -1,7 +1,7 @@
 """A model's forward pass as a list of operations: the output of each, and what autograd saves for backward.
 
-The operations are those of transformers' own modules, with attention that keeps no scores (``sdpa``, flash). Sizes are in
-bytes. Nothing here knows of ranks; :mod:`lisa_ds.memory.step` runs the list forwards and backwards.
+The operations are those of transformers' own modules, with attention that keeps no scores (``sdpa``, flash) where they have
+it: BLOOM's has not. Sizes are in bytes. Nothing here knows of ranks; :mod:`lisa_ds.memory.step` runs the list forwards and backwards.
 """
 
 from __future__ import annotations
@@ -45,14 +45,17 @@ class Tape:
     width: int
     """Bytes of an element of the model's type."""
 
-    trains: bool
-    """Whether the parameters get a gradient."""
+    trains: bool | frozenset[int]
+    """Whether the parameters get a gradient, or the indices of the modules whose do."""
 
     all_inputs: bool = False
     """Whether linears keep their input also where the weight is frozen, as DeepSpeed's own do."""
 
     adapter_rank: int = 0
     """Rank of the LoRA adapter beside each linear; 0 for none."""
+
+    sequence: int = 0
+    """Tokens of a row."""
 
     ops: list[Op] = field(default_factory=list)
     modules: list[Module] = field(default_factory=list)
@@ -62,6 +65,10 @@ class Tape:
         """Name of the last operation's output."""
         return self.ops[-1].out
 
+    def trained(self, module: int) -> bool:
+        """Whether the parameters of a module get a gradient."""
+        return self.trains if isinstance(self.trains, bool) else module in self.trains
+
     def add(self, name: str, elements: int, reads: tuple[str, ...], keeps: tuple[str, ...] = (), **more: int) -> str:
         """Add an element-wise or similar operation, in the model's type; ``elements`` per token."""
         self.ops.append(Op(name, self.tokens * elements * self.width, reads, keeps, **more))
@@ -69,7 +76,7 @@ class Tape:
 
     def linear(self, name: str, module: Module, reads: str) -> str:
         """Add a matrix product; backward needs its input if the weight trains."""
-        keeps = (reads,) if self.trains or self.all_inputs else ()
+        keeps = (reads,) if self.trained(len(self.modules)) or self.all_inputs else ()
         self.modules.append(module)
         out = module.shapes[0][0]
         if not self.adapter_rank:
@@ -95,7 +102,7 @@ class Tape:
         self.ops.append(Op(scaled, size * FP32, (source, scale), (source, scale)))
         if self.width != FP32:
             scaled = self.add(f"{name}.cast", elements, (scaled,))
-        return self.add(name, elements, (scaled,), (scaled,) if self.trains else (), module=place)
+        return self.add(name, elements, (scaled,), (scaled,) if self.trained(place) else (), module=place)
 
 
 def embedding(architecture: Architecture, tape: Tape) -> None:
@@ -136,7 +143,7 @@ def block(architecture: Architecture, tape: Tape) -> None:
 
 def _attention(architecture: Architecture, tape: Tape, modules: Iterator[Module], source: str) -> str:
     sizes = architecture.sizes
-    fused = architecture.kind in ("phi3", "gpt2", "gpt_neox")
+    fused = architecture.kind in ("phi3", "gpt2", "gpt_neox", "bloom")
     if fused:
         qkv = tape.linear("qkv", next(modules), source)
         query, key, value = qkv, qkv, qkv
@@ -145,13 +152,32 @@ def _attention(architecture: Architecture, tape: Tape, modules: Iterator[Module]
     if architecture.kind in ("qwen3", "olmo2"):
         query = tape.norm("q.norm", next(modules), query, sizes.norm, sizes.query)
         key = tape.norm("k.norm", next(modules), key, sizes.norm, sizes.key)
-    if architecture.kind not in ("gpt2", "opt"):  # rotary: x * cos + rotate(x) * sin, whose factors all blocks share
+    if architecture.kind not in (
+        "gpt2",
+        "opt",
+        "bloom",
+    ):  # rotary: x * cos + rotate(x) * sin, whose factors all blocks share
         query = _rotate(tape, query, sizes.query)
         key = _rotate(tape, key, sizes.key)
     read = tuple(dict.fromkeys((query, key, value)))
+    if architecture.kind == "bloom":
+        return _scored_attention(architecture, tape, modules, read)
     logsumexp = tape.tokens * sizes.num_heads * FP32
     tape.ops.append(Op("attention", tape.tokens * sizes.query * tape.width + logsumexp, read, (*read, "attention")))
     return tape.linear("o", next(modules), "attention")
+
+
+def _scored_attention(architecture: Architecture, tape: Tape, modules: Iterator[Module], read: tuple[str, ...]) -> str:
+    """Attention as products of matrices: a score for each pair of tokens and each head."""
+    pairs = architecture.sizes.num_heads * tape.sequence  # for each token
+    parts = tape.add("qkv.parts", 3 * architecture.sizes.query, read)  # by head, contiguous
+    scores = tape.add("scores", pairs, (parts,), (parts,))
+    masked = tape.add("scores.masked", pairs, (scores,))
+    tape.ops.append(Op("scores.softmax", tape.tokens * pairs * FP32, (masked,), ("scores.softmax",)))
+    chances = tape.add("scores.cast", pairs, ("scores.softmax",)) if tape.width != FP32 else "scores.softmax"
+    context = tape.add("context", architecture.sizes.query, (chances, parts), (chances, parts))
+    merged = tape.add("attention", architecture.sizes.query, (context,))
+    return tape.linear("o", next(modules), merged)
 
 
 def _rotate(tape: Tape, name: str, elements: int) -> str:
@@ -170,10 +196,12 @@ def _mlp(architecture: Architecture, tape: Tape, modules: Iterator[Module], sour
         tape.modules.append(experts)
         place = len(tape.modules) - 1
         chosen = tape.add("chosen", sizes.hidden * sizes.active_experts, (source,))
-        both = tape.add("up", 2 * width, (chosen,), (chosen,) if tape.trains or tape.all_inputs else (), module=place)
+        both = tape.add(
+            "up", 2 * width, (chosen,), (chosen,) if tape.trained(place) or tape.all_inputs else (), module=place
+        )
         act = tape.add("act", width, (both,), (both,))
         product = tape.add("product", width, (act, both), (act, both))
-        keeps = (product,) if tape.trains or tape.all_inputs else ()
+        keeps = (product,) if tape.trained(place) or tape.all_inputs else ()
         down = tape.add("down", sizes.hidden * sizes.active_experts, (product,), keeps)
         return tape.add("mixed", sizes.hidden, (down,), (down,))
     if not sizes.gated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lisa_ds.models.generate import answer as answer
+from lisa_ds.models.generate import reply as reply
 from lisa_ds.models.load import check_weights as check_weights
 from lisa_ds.models.load import fitting_skeleton as fitting_skeleton
 from lisa_ds.models.load import load_model as load_model
@@ -18,6 +19,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "model_config",
+    "reply",
     "resolve",
     "skeleton",
 ]

@@ -73,20 +73,8 @@ def check_files(config: ModelConfig, path: str) -> None:
     """
     if not os.path.isdir(path):
         return  # of the hub
-    place, where = Path(path), config.where("name_or_path")
-    indices = [place / f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")]
-    wholes = [place / name for name in ("model.safetensors", "pytorch_model.bin")]
-    files = [file for file in wholes[:1] if file.is_file()]
-    if not files:
-        index = next((file for file in indices if file.is_file()), None)
-        files = _shards(index, where) if index else [file for file in wholes if file.is_file()]
-    if not files:
-        raise ModelError(
-            f"{where}: {path} holds a config.json and no weights; it lacks model.safetensors, or its index and shards"
-        )
-    for file in files:
-        if not file.is_file():
-            raise ModelError(f"{where}: {file} is missing, which the index of {path} names; copy or download it again")
+    where = config.where("name_or_path")
+    for file in weight_files(Path(path), where):
         if file.suffix == ".safetensors":
             stored_tensors(file)
         else:
@@ -95,6 +83,32 @@ def check_files(config: ModelConfig, path: str) -> None:
                     raise ModelError(
                         f"{where}: {file} holds no weights as torch writes them; copy or download it again"
                     )
+
+
+def weight_files(place: Path, where: str) -> list[Path]:
+    """The files of a directory that hold its model's weights.
+
+    Args:
+        place: The directory.
+        where: Begins the error message.
+
+    Raises:
+        ModelError: There are none, the index is damaged, or a file that it names is missing.
+    """
+    indices = [place / f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")]
+    wholes = [place / name for name in ("model.safetensors", "pytorch_model.bin")]
+    files = [file for file in wholes[:1] if file.is_file()]
+    if not files:
+        index = next((file for file in indices if file.is_file()), None)
+        files = _shards(index, where) if index else [file for file in wholes if file.is_file()]
+    if not files:
+        raise ModelError(
+            f"{where}: {place} holds a config.json and no weights; it lacks model.safetensors, or its index and shards"
+        )
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{where}: {file} is missing, which the index of {place} names; copy or download it again")
+    return files
 
 
 def _shards(index: Path, where: str) -> list[Path]:

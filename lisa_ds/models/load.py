@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from lisa_ds.cache import build_once
 from lisa_ds.config import ModelConfig
+from lisa_ds.config.lora import ADAPTER_CONFIG
 from lisa_ds.errors import ModelError
 from lisa_ds.models import fitness, smollm2
 
@@ -68,16 +69,20 @@ def resolve(name_or_path: str) -> str:
     return name_or_path
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
+def load_tokenizer(config: ModelConfig, directory: str | None = None) -> Any:
     """The model's tokenizer, able to pad.
 
     One without a padding token borrows its end-of-text token: padded positions are masked out of attention and
     loss anyway, and a new token would need a new row in the embedding.
 
+    Args:
+        config: Which model.
+        directory: Where its tokenizer is, if not beside its weights.
+
     Raises:
         ModelError: There is no tokenizer, or none of its tokens can pad.
     """
-    path = _resolve(config)
+    path = directory or _resolve(config)
     with _explained(config, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, **_common(config))
     if tokenizer.pad_token is None:
@@ -125,6 +130,8 @@ def skeleton(config: ModelConfig) -> Any:
         ModelError: As :func:`load_model`.
     """
     _, shape = _config_of(config)
+    if config.num_labels is not None:
+        shape.num_labels = config.num_labels
     with _explained(config, f"model for task {config.task!r}"), torch.device("meta"):
         return _KINDS[config.task].from_config(shape, trust_remote_code=config.trust_remote_code)
 
@@ -198,8 +205,8 @@ def _common(config: ModelConfig) -> dict[str, Any]:
 def _check_directory(path: Path) -> None:
     if (path / "config.json").is_file():
         return
-    if (path / "adapter_config.json").is_file():
-        what = "holds a LoRA adapter, not a model; merge it into its base model first (merge_and_unload)"
+    if (path / ADAPTER_CONFIG).is_file():
+        what = "holds a LoRA adapter, not a model; merge it into its base model first: lisa-ds merge"
     else:
         nested = sorted(child.parent.name for child in path.glob("*/config.json"))
         what = "holds no config.json, so it is not a Hugging Face model directory"

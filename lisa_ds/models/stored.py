@@ -6,10 +6,11 @@ and the tensors' bytes. It is read, not mapped: pages of a mapping count as the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,59 @@ class StoredTensor:
                 if not direct:
                     part.copy_(chunk)
 
+    def read(self) -> Tensor:
+        """All of it, in fp32.
+
+        Raises:
+            ModelError: The file has become shorter.
+        """
+        flat = torch.empty(self.numel, dtype=torch.float32)
+        self.read_into(flat)
+        return flat.view(self.shape)
+
+    def chunks(self) -> Iterator[bytes]:
+        """Its bytes as they are in the file, in order.
+
+        Raises:
+            ModelError: The file has become shorter.
+        """
+        with self.path.open("rb") as source:
+            source.seek(self.offset)
+            left = self.numel * self.dtype.itemsize
+            while left:
+                chunk = source.read(min(left, CHUNK_BYTES))
+                if not chunk:
+                    raise ModelError(f"{self.path}: ends within {self.name}; it was replaced or cut while it was read")
+                yield chunk
+                left -= len(chunk)
+
     def _fill(self, file: int, place: memoryview) -> None:
         while place:
             count = os.readv(file, [place])  # Linux gives 2 GiB at most
             if count == 0:
                 raise ModelError(f"{self.path}: ends within {self.name}; it was replaced or cut while it was read")
             place = place[count:]
+
+
+@dataclass(frozen=True)
+class ComputedTensor:
+    """A tensor that is computed when it is written, and not before."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    compute: Callable[[], Tensor]
+    """Gives it in any dtype; it is rounded to ``dtype`` once."""
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes."""
+        found = self.compute()
+        assert tuple(found.shape) == self.shape, (found.shape, self.shape)
+        yield found.to(self.dtype).contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -101,29 +149,30 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return {name: _stored(path, name, entry, 8 + length) for name, entry in places.items()}
 
 
-def write(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Write a safetensors file of tensors that are in other files, byte by byte."""
+def write(path: Path, tensors: Mapping[str, StoredTensor | ComputedTensor]) -> None:
+    """Write a safetensors file, one tensor after another: those of other files byte by byte."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, stored in tensors.items():
-        begin, end = end, end + stored.numel * stored.dtype.itemsize
-        header[name] = {"dtype": _NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": [begin, end]}
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel * tensor.dtype.itemsize
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for stored in tensors.values():
-            with stored.path.open("rb") as source:
-                source.seek(stored.offset)
-                left = stored.numel * stored.dtype.itemsize
-                while left:
-                    chunk = source.read(min(left, CHUNK_BYTES))
-                    if not chunk:
-                        raise ModelError(
-                            f"{stored.path}: ends within {stored.name}; it was replaced or cut while it was read"
-                        )
-                    file.write(chunk)
-                    left -= len(chunk)
+        for tensor in tensors.values():
+            for chunk in tensor.chunks():
+                file.write(chunk)
+
+
+def digest(tensors: Mapping[str, StoredTensor]) -> str:
+    """SHA-256 of tensors with their names, dtypes and shapes; how they are spread over files does not matter."""
+    found = hashlib.sha256()
+    for name, stored in sorted(tensors.items()):
+        found.update(f"{name}\0{_NAMES[stored.dtype]}\0{list(stored.shape)}\0".encode())
+        for chunk in stored.chunks():
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def _stored(path: Path, name: str, entry: Any, data: int) -> StoredTensor:

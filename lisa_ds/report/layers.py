@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lisa_ds.errors import ConfigError, DataError
+from lisa_ds.report import style
 from lisa_ds.sampling import statistics
 from lisa_ds.sampling.statistics import History
 
-# Told apart by those who see few colours (Okabe and Ito), and by marker and dash in print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DASHES = ("-", "--", "-.", ":")
 _WIDE_RATIO = 8  # of the largest norm to the smallest, from which a logarithmic axis shows more
 _MANY_CELLS = 1500  # of a heat map, from which the dots in its cells are smaller ...
 _MANY_DOTS = 2000  # ... and above which they would hide it
@@ -103,8 +100,7 @@ def weight_norms(histories: dict[str, History]) -> Any:
             continue
         xs, ys = zip(*points, strict=True)
         largest, smallest = max(largest, *ys), min(smallest, *ys)
-        axes.plot(xs, ys, label=label, color=_of(_COLOURS, i), marker=_of(_MARKERS, i), linestyle=_of(_DASHES, i),
-                  markersize=5 if blocks <= 40 else 3.5, linewidth=1.6)  # fmt: skip
+        axes.plot(xs, ys, label=label, **{**style.line(i), "markersize": 5 if blocks <= 40 else 3.5})
     if smallest > 0 and largest / smallest >= _WIDE_RATIO:
         axes.set_yscale("log")
         for axis_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
@@ -125,7 +121,7 @@ def visits(histories: dict[str, History]) -> Any:
     for i, (panel, (label, history)) in enumerate(zip(panels, histories.items(), strict=True)):
         counts = list((history.visits() or {}).values())
         blocks = range(len(counts))
-        panel.bar(blocks, counts, 0.8, color=_of(_COLOURS, i))
+        panel.bar(blocks, counts, 0.8, color=style.line(i)["color"])
         expected = _expected_visits(history)
         if expected is not None:
             panel.step([b - 0.5 for b in blocks] + [len(counts) - 0.5], [*expected, expected[-1]], where="post",
@@ -209,8 +205,7 @@ def _figure(blocks: int, height: float) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(min(14.0, 7.0 + blocks / 16), height), layout="constrained")
     axes = figure.subplots()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    style.plain(axes)
     return figure, axes
 
 
@@ -222,8 +217,7 @@ def _panels(histories: dict[str, History], height: float) -> tuple[Any, list[Any
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(histories), 1, squeeze=False)[:, 0]
     for panel in panels:
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
+        style.plain(panel)
     return figure, list(panels)
 
 
@@ -242,10 +236,6 @@ def _number_blocks(axes: Any, blocks: int) -> None:
 def _stride(blocks: int) -> int:
     """Blocks between two numbers on an axis: at most about sixteen of them."""
     return next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if blocks / step <= 16)
-
-
-def _of(choices: Sequence[str], index: int) -> str:
-    return choices[index % len(choices)]
 
 
 def _labels(histories: Sequence[History]) -> list[str]:

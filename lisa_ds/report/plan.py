@@ -13,20 +13,7 @@ from lisa_ds.memory.architectures import Architecture
 from lisa_ds.memory.forecast import forecast
 from lisa_ds.memory.methods import METHODS
 from lisa_ds.memory.run_settings import PARTS, Forecast, RunSettings
-
-_COLOURS = {
-    "weights": "#4c566a",
-    "gradients": "#bf616a",
-    "master": "#d08770",
-    "moments": "#ebcb8b",
-    "buckets": "#a3be8c",
-    "gathered": "#8fbcbb",
-    "prefetched": "#88c0d0",
-    "activations": "#81a1c1",
-    "logits": "#5e81ac",
-    "gradients in flight": "#b48ead",
-    "scratch": "#d8dee9",
-}
+from lisa_ds.report import style
 
 
 @dataclass(frozen=True)
@@ -104,7 +91,7 @@ def lines(report: PlanReport) -> list[str]:
 def as_json(report: PlanReport) -> dict[str, Any]:
     """The plan as plain values; bytes are those of one rank."""
     run = asdict(report.run) | {
-        "lisa": report.run.lisa.model_dump(mode="json"),
+        **{name: getattr(report.run, name).model_dump(mode="json") for name in ("lisa", "lora", "galore")},
         "gradient_width": report.run.gradient_width,
     }
     return {
@@ -154,7 +141,7 @@ def figure(report: PlanReport, path: Path) -> None:
     for part in PARTS:
         heights = [parts.get(part, 0) / 1e9 for _, parts in bars]
         if any(heights):
-            axes.bar(places, heights, 0.75, bottom=bottoms, label=part, color=_COLOURS[part])
+            axes.bar(places, heights, 0.75, bottom=bottoms, label=part, color=style.PARTS[part])
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for place, total in zip(places, bottoms, strict=True):
         axes.annotate(f"{total:.1f}", (place, total), ha="center", va="bottom", fontsize=9)
@@ -169,8 +156,7 @@ def figure(report: PlanReport, path: Path) -> None:
     title = f"{report.name}: phases of a {method} run, and the peaks of other methods\n{setting}"
     axes.set_title(title if what == method else f"{title}\n{what}", fontsize=10)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    style.plain(axes)
     try:
         drawing.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

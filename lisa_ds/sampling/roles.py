@@ -38,6 +38,8 @@ def roles_at(config: LisaConfig, interval: int, *, num_layers: int, tied: bool) 
 
 
 def _trains(config: LisaConfig, role: str, interval: int, num_layers: int, tied: bool) -> bool:
+    if role == "block_rest" and config.unit == "block":
+        return False  # blocks are drawn whole
     policy = policy_of(config, role, tied=tied)
     if isinstance(policy, Every):
         return interval % policy.every == 0

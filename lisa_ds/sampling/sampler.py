@@ -13,6 +13,7 @@ from lisa_ds.config.sampler_kinds import ByScores
 from lisa_ds.errors import ConfigError
 from lisa_ds.sampling import probabilities, scores, statistics
 from lisa_ds.sampling.growth import Growth
+from lisa_ds.sampling.matrices import Matrices, MatrixDraws
 from lisa_ds.sampling.schedule import draw, draw_by_probability
 
 
@@ -23,12 +24,15 @@ class LayerSampler:
     scores that were set last, and draw uniformly before there are any; their :meth:`state_dict` must be saved in
     checkpoints.
 
+    Where matrices are drawn, they are numbered as blocks are otherwise.
+
     Args:
         num_layers: Number of blocks of the model.
         config: The ``lisa`` section of a run.
         interval_steps: Optimizer steps of an interval, from :func:`resolve_interval_steps`; may be left out
             where ``config.interval_steps`` is a number of steps.
         frozen: Blocks that can never train, and are never drawn; the others are drawn as if they were the whole model.
+        matrices: What is drawn in place of blocks, with ``unit: matrix``; ``frozen``, scores and draws are of those.
 
     Raises:
         ConfigError: The config asks for more blocks than can train, for one that cannot, or for none; or it counts in epochs,
@@ -48,14 +52,24 @@ class LayerSampler:
         interval_steps: int | None = None,
         *,
         frozen: Collection[int] = (),
+        matrices: Matrices | None = None,
     ) -> None:
+        if (matrices is None) != (config.unit == "block"):
+            raise ValueError(f"LayerSampler: matrices={matrices!r} with unit {config.unit!r}")
+        num_layers = num_layers if matrices is None else len(matrices.sizes)
         self.num_layers = num_layers
-        """Number of blocks of the model."""
+        """Number of blocks of the model, or of its matrices where they are drawn."""
         self.drawable = tuple(layer for layer in range(num_layers) if layer not in frozen)
         """The blocks that can be drawn, ascending."""
         self.config = config
         """The ``lisa`` section."""
-        self.num_sampled, self.growth = self._numbers(sorted(frozen))
+        self._by_matrix: MatrixDraws | None = None
+        if matrices is not None:
+            self.num_sampled, self.growth = config.num_sampled(matrices.num_blocks), Growth(matrices.num_blocks, config)
+            self._by_matrix = MatrixDraws(config, matrices, frozen)
+            self.drawable = self._by_matrix.drawable
+        else:
+            self.num_sampled, self.growth = self._numbers(sorted(frozen))
         self.interval_steps = resolve_interval_steps(config, None) if interval_steps is None else interval_steps
         """Optimizer steps of an interval; neither micro-steps nor skipped steps count."""
         if self.interval_steps < 1:
@@ -97,7 +111,7 @@ class LayerSampler:
         return step // self.interval_steps
 
     def num_sampled_at(self, interval: int) -> int:
-        """Return how many blocks ``interval`` draws; if the number varies from draw to draw, on average."""
+        """Return how many blocks ``interval`` draws; if the number varies, on average; of matrices, how many blocks' worth."""
         return self.growth.at(interval)
 
     def layers_at(self, interval: int) -> tuple[int, ...]:
@@ -106,6 +120,8 @@ class LayerSampler:
         kind = chosen.kind
         if chosen.layers is not None:
             return tuple(sorted(chosen.layers))
+        if self._by_matrix is not None:
+            return self._by_matrix.at(interval, count, self._shares() if isinstance(kind, ByScores) else None)
         if not isinstance(kind, ByScores):
             places = draw(chosen.name, seed=seed, interval=interval, num_layers=len(self.drawable), num_sampled=count)
         else:
@@ -128,6 +144,8 @@ class LayerSampler:
         if chosen.kind.same_all_along:
             fixed = self.layers_at(interval)
             return tuple(float(layer in fixed) for layer in range(self.num_layers))
+        if self._by_matrix is not None:
+            return self._by_matrix.chances(count, self._shares() if chosen.by_scores else None)
         known = self._chances(count) if chosen.by_scores else (count / len(self.drawable),) * len(self.drawable)
         of_layer = dict(zip(self.drawable, known, strict=True))
         return tuple(of_layer.get(layer, 0.0) for layer in range(self.num_layers))
@@ -152,8 +170,9 @@ class LayerSampler:
         if cap is None:
             return {}
         chances = self.probabilities_at(interval)
-        uniform = math.fsum(chances) / len(self.drawable)
-        return {layer: min(cap, uniform / chances[layer]) if chances[layer] else cap for layer in layers}
+        uniform = math.fsum(chances[layer] for layer in self.drawable) / len(self.drawable)
+        drawn = set(self.drawable).intersection(layers)  # what trains beside matrices has no factor
+        return {layer: min(cap, uniform / chances[layer]) if chances[layer] else cap for layer in sorted(drawn)}
 
     def needs_scores(self, interval: int) -> bool:
         """Whether scores must be measured and set before ``interval`` is drawn."""
@@ -200,7 +219,8 @@ class LayerSampler:
     def rule(self) -> int:
         """Return a 63-bit fingerprint of the rule of draws; unlike draws by scores, it is known in advance."""
         if self.config.sampler.by_scores or self.config.growth is not None:
-            keys = ("num_sampled_layers", "sampling_ratio", "seed", "sampler", "growth")
+            keys = ["num_sampled_layers", "sampling_ratio", "seed", "sampler", "growth"]
+            keys += ["unit", "block_rest"] if self.config.unit != "block" else []  # as it was before there were others
             count = self.num_layers if len(self.drawable) == self.num_layers else self.drawable
             return fingerprint((count, self.interval_steps, self.config.model_dump_json(include=set(keys))))
         return 0

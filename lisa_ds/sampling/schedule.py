@@ -11,8 +11,11 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import TypeVar
 
 from lisa_ds.config.sampler_kinds import Bernoulli, Cyclic, Fixed, Uniform
+
+Item = TypeVar("Item")
 
 _BITS = 40  # of a probability in a systematic draw
 
@@ -20,7 +23,7 @@ _BITS = 40  # of a probability in a systematic draw
 def draw(
     sampler: str,
     *,
-    seed: int,
+    seed: int | str,
     interval: int,
     num_layers: int,
     num_sampled: int,
@@ -30,7 +33,7 @@ def draw(
 
     Args:
         sampler: ``uniform``, ``cyclic``, ``bernoulli`` or ``fixed``.
-        seed: Any integer; equal on every rank.
+        seed: Any integer or text; equal on every rank.
         interval: Index of the interval, from 0.
         num_layers: Number of blocks to choose from.
         num_sampled: Blocks in a draw; for ``bernoulli`` their expected number. At most ``num_layers``.
@@ -53,7 +56,13 @@ def draw(
 
 
 def draw_by_probability(
-    method: str, *, seed: int, interval: int, probabilities: Sequence[float], shares: Sequence[float], num_sampled: int
+    method: str,
+    *,
+    seed: int | str,
+    interval: int,
+    probabilities: Sequence[float],
+    shares: Sequence[float],
+    num_sampled: int,
 ) -> tuple[int, ...]:
     """Return the blocks of one interval where some are to be drawn more often than others, ascending.
 
@@ -61,7 +70,7 @@ def draw_by_probability(
         method: ``systematic``: each block with exactly its inclusion probability, always ``num_sampled`` of them.
             ``successive``: one block after the other, each with its share of those that are left. ``bernoulli``: each on its
             own with its inclusion probability, so that their number varies.
-        seed: Any integer; equal on every rank.
+        seed: Any integer or text; equal on every rank.
         interval: Index of the interval, from 0.
         probabilities: Inclusion probabilities, for ``systematic`` and ``bernoulli``: in [0, 1], summing to ``num_sampled``.
         shares: For ``successive``: not negative.
@@ -94,7 +103,7 @@ def _systematic(stream: random.Random, probabilities: Sequence[float], num_sampl
         if 0 < lengths[layer] < one:
             lengths[layer] += change
             spare -= change
-    order = _shuffled(stream, range(len(lengths)), len(lengths))
+    order = shuffled(stream, range(len(lengths)), len(lengths))
     mark = int(stream.random() * one)
     taken, end = [], 0
     for layer in order:
@@ -118,18 +127,18 @@ def _successive(stream: random.Random, shares: Sequence[float], num_sampled: int
 
 def _sample(seed: str, num_layers: int, num_sampled: int) -> tuple[int, ...]:
     """Draw a set of fixed size; every set of that size is equally likely."""
-    return tuple(sorted(_shuffled(random.Random(seed), range(num_layers), num_sampled)))
+    return tuple(sorted(shuffled(random.Random(seed), range(num_layers), num_sampled)))
 
 
-def _uniform(seed: int, interval: int, num_layers: int, num_sampled: int) -> tuple[int, ...]:
+def _uniform(seed: int | str, interval: int, num_layers: int, num_sampled: int) -> tuple[int, ...]:
     return _sample(f"uniform/{seed}/{interval}", num_layers, num_sampled)
 
 
-def _fixed(seed: int, interval: int, num_layers: int, num_sampled: int) -> tuple[int, ...]:
+def _fixed(seed: int | str, interval: int, num_layers: int, num_sampled: int) -> tuple[int, ...]:
     return _sample(f"fixed/{seed}", num_layers, num_sampled)
 
 
-def _bernoulli(seed: int, interval: int, num_layers: int, num_sampled: int) -> tuple[int, ...]:
+def _bernoulli(seed: int | str, interval: int, num_layers: int, num_sampled: int) -> tuple[int, ...]:
     """Draw every block on its own with probability ``num_sampled / num_layers``; the set may be empty.
 
     This is Algorithm 1 of the LISA paper to the letter: the *expected* size of the set is ``num_sampled``.
@@ -138,7 +147,7 @@ def _bernoulli(seed: int, interval: int, num_layers: int, num_sampled: int) -> t
     return tuple(layer for layer in range(num_layers) if stream.random() * num_layers < num_sampled)
 
 
-def _cyclic(seed: int, interval: int, num_layers: int, num_sampled: int) -> tuple[int, ...]:
+def _cyclic(seed: int | str, interval: int, num_layers: int, num_sampled: int) -> tuple[int, ...]:
     """Deal the blocks like cards, and reshuffle when the pack is used up: a cycle deals every block exactly once.
 
     Where the pack runs out inside a draw, the draw is completed from the next one, which is shuffled such that
@@ -155,17 +164,17 @@ def _cyclic(seed: int, interval: int, num_layers: int, num_sampled: int) -> tupl
     while len(dealt) < end:
         cut = len(dealt) // num_sampled * num_sampled
         begun = set(dealt[cut:])  # the draw that the last pack could not complete
-        completion = _shuffled(
+        completion = shuffled(
             stream,
             [layer for layer in range(num_layers) if layer not in begun],
             num_sampled - len(begun) if begun else 0,
         )
         others = set(range(num_layers)).difference(completion)
-        dealt += completion + _shuffled(stream, sorted(others), len(others))
+        dealt += completion + shuffled(stream, sorted(others), len(others))
     return tuple(sorted(dealt[begin:end]))
 
 
-def _shuffled(stream: random.Random, items: Sequence[int], count: int) -> list[int]:
+def shuffled(stream: random.Random, items: Sequence[Item], count: int) -> list[Item]:
     """Return ``count`` different ``items`` in random order (Fisher-Yates)."""
     pool = list(items)
     for place in range(count):
@@ -174,7 +183,7 @@ def _shuffled(stream: random.Random, items: Sequence[int], count: int) -> list[i
     return pool[:count]
 
 
-_DRAWS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
+_DRAWS: dict[str, Callable[[int | str, int, int, int], tuple[int, ...]]] = {
     Uniform.name: _uniform,
     Cyclic.name: _cyclic,
     Bernoulli.name: _bernoulli,

@@ -6,25 +6,24 @@ Note on the file.
     them: nothing is counted twice, whenever a run was killed.
 
 Units are named ``embeddings``, ``0`` ... (the blocks), ``lm_head`` and ``rest``; those without a weight of their own (a head that is
-tied to the embeddings) are left out.
+tied to the embeddings) are left out. Where matrices are drawn, they are numbered in place of blocks; the start has their names, and the
+blocks' small parameters are ``block_rest``.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lisa_ds import records
 from lisa_ds.errors import DataError
 
 FILE_NAME = "layers.jsonl"
 """Name of the file in a run's output directory."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +43,9 @@ class Start:
     tied: bool = False
     """Whether the head is the embeddings' weight."""
 
+    matrices: tuple[str, ...] = ()
+    """Names of the matrices, where these are drawn and numbered in place of blocks."""
+
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the run: sampler, learning rate, precision, seed."""
 
@@ -52,7 +54,7 @@ class Start:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Names of the blocks, in order."""
+        """Names (numbers) of the blocks or of what is drawn in their place, in order."""
         return tuple(unit for unit in self.units if unit.isdecimal())
 
 
@@ -129,7 +131,7 @@ class Writer:
     def __init__(self, path: Path, start: Start) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_unfinished_line(path)
+        records.cut_unfinished_line(path)
         self._append("start", start)
 
     def append(self, recording: Recording) -> None:
@@ -163,7 +165,7 @@ def read(path: str | Path) -> History:
         path = path / FILE_NAME
     start: Start | None = None
     kept: list[Recording] = []
-    for number, line in _lines(path):
+    for number, line in records.growing(path, _parse, what="layer statistics", line="line of layer statistics"):
         if isinstance(line, Recording) and start is None:
             raise DataError(f"{path}:{number}: a recording before any start of a run")
         if isinstance(line, Recording):
@@ -203,22 +205,6 @@ def count_visits(blocks: int, history: Sequence[Sequence[int]]) -> tuple[int, ..
     return tuple(counts)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Start | Recording]]:
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise DataError(f"{path}: no layer statistics can be read: {error.strerror}") from None
-    lines = text.split("\n")
-    unfinished = lines.pop()
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield number, _parse(json.loads(line))
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{path}:{number}: no line of layer statistics: {error}") from None
-    if unfinished:
-        _log.warning("%s:%d: passing over a last line that was not finished", path, len(lines) + 1)
-
-
 def _parse(values: Any) -> Start | Recording:
     if not isinstance(values, dict):
         raise ValueError("not an object")
@@ -227,7 +213,7 @@ def _parse(values: Any) -> Start | Recording:
         raise ValueError("kind should be 'start' or 'recording'")
     if unknown := set(values) - {item.name for item in fields(kind)}:
         raise ValueError(f"unknown field {', '.join(sorted(unknown))}")
-    for name in ("units", "sampled", "visits", "probabilities"):
+    for name in ("units", "matrices", "sampled", "visits", "probabilities"):
         if values.get(name) is not None:
             values[name] = tuple(values[name])
     line: Start | Recording = kind(**values)
@@ -254,15 +240,3 @@ def _check_units(path: Path, number: int, start: Start, line: Recording) -> None
         values = getattr(line, name)
         if values is not None and len(values) != len(start.blocks):
             raise DataError(f"{path}:{number}: {name}: got {len(values)} values for {len(start.blocks)} blocks")
-
-
-def _cut_unfinished_line(path: Path) -> None:
-    """Remove the unfinished line of a killed run, to which the next line would be joined."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        whole = file.read()
-        end = whole.rfind(b"\n") + 1
-        if end < len(whole):
-            _log.warning("%s: removing a last line that was not finished", path)
-            file.truncate(end)

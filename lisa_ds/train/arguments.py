@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, get_scheduler
 
+from lisa_ds import methods
 from lisa_ds.config import RunConfig, check_contradictions
 from lisa_ds.config.base import Origin, Section, show, validate
 from lisa_ds.config.training import ADAMW, EARLY_STOPPING, section
@@ -55,6 +56,9 @@ def check(config: RunConfig) -> dict[str, Any]:
     where = origin(config)
     given = validate(_section(), config.training, where).model_dump(exclude_unset=True)
     given = _under_present_names(given, where)
+    for key, instead in methods.of(config).taken.items():
+        if key in given:
+            raise ConfigError(f"{where.where(key)}: {instead}, got {show(given[key])}; leave it out")
     asked = given.get("eval_strategy", "no") != "no"
     evaluating = {
         **dict.fromkeys(EARLY_STOPPING, True),
@@ -181,7 +185,7 @@ def holds_out(config: RunConfig) -> bool:
 
 
 def build(config: RunConfig, given: Mapping[str, Any], *, resumed: bool) -> TrainingArguments:
-    """Transformers' arguments for a run. Building them starts the process group, and makes models load partitioned.
+    """Transformers' arguments for a run. Building them starts the process group, and makes models load partitioned under ZeRO-3.
 
     Args:
         config: The run.
@@ -203,10 +207,15 @@ def build(config: RunConfig, given: Mapping[str, Any], *, resumed: bool) -> Trai
         **_early_stopping(given),
         **{key: value for key, value in given.items() if key not in EARLY_STOPPING},
     }
+    arguments |= methods.of(config).arguments(config)
     if resumed:
         arguments["eval_on_start"] = False  # the loss before training was measured by the run that began it
     try:
         built = TrainingArguments(**arguments, deepspeed=deepspeed_config(config))
+        if (
+            built.n_gpu > 1
+        ):  # one process that sees several: transformers would split its rows among them by nn.DataParallel
+            built._n_gpu = 1
         _try_scheduler(built)
         return built
     except _REFUSALS as error:
@@ -224,12 +233,17 @@ def output_dir(config: RunConfig) -> Path:
     return config.output_dir()
 
 
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """The run's DeepSpeed config, or a plain ZeRO-3 one that takes every value it can from ``training``.
+def deepspeed_config(config: RunConfig) -> dict[str, Any] | None:
+    """The run's DeepSpeed config, or a plain one of the method's stage that takes every value it can from ``training``.
+
+    None for a method that runs without DeepSpeed.
 
     Raises:
         ConfigError: It asks for something that a run cannot do.
     """
+    stages = methods.of(config).stages
+    if not stages:
+        return None
     auto = "auto"
     from_training: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": auto,
@@ -251,11 +265,12 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         # It would have to count the ranks that share a layer as if they had rows of their own: let DeepSpeed work it out.
         fields.pop("train_batch_size", None)
     zero = fields.setdefault("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage") != 3:
-        stage = zero.get("stage") if isinstance(zero, dict) else zero
-        raise ConfigError(
-            f"{source}: zero_optimization.stage: a run shards its state under ZeRO-3, got {show(stage)}; set it to 3"
-        )
+    stage = zero.get("stage") if isinstance(zero, dict) else zero
+    if not isinstance(zero, dict) or stage not in stages:
+        sharded = f"method {config.method!r} shards its state under ZeRO-{' or ZeRO-'.join(map(str, stages))}"
+        raise ConfigError(f"{source}: zero_optimization.stage: {sharded}, got {show(stage)}; set it to {stages[0]}")
+    if stage != 3:
+        return fields
     if zero.setdefault("stage3_gather_16bit_weights_on_model_save", True) is not True:
         raise ConfigError(
             f"{source}: zero_optimization.stage3_gather_16bit_weights_on_model_save: the trained model is exported at the "

@@ -45,7 +45,8 @@ def check(config: RunConfig, *, force: bool = False) -> Checked:
     given = arguments.check(config)
     origin = arguments.origin(config)
     packages.check(given, origin)
-    hf.check_deepspeed(arguments.deepspeed_config(config), config.where("deepspeed"), lisa=config.method == "lisa")
+    if (deepspeed := arguments.deepspeed_config(config)) is not None:
+        hf.check_deepspeed(deepspeed, config.where("deepspeed"), lisa=config.method == "lisa")
     if given.get("fp16"):
         hf.check_fp16(config.where("training.fp16"))
     model = fitting_skeleton(config.model)
@@ -56,13 +57,16 @@ def check(config: RunConfig, *, force: bool = False) -> Checked:
                 raise ConfigError(
                     f"{origin.where(key)}: {type(model).__name__} does not support it, got True; set it to false"
                 )
-    methods.check(config, model)
+    methods.of(config).check(config, model)
     fit.check_length(config, model)
     planned = check_memory(config, force=force)
     check_weights(config.model)
     check_writable(config)
     if os.environ.get("RANK", "0") == "0":
-        for key, why in effects.without(given, arguments.defaults(), holds_out=arguments.holds_out(config)):
+        sharded = deepspeed is not None
+        for key, why in effects.without(
+            given, arguments.defaults(), holds_out=arguments.holds_out(config), sharded=sharded
+        ):
             written = key if key in config.training else key.replace("activation", "gradient")
             _log.warning("%s: has no effect in this run: %s", origin.where(written), why)
     return Checked(given, model, planned)

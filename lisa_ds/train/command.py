@@ -18,8 +18,10 @@ from lisa_ds.config import load_config
 from lisa_ds.errors import LisaError
 from lisa_ds.train import stages
 
-RANK_0_SPEAKS_S = 10.0
-"""Seconds that another rank waits, after an error, for the launcher to end it because rank 0 has reported the same."""
+RANK_0_SPEAKS_S = 30.0
+"""Seconds that another rank waits, after an error, for the launcher to end it because rank 0 has reported the same.
+
+On a busy host ranks load torch and transformers with more than ten seconds between the first and the last."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

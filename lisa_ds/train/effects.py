@@ -119,19 +119,24 @@ _EFFECTIVE: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
 _NEED_HELD_OUT = ("per_device_eval_batch_size",)
 
 
-def without(given: Mapping[str, Any], defaults: Mapping[str, Any], *, holds_out: bool) -> list[tuple[str, str]]:
+def without(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], *, holds_out: bool, sharded: bool = True
+) -> list[tuple[str, str]]:
     """The keys that have no effect in this run, and why, in the order in which they were written.
 
     Args:
         given: The ``training`` section.
         defaults: Transformers' own values; a key that has its default is not reported.
         holds_out: Whether the run has held-out data.
+        sharded: Whether it runs under ZeRO, and not DDP.
     """
     found = []
     for key, value in given.items():
         if value is None or (key in defaults and value == defaults[key]):
             continue
         effective, why = _EFFECTIVE.get(key, (None, ""))
+        if why == _DDP and not sharded:
+            continue
         if effective is not None and not effective(given):
             found.append((key, why))
         elif key in _NEED_HELD_OUT and not holds_out:

@@ -10,9 +10,19 @@ import pyarrow.compute as pc
 
 from lisa_ds.config import RunConfig
 from lisa_ds.errors import ConfigError, ModelError
+from lisa_ds.layers import LayerStack
+from lisa_ds.memory import ModelShape
 from lisa_ds.models.positions import most_positions, trained_positions
 
 _log = logging.getLogger(__name__)
+
+
+def shape_of(model: Any, config: RunConfig) -> ModelShape:
+    """The shape of a model, or of its skeleton, with the units that its method draws; before adapters are added."""
+    by_lisa = config.method == "lisa"
+    stack = LayerStack.of_run(model, config.lisa) if by_lisa else LayerStack.from_model(model, config.lisa.layers_path)
+    of_blocks = len(stack.layers) if stack.by_matrices else None
+    return ModelShape.from_numels(stack.numels(), tied=stack.tied, of_blocks=of_blocks)
 
 
 def check_length(config: RunConfig, model: Any) -> None:

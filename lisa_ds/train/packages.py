@@ -98,7 +98,7 @@ def _check_optimizer(given: Mapping[str, Any], origin: Origin) -> None:
     if optim.startswith(_NOT_SHARDED):
         raise ConfigError(
             f"{where}: works on whole matrices, of which ZeRO-3 gives a rank a slice, got {show(optim)}; choose one that works on "
-            "elements, such as adamw_torch"
+            f"elements, such as adamw_torch{', or method: galore' if optim.startswith('galore_') else ''}"
         )
     for beginning, (module, install) in _OPTIMIZERS.items():
         if optim.startswith(beginning) and find_spec(module) is None:

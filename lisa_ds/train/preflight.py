@@ -9,14 +9,14 @@ from dataclasses import replace
 import torch
 
 from lisa_ds.config import RunConfig
-from lisa_ds.config.deepspeed import asked_gradient_bytes
+from lisa_ds.config.deepspeed import asked_gradient_bytes, section
 from lisa_ds.errors import ConfigError, ModelError
-from lisa_ds.layers import LayerStack
-from lisa_ds.memory import METHODS, Architecture, ModelShape, RunSettings, forecast, settings
+from lisa_ds.memory import METHODS, Architecture, RunSettings, forecast, settings
 from lisa_ds.memory.advice import usable
 from lisa_ds.memory.architectures import Module
 from lisa_ds.models import model_config, skeleton
 from lisa_ds.report import plan
+from lisa_ds.train import fit
 
 _log = logging.getLogger(__name__)
 
@@ -84,13 +84,13 @@ def _architecture(config: RunConfig) -> Architecture:
 
 
 def _state_alone(config: RunConfig, memory: int, device: str) -> str | None:
-    stack = LayerStack.from_model(skeleton(config.model), config.lisa.layers_path)
-    shape = ModelShape.from_numels(stack.numels(), tied=stack.tied)
+    shape = fit.shape_of(skeleton(config.model), config)
     training = config.training_values()
     run = RunSettings(
         int(os.environ.get("WORLD_SIZE", "1")),
         method=config.method,
         lisa=config.lisa,
+        stage=2 if section(config.deepspeed_config(), "zero_optimization").get("stage") == 2 else 3,
         width=2 if training.bf16 or training.fp16 else 4,
         gradient_asked=asked_gradient_bytes(config.deepspeed_config(), config.deepspeed_source()),
         accumulation=training.gradient_accumulation_steps,

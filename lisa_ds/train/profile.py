@@ -54,7 +54,12 @@ def profile(config: RunConfig, *, out: Path, score: str | None = None) -> LayerS
     torch.manual_seed(args.seed)  # a new head is drawn at random
     with sharing.loading(), streamed():
         model = load_model(model_config, dtype)
-    batches = _batches(config, args, rows, data.collator(tokenizer, task=config.model.task))
+    batches = _batches(
+        config,
+        args,
+        rows,
+        data.collator(tokenizer, pad_to_multiple_of=config.data.pad_to_multiple_of, task=config.model.task),
+    )
     engine, *_ = lisa_ds.initialize(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=args.learning_rate),

@@ -127,12 +127,19 @@ def _step(checkpoint: Path) -> int:
 
 
 def _ranks(checkpoint: Path) -> int:
+    if _is_whole(checkpoint):
+        return max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
     return len(list(checkpoint.glob(f"{(checkpoint / 'latest').read_text().strip()}/*_optim_states.pt")))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether it was saved without DeepSpeed, by rank 0 for all."""
+    return not (checkpoint / "latest").is_file() and (checkpoint / "optimizer.pt").is_file()
 
 
 def _missing(checkpoint: Path) -> str | None:
     """The first missing part of an incomplete checkpoint, in the order in which the trainer writes them."""
-    if not (checkpoint / "latest").is_file():
+    if not _is_whole(checkpoint) and not (checkpoint / "latest").is_file():
         return "latest"
     ranks = _ranks(checkpoint)
     generators = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]

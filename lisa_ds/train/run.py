@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from lisa_ds import data, flops, methods
 from lisa_ds.checkpoint import names
+from lisa_ds.cluster.facts import device_name, devices
 from lisa_ds.cluster.preemption import Preemption
 from lisa_ds.cluster.watch import Watch
 from lisa_ds.cluster.watch import patience as watch_patience
@@ -22,15 +23,19 @@ from lisa_ds.config import RunConfig
 from lisa_ds.errors import ConfigError
 from lisa_ds.integrations import console, hf, sharing
 from lisa_ds.integrations.clock import Clock
+from lisa_ds.integrations.live_state import LiveState, full_state
+from lisa_ds.integrations.log_file import LogFile
 from lisa_ds.integrations.order import RowOrder, order_of
+from lisa_ds.integrations.phases import Phases
 from lisa_ds.integrations.preemption import PreemptionCallback
-from lisa_ds.integrations.statistics import LayerStatistics
+from lisa_ds.integrations.statistics import LayerStatistics, unreadable
 from lisa_ds.integrations.streaming import inputs_of, streamed
 from lisa_ds.integrations.tally import keep_tally
 from lisa_ds.integrations.throughput import Throughput
 from lisa_ds.integrations.trainer import LabelLogitsTrainer
-from lisa_ds.layers import LayerStack
+from lisa_ds.memory import ModelShape
 from lisa_ds.models import load_model, load_tokenizer
+from lisa_ds.run_log import RECORDS
 from lisa_ds.train import arguments, checks, fit, stages
 from lisa_ds.train.resume import check_order, find_checkpoint, restore_patience, tell
 from lisa_ds.train.summary import Summary
@@ -54,10 +59,11 @@ def run(
         LisaError: Something is wrong with config, data, model or checkpoint. Nothing has been written.
     """
     stages.begin("checking the run and planning its memory")
+    method = methods.of(config)
     checked = checks.check(config, force=force)
     given, planned = checked.given, checked.planned
     patience = watch_patience()
-    peak = flops.peak_flops(_device_name(), os.environ)
+    peak = flops.peak_flops(device_name(), os.environ)
     checkpoint = find_checkpoint(config, resume)
     stages.begin(f"reading and tokenising {config.data.path}")
     tokenizer = load_tokenizer(config.model)
@@ -75,16 +81,19 @@ def run(
     tell(checkpoint, resume, args)
     place, preemption = Path(args.output_dir), preemption or Preemption()
     with preemption.marked(place), _removed_if_left_empty(place):
-        trainer = _build_trainer(config, given, args, tokenizer, *rows)
+        trainer, shape = _build_trainer(config, given, args, tokenizer, *rows)
+        live = LiveState(trainer)
+        trainer.add_callback(live)
         clock = Clock(trainer)
         trainer.add_callback(clock)
         trainer.add_callback(RowOrder(order))
         console.show_lines(trainer)
         throughput = Throughput(trainer, clock, peak, config.lisa.layers_path)
-        trainer.callback_handler.callbacks.insert(0, throughput)
-        methods.prepare(trainer, config)
+        trainer.callback_handler.callbacks[:0] = [throughput, Phases(trainer)]
+        trainer.add_callback(LogFile(clock, config.written_out(), devices(args.world_size)))
+        method.prepare(trainer, config)
         if config.statistics != "off":
-            trainer.add_callback(_layer_statistics(config, trainer))
+            _add_statistics(config, trainer, method.unreadable(config) or unreadable(args))
         restore_patience(trainer, checkpoint)
         trainer.add_callback(PreemptionCallback(preemption, checkpoint))
         stages.begin("building the engine")
@@ -94,10 +103,12 @@ def run(
         loss_before, loss_after = _held_out_losses(trainer)
         model = Path(args.output_dir) / "model"
         stages.begin(f"exporting the trained model to {model}")
-        _export(trainer, model)
-        summary = _summarise(config, trainer, clock, throughput, loss_before, loss_after, model)
+        _export(trainer, method, model)
+        losses = (loss_before, loss_after)
+        summary = _summarise(config, trainer, clock, throughput, losses, live.bytes(), shape, model)
         if trainer.is_world_process_zero():
-            summary.write(model.parent / "records.jsonl", {"config": config.model_dump(mode="json"), "seed": args.seed})
+            settings = {"config": config.model_dump(mode="json"), "seed": args.seed, "order": order}
+            summary.write(model.parent / RECORDS, settings)
             print(*summary.lines(), sep="\n", flush=True)
     return summary
 
@@ -112,7 +123,8 @@ def _watched(trainer: LabelLogitsTrainer, clock: Clock, patience: float) -> Abst
 
 def _build_trainer(
     config: RunConfig, given: dict[str, Any], args: TrainingArguments, tokenizer: Any, train_rows: Any, eval_rows: Any
-) -> LabelLogitsTrainer:
+) -> tuple[LabelLogitsTrainer, ModelShape]:
+    """The trainer, and the shape of the model that was loaded."""
     task = config.model.task
     if args.process_index == 0:
         print(f"training data: {data.describe(train_rows)}")
@@ -124,13 +136,15 @@ def _build_trainer(
     set_seed(args.seed)  # a new head is drawn at random
     # `args` keeps transformers' HfDeepSpeedConfig alive, under which a model is built partitioned.
     stages.begin(f"loading the weights of {config.model.name_or_path}")
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    method = methods.of(config)
     with sharing.loading(), streamed():
-        model = load_model(model_config, dtype)
+        model = load_model(model_config, method.dtype(config))
     if task == "sequence_classification" and (names := data.label_names(train_rows)):
         names += [f"LABEL_{i}" for i in range(len(names), model.config.num_labels)]  # of a head with room for more
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {name: i for i, name in enumerate(names)}
+    shape = fit.shape_of(model, config)
+    model = method.wrap(config, model, args.seed)
     callbacks: list[TrainerCallback] = []
     if "early_stopping_patience" in given:
         threshold = given.get("early_stopping_threshold", 0.0)
@@ -139,7 +153,7 @@ def _build_trainer(
         trainer = LabelLogitsTrainer(
             model,
             args,
-            data_collator=data.collator(tokenizer, task=task),
+            data_collator=data.collator(tokenizer, pad_to_multiple_of=config.data.pad_to_multiple_of, task=task),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
@@ -149,19 +163,26 @@ def _build_trainer(
         raise ConfigError(f"{config.where('training')}: {' '.join(str(error).split())}") from error
     # What accelerate would do itself at train(), with a warning of a mismatch that is none: the trainer counts micro-batches.
     trainer.accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
-    return trainer
+    return trainer, shape
 
 
-def _layer_statistics(config: RunConfig, trainer: LabelLogitsTrainer) -> LayerStatistics:
-    settings: dict[str, Any] = {"lisa": config.lisa.model_dump(mode="json")} if config.method == "lisa" else {}
+def _add_statistics(config: RunConfig, trainer: LabelLogitsTrainer, problem: str | None) -> None:
+    if problem is not None:
+        if trainer.is_world_process_zero():
+            print(f"layer statistics are not recorded: {problem}")
+        return
+    own = getattr(config, config.method, None)  # the method's section
+    settings: dict[str, Any] = {} if own is None else {config.method: own.model_dump(mode="json")}
     every: Any = config.statistics
-    return LayerStatistics(
-        trainer,
-        every=every,
-        method=config.method,
-        layers_path=config.lisa.layers_path,
-        model=config.model.name_or_path,
-        settings=settings,
+    trainer.add_callback(
+        LayerStatistics(
+            trainer,
+            every=every,
+            method=config.method,
+            layers_path=config.lisa.layers_path,
+            model=config.model.name_or_path,
+            settings=settings,
+        )
     )
 
 
@@ -205,14 +226,15 @@ def _held_out_losses(trainer: LabelLogitsTrainer) -> tuple[float | None, float |
     return before, trainer.evaluate()["eval_loss"]
 
 
-def _export(trainer: LabelLogitsTrainer, target: Path) -> None:
-    """Write weights, config and tokenizer; the directory appears whole or not at all."""
+def _export(trainer: LabelLogitsTrainer, method: methods.Method, target: Path) -> None:
+    """Write weights (or adapters), config and tokenizer; the directory appears whole or not at all."""
     unfinished = target.with_name(f".{target.name}.unfinished")
     if trainer.is_world_process_zero():
         shutil.rmtree(unfinished, ignore_errors=True)
     trainer.save_model(str(unfinished))  # every rank takes part, rank 0 writes
     if trainer.is_world_process_zero():
-        names.restore(unfinished, inputs_of(trainer.model), trainer.model)
+        if not method.exports_adapter:
+            names.restore(unfinished, inputs_of(trainer.model), trainer.model)
         (unfinished / "training_args.bin").unlink(
             missing_ok=True
         )  # a pickle of the run's arguments, no part of a model
@@ -227,39 +249,37 @@ def _summarise(
     trainer: LabelLogitsTrainer,
     clock: Clock,
     throughput: Throughput,
-    loss_before: float | None,
-    loss_after: float | None,
+    losses: tuple[float | None, float | None],
+    live: Mapping[str, int],
+    shape: ModelShape,
     model: Path,
 ) -> Summary:
     world_size = trainer.args.world_size
-    stack = LayerStack.from_model(trainer.model, config.lisa.layers_path)
     tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens, device=trainer.args.device), "sum")
     tokens = int(tokens) // sharing.tensor_parallel_size(trainer.args)  # ranks that share a layer see the same ones
     if config.method == "lisa":
         callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, hf.LisaCallback))
-        live, trained = callback.memory, callback.trained
+        live, trained = callback.memory or live, callback.trained
     else:
-        live, trained = hf.live_state(trainer), [tuple(range(len(stack.layers)))]
+        trained = [tuple(range(len(shape.layers)))]
+    engine = trainer.deepspeed
     return Summary(
         method=config.method,
         steps=trainer.state.global_step,
-        skipped_steps=trainer.deepspeed.skipped_steps,
-        loss_before=loss_before,
-        loss_after=loss_after,
-        live=live or hf.live_state(trainer),
-        full=hf.full_state(trainer, stack),
-        num_layers=len(stack.layers),
+        skipped_steps=0 if engine is None else engine.skipped_steps,
+        loss_before=losses[0],
+        loss_after=losses[1],
+        live=live,
+        full=full_state(trainer, shape, config.lisa.layers_path),
+        num_layers=len(shape.layers),
+        drawn="layers" if shape.of_blocks is None else "matrices",
         layers_visited=tuple(sorted(set().union(*trained))),
         num_intervals=len(trained),
         tokens=tokens,
         seconds=clock.training,
         world_size=world_size,
-        device=f"{world_size} x {_device_name()}",
+        device=devices(world_size),
         throughput=throughput.total(),
         rows_without_labels=keep_tally(trainer).unlabelled(),
         model=model,
     )
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -35,8 +35,10 @@ class Summary:
     """Bytes that full fine-tuning would keep, according to the planner."""
 
     num_layers: int
+    """Blocks, or whatever is drawn."""
+
     layers_visited: tuple[int, ...]
-    """Blocks that have trained."""
+    """Those that have trained."""
 
     num_intervals: int
     tokens: int
@@ -53,6 +55,9 @@ class Summary:
     throughput: Mapping[str, float] = field(default_factory=dict)
     """Throughput since the start or resume, under the keys of log entries."""
 
+    drawn: str = "layers"
+    """What is drawn: ``layers`` or ``matrices``."""
+
     rows_without_labels: int = 0
     """Rows of all ranks without any label, since the start or resume."""
 
@@ -68,8 +73,8 @@ class Summary:
         if self.method == "lisa":
             lines.append(f"full fine-tuning would hold {full / 1e6:.1f} MB, {full / live:.1f} times as much")
             lines.append(
-                f"layers visited: {len(self.layers_visited)} of {self.num_layers} in {self.num_intervals} intervals, "
-                f"{list(self.layers_visited)}"
+                f"{self.drawn} visited: {len(self.layers_visited)} of {self.num_layers} in {self.num_intervals} intervals"
+                + (f", {list(self.layers_visited)}" if self.drawn == "layers" else "")
             )
         if self.tokens:
             waiting = self.throughput.get("waiting_for_data", 0.0)

@@ -10,7 +10,6 @@ from typing import Any
 import ablate_plan
 import ablate_report
 import embedding_rows
-import paired
 import pytest
 from ablate_plan import BASE, OPTIONS, Progress, Protocol, Run
 
@@ -129,13 +128,6 @@ def recorded(run: Run, losses: Any) -> list[Record]:
         Record(name=name, value=value, unit="", settings={**settings, **(drawn if name == "run_time" else {})}, **about)
         for name, value in values.items()
     ]
-
-
-@pytest.mark.parametrize(
-    ("probability", "degrees", "quantile"), [(0.975, 1, 12.706), (0.975, 4, 2.776), (0.95, 30, 1.697)]
-)
-def test_quantiles_of_t(probability: float, degrees: int, quantile: float) -> None:
-    assert paired.t_quantile(probability, degrees) == pytest.approx(quantile, abs=1e-3)
 
 
 def test_rows_of_an_embedding() -> None:

@@ -103,6 +103,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.more
 @pytest.mark.multirank
 def test_a_rank_that_is_waited_for_is_named_by_the_others(tmp_path: Path) -> None:
     places = {fault: tmp_path / fault for fault in EXPECTED}  # all at once: most of it is waiting

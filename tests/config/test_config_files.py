@@ -40,7 +40,10 @@ def test_a_mistake_of_the_command_line_is_named_so(file: Path, override: str, me
         ("a: 1\nb: 2\na: 3", "run.yaml: line 3: not valid YAML: key 'a' is given twice (column 1)"),
         ("model: gpt2\ndata: {path: x}", "run.yaml: model: should be a section of keys, got 'gpt2'"),
         (RUN + "training: 3", "run.yaml: training: should be a valid dictionary, got 3"),
-        (RUN + "method: lora", "run.yaml: method: not built yet, arrives with the comparison of methods, got 'lora'"),
+        (
+            RUN + "method: qlora",
+            "run.yaml: method: should be 'lisa', 'full', 'lora' or 'galore', got 'qlora'; did you mean 'lora'?",
+        ),
         (RUN + "deepspeed: 3", "run.yaml: deepspeed: should be the path of a DeepSpeed config or its keys, got 3"),
         (
             RUN + "statistics: often",

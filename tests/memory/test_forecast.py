@@ -63,6 +63,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     return {run.name: seen for run, seen in zip(LIVE, first, strict=True)}
 
 
+@pytest.mark.more
 @pytest.mark.multirank
 @pytest.mark.parametrize("run", LIVE, ids=lambda run: run.name)
 def test_state_is_exact_and_peaks_are_within_five_percent_of_live_tensors(
@@ -233,8 +234,8 @@ def test_other_methods_say_which_variant_they_are(capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert "LoRA: rank 16 on every linear of the blocks, with an fp32 master copy of the adapters" in lines
     assert (
-        "GaLore: galore_adamw, rank 256, moments in the model's type, gradients of all parameters kept (galore_adamw_layerwise, "
-        "which keeps them for one parameter at a time, takes less); it has no ZeRO-3 implementation: each rank holds all of it"
+        "GaLore: rank 256, moments in the model's type, gradients of all parameters kept (galore.layerwise, which keeps one at a "
+        "time, takes less); it has no ZeRO-3 implementation: each rank holds all of it"
     ) in lines
     assert main(["plan", "--model", "gpt2"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GaLore: ")]

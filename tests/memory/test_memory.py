@@ -126,3 +126,15 @@ def test_a_tied_head_is_planned_with_the_embeddings() -> None:
 def test_a_plan_refuses_more_layers_than_there_are() -> None:
     with pytest.raises(ConfigError, match="the model has 3 layers, got 4"):
         plan(SHAPE, LisaConfig(num_sampled_layers=4), world_size=1)
+
+
+def test_a_budget_below_the_largest_matrix_is_refused_where_it_is_planned() -> None:
+    shape = ModelShape(layers=((92,), (36,), (36,), (92,)), of_blocks=2)
+    config = LisaConfig.load({"unit": "matrix", "sampling_ratio": 0.3})
+    with pytest.raises(ConfigError) as caught:
+        plan(shape, config, world_size=1)
+    assert str(caught.value) == (
+        "lisa_config: sampling_ratio: a draw of matrices has 76 elements at most, fewer than the largest matrix with 92; set "
+        "sampling_ratio to 0.359 or more"
+    )
+    assert plan(shape, config.model_copy(update={"sampling_ratio": 0.36}), world_size=1).most["exp_avg"] == 4 * 92

@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 import pytest
 
-from lisa_ds.config import RunConfig, load_config
+from lisa_ds.config import ModelConfig, RunConfig, load_config, model_alone
+from lisa_ds.errors import ConfigError
 from lisa_ds.memory import METHODS, Architecture, RunSettings, advice, catalogue, forecast, settings
 from lisa_ds.report import plan
 
@@ -84,3 +85,21 @@ def test_what_stays_at_least_counts_gradients_in_the_type_that_they_are_added_up
     for method, more in (("lisa", 2 * elements), ("full", 0)):
         one, four = (METHODS[method].least(GPT2.shape, replace(once, method=method, accumulation=n)) for n in (1, 4))
         assert four - one == more
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "message"),
+    [
+        ("lora", "lora.targets=[wq]", "command line: lora.targets: names no linear of 'gpt2', got ['wq']; its linears are called c_attn, "),
+        ("galore", "galore.targets=[wq]", "command line: galore.targets: names no linear of 'gpt2', got ['wq']; its linears are called nothing: there are none"),
+    ],
+)  # fmt: skip
+def test_targets_that_name_nothing_are_refused_where_the_method_is_planned(
+    method: str, override: str, message: str
+) -> None:
+    architecture = settings.architecture_of(ModelConfig(name_or_path="gpt2"))
+    with pytest.raises(ConfigError) as caught:
+        settings.from_run(model_alone("gpt2", [f"method={method}", override]), architecture, num_ranks=2)
+    assert str(caught.value).startswith(message)
+    beside = settings.from_run(model_alone("gpt2", [override]), architecture, num_ranks=2)
+    assert forecast(architecture, replace(beside, method=method)).peak > 0  # a column beside the run's own

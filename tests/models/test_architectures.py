@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from lisa_ds.config.targets import chosen
 from lisa_ds.errors import ModelError
 from lisa_ds.layers import LayerStack
 from lisa_ds.memory import Architecture, ModelShape, catalogue
 from lisa_ds.memory.architectures import KINDS_OF_MODEL
+from lisa_ds.models.linears import all_linears
 
 PUBLISHED = {  # parameters, as each model's safetensors index says
     "HuggingFaceTB/SmolLM2-135M": 134_515_008,
@@ -44,6 +47,8 @@ PUBLISHED = {  # parameters, as each model's safetensors index says
     "allenai/OLMo-2-1124-7B": 7_298_617_344,
     "EleutherAI/gpt-neox-20b": 20_554_567_680,
     "openai-community/gpt2": 124_439_808,
+    "bigscience/bloom-560m": 559_214_592,
+    "bigscience/bloom-7b1": 7_069_016_064,
     "openai-community/gpt2-xl": 1_557_611_200,
 }
 
@@ -85,6 +90,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gemma2": [SMALL | {"head_dim": 20}],
     "mixtral": [SMALL | {"num_local_experts": 3}],
     "gpt2": [{"n_embd": 48, "n_head": 4, "n_layer": 2, "vocab_size": 97, "n_positions": 32}],
+    "bloom": [{"hidden_size": 48, "n_head": 4, "n_layer": 2, "vocab_size": 97}],
     "gpt_neox": [SMALL, SMALL | {"attention_bias": False}],
     "opt": [SMALL | {"ffn_dim": 80, "word_embed_proj_dim": 48, "max_position_embeddings": 32}],
     "phi": [SMALL | {"num_key_value_heads": 4}],
@@ -105,6 +111,21 @@ def test_shapes_are_those_that_transformers_builds(kind: str, config: dict[str, 
     assert unordered(Architecture.from_config(config).shape) == unordered(built(config))
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["dense", "q_proj", "mlp.c_fc"], r".*\.[1]\..*"], ids=str)
+@pytest.mark.parametrize("kind", sorted(VARIANTS))
+def test_linears_are_those_that_methods_find_in_the_model(kind: str, targets: Any) -> None:
+    config = {"model_type": kind, **VARIANTS[kind][0]}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    architecture = Architecture.from_config({**config, "head_dim": getattr(model.config, "head_dim", None)})
+    for inside in (False, True):
+        found = {p: m for p, m in all_linears(model, conv1d=True).items() if chosen(targets, p, inside=inside)}
+        shapes = [
+            tuple(reversed(m.weight.shape)) if isinstance(m, Conv1D) else tuple(m.weight.shape) for m in found.values()
+        ]
+        assert sorted(architecture.linears(targets, inside=inside, conv1d=True)) == sorted(shapes)
+
+
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-7B", "google/gemma-2b", "microsoft/Phi-3-mini-4k-instruct"])
 def test_a_full_size_model_is_that_of_transformers(name: str) -> None:
     config = catalogue.require(name)
@@ -121,7 +142,7 @@ def test_names_of_variants_lead_to_their_base() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, "x.json: model_type: the planner knows gemma, .* got 'None'"),
+        ({}, "x.json: model_type: the planner knows bloom, .* got 'None'"),
         ({"model_type": "llama", "hidden_size": 8}, "x.json: intermediate_size: required to plan a 'llama' model"),
         ({**SMALL, "model_type": "llama", "hidden_size": "48"}, "x.json: a size is not a number"),
     ],

@@ -57,15 +57,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 pytestmark = pytest.mark.by_case("backend")
 
-# Triton's interpreter takes half a minute for all modes, and the levels of the CPU kernels are one source.
+# All modes take Triton's interpreter and the reference half a minute each, and the levels of the CPU kernels are one source.
 SHORT = ("fp32", "mixed", "sr_16bit", "int8_sr")
 ALL = [
     pytest.param(
         *(backend, mode),
         id=f"{backend}-{mode}",
-        marks=[pytest.mark.more]
-        if backend in ("cpu-avx2", "cpu-base") or (backend == "triton" and mode not in SHORT)
-        else [],
+        marks=[pytest.mark.more] if backend in ("cpu-avx2", "cpu-base") or mode not in SHORT else [],
     )
     for backend in BACKENDS
     for mode in BY_NAME

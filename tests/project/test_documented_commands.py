@@ -97,7 +97,7 @@ def test_commands_are_found() -> None:
     [
         ("lisa-ds plan run.yaml --gpu-mem 1GB", "--gpu-mem"),
         ("lisa-ds frobnicate run.yaml", "frobnicate"),
-        ("lisa-ds report tables runs/a", "tables"),
+        ("lisa-ds report layers runs/a --format pdf", "pdf"),
         ("lisa-ds export checkpoint-1", "are required"),
         ("lisa-ds plan --lisa_config configs/none.yaml", "none.yaml"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from lisa_ds.config import load_config
@@ -137,3 +138,16 @@ def test_keys_that_do_what_they_say_are_not_told(folder: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING, "lisa_ds"):
         checks.check(load_config("run.yaml", [f"training.{each}" for each in more]))
     assert "has no effect" not in caplog.text
+
+
+def test_one_process_trains_on_one_gpu_however_many_it_sees(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config("run.yaml", ["method=galore", "deepspeed=null"])
+    given = arguments.check(config)
+
+    def sees_four(self: TrainingArguments) -> Any:
+        self._n_gpu = 4
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(sees_four))
+    built = arguments.build(config, given, resumed=False)
+    assert (built.n_gpu, built.train_batch_size) == (1, built.per_device_train_batch_size)

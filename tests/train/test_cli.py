@@ -160,7 +160,7 @@ def test_nothing_is_exported_from_a_bad_checkpoint(
         ),
         (
             ["generate", "builtin:smollm", "--prompt", "x"],
-            "name_or_path: builtin:smollm: no such built-in model; did you mean",
+            "builtin:smollm: no such built-in model; did you mean",
         ),
     ],
 )

@@ -87,7 +87,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (
             ["deepspeed={zero_optimization: {stage: 2}}"],
-            "command line: deepspeed: zero_optimization.stage: a run shards its state under ZeRO-3, got 2; set it to 3",
+            "command line: deepspeed: zero_optimization.stage: method 'lisa' shards its state under ZeRO-3, got 2; set it to 3",
         ),
         (
             ["deepspeed={zero_optimization: {stage: 3, offload_param: {device: nvme, nvme_path: x}}, compile: {deepcompile: true}}"],

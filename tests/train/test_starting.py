@@ -170,7 +170,7 @@ def test_questions_on_a_terminal(folder: Path, typed: str, code: int, said: str)
 def test_recipes_are_listed_printed_and_copied(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    files = {path.stem: path for path in ROOT.glob("configs/**/*.yaml")}
+    files = {path.stem: path for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/recipes/*.yaml")]}
     assert listed.keys() == files.keys()
     assert listed["llama-3.1-8b-24gb"] == "Llama 3.1 8B on one GPU of 24 GB: two layers at a time."
     for name, file in files.items():
@@ -189,6 +189,8 @@ def test_every_key_that_init_writes_has_its_place_in_the_file() -> None:
         ("lisa", "builtin:stdlib-docs", 2**30),
         ("full", "x", None),
         ("lisa", "x", None),
+        ("lora", "x", None),
+        ("galore", "x", None),
         ("lisa", "x", 24 * 2**30),
     ]:
         model = "builtin:smollm2-135m" if memory != 24 * 2**30 else "meta-llama/Llama-3.1-8B"

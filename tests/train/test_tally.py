@@ -168,6 +168,7 @@ def held_out_loss(net: Any) -> float:
     return sum(losses[:EVALUATED]) / EVALUATED
 
 
+@pytest.mark.more
 @pytest.mark.multirank
 def test_skipped_steps_and_rows_without_labels_are_counted_and_in_no_mean(tmp_path: Path) -> None:
     ranks = run_ranks(RANKS, on_ranks, tmp_path, str(tmp_path), timeout_s=300)

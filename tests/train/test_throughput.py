@@ -168,6 +168,7 @@ def stall(folder: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.more
 @pytest.mark.multirank
 def test_what_is_logged_is_what_was_computed(tmp_path: Path) -> None:
     ranks = run_ranks(RANKS, on_ranks, tmp_path, str(tmp_path), timeout_s=240)

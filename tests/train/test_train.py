@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lisa_ds import records
+from lisa_ds import records, run_log
 from lisa_ds.memory import catalogue
 from tests import tiny
 from tests.training_runs import TRACKER, launch, write_run
@@ -113,6 +113,24 @@ def test_trackers_see_lisa(finished: tuple[Path, str]) -> None:
 
 
 @pytest.mark.multirank
+def test_the_log_holds_what_trackers_get_and_what_ran(finished: tuple[Path, str]) -> None:
+    log = run_log.read(finished[0] / "out")
+    assert log.start is not None
+    assert (log.start.world_size, log.start.steps, log.start.device) == (2, 6, "2 x CPU")
+    assert (log.start.config["lisa"]["seed"], log.start.config["deepspeed"]) == (3, None)
+    assert [point.value for point in log.series("lisa/interval")] == [0, 0, 1, 1, 2, 2]
+    switches = [point.value for point in log.series("switch_s")]
+    assert min(switches[1], switches[3]) > max(switches[0], switches[2]) >= 0  # after the second step of two
+    if TRACKER != "none":
+        scalars = read_events(finished[0] / "out")
+        for tag in scalars.Tags()["scalars"]:
+            key = tag.removeprefix("train/") if tag.startswith("train/") else f"eval_{tag.removeprefix('eval/')}"
+            told = [(point.step, point.value) for point in log.series(key)]
+            seen = {scalar.step: scalar.value for scalar in scalars.Scalars(tag)}  # of a step the last, as the log's
+            assert seen == pytest.approx(dict(told), rel=1e-6), tag
+
+
+@pytest.mark.multirank
 def test_the_exported_model_reloads_equal(finished: tuple[Path, str]) -> None:
     model = finished[0] / "out/model"
     assert {path.name for path in model.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
@@ -140,6 +158,9 @@ def test_resume_is_exact_and_passes_over_what_is_incomplete(finished: tuple[Path
     assert "passing over out/checkpoint-6, which has no trainer_state.json" in done.stderr
     assert "--resume auto: going on from out/checkpoint-3, after step 3\n" in done.stdout
     assert "mismatch" not in done.stderr  # of accelerate, about micro-batches that the trainer counts
+    log = run_log.read(copy / "out")
+    assert log.begun_at == (0, 3)
+    assert [point.step for point in log.series("loss")] == [1, 2, 3, 4, 5, 6]
     first, again = (load_file(at / "out/model/model.safetensors") for at in (folder, copy))
     assert all(weight.equal(again[name]) for name, weight in first.items())
     (summary,) = [line for line in output.splitlines() if line.startswith("held-out loss")]

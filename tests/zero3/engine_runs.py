@@ -188,7 +188,7 @@ def run_case(case: Case, engine: Any = None, loss_of: LossOf = own_loss) -> Outc
         if applied % case.interval_steps == 0:
             frozen.clear()
             frozen.update({n: p.ds_tensor.clone() for n, p in parameters.items() if not p.requires_grad})
-        lowest = min(engine.sampled_layers, default=0)
+        lowest = min((engine._stack.units[unit].block for unit in engine.sampled_layers), default=0)
         calls_below.append(calls[:lowest])
         calls_at_lowest.append(calls[lowest])
         calls[:] = [0] * len(calls)
@@ -214,6 +214,7 @@ def run_case(case: Case, engine: Any = None, loss_of: LossOf = own_loss) -> Outc
     for handle in handles:
         handle.remove()
     outcome.extra = {
+        "shape": engine.model_shape,
         "history": engine.layer_history,
         "interval": engine.interval,
         "applied": engine._run.step,

@@ -10,10 +10,13 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import lisa_ds
+from tests.zero3 import engine_runs
 from tests.zero3.memory_runs import resident_bytes
+from tests.zero3.trajectory import Case, Outcome
 
 CASES: list[dict[str, Any]] = [
     {"lisa": {}},
@@ -86,3 +89,19 @@ def _held() -> dict[str, int]:
         "file handles": len(os.listdir("/proc/self/fd")),
         "resident": resident_bytes(),
     }
+
+
+def run_destroyed_again(case: Case) -> Outcome:
+    """An engine in training, while on one rank alone another is destroyed a second time, as the garbage collector does."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    gone = engine_runs.build_engine(case)
+    engine_runs.train(gone, case)
+    gone.destroy()
+
+    def loss_of(engine: Any, batch: Tensor) -> Tensor:
+        loss = engine_runs.own_loss(engine, batch)
+        if dist.get_rank() == 1:
+            gone.destroy()
+        return loss
+
+    return engine_runs.train(engine_runs.build_engine(case), case, loss_of=loss_of)

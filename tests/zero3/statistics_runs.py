@@ -40,10 +40,10 @@ def build_stock(case: Case) -> Any:
 
 def run(case: Case, engine: Any) -> list[dict[str, Any]]:
     """For each whole interval, what was read and what it should be."""
-    stack = LayerStack.from_model(engine.module)
+    stack = getattr(engine, "stack", None) or LayerStack.from_model(engine.module)
     watched = statistics.watch(engine.optimizer, stack)
     assert statistics.watch(engine.optimizer, stack) is watched
-    unit_of = trajectory.units(engine.module)
+    unit_of = trajectory.units(engine.module, case.lisa)
     mark = watched.mark()
     squares: list[Table] = []  # of gradients, by step of the interval
     before: dict[str, Tensor] = {}
@@ -86,7 +86,7 @@ def run(case: Case, engine: Any) -> list[dict[str, Any]]:
         squares.clear()
         before.clear()
 
-    blocks = statistics.BlockGradients(watched, trajectory.LAYERS)  # adds up before it is asked
+    blocks = statistics.BlockGradients(watched, len(stack.units))  # adds up before it is asked
     watched.after_step.append(after_step)
     loop(engine, case, on_step, forget=squares)
     watched.remove()

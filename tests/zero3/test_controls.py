@@ -39,6 +39,7 @@ def test_a_reference_model_stays_stock(tmp_path: Path) -> None:
         assert seen["linear_restored"]
 
 
+@pytest.mark.more
 def test_frozen_embeddings_and_reentrant_checkpointing_in_encoders_and_decoders(tmp_path: Path) -> None:
     for seen in run_ranks(2, run_two_stacks, tmp_path):
         assert seen["t5"]["moved"] == [0, 1, 2, 3, 4, 5]  # three of the encoder, three of the decoder

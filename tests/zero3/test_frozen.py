@@ -33,6 +33,7 @@ CASES = [
 ]
 
 
+@pytest.mark.more
 def test_it_stays_frozen_and_the_others_train(tmp_path: Path) -> None:
     found = run_ranks(2, frozen_runs, tmp_path, CASES, str(tmp_path))[0]
     for case in CASES:

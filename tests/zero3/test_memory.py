@@ -22,6 +22,7 @@ pytestmark = pytest.mark.multirank
 SWITCHES = 100
 
 
+@pytest.mark.more
 def test_memory_is_flat_over_a_hundred_switches(tmp_path: Path) -> None:
     case = Case("flat", interval_steps=1, width=4)  # wide, so that a leaked state would be seen in the resident bytes
     # Looked at after each fifth step: with the embeddings and without, with the head and without.

@@ -110,7 +110,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs[tuple[int, str], list
 
 
 ALL = [(2, case.name) for case in CASES] + [(3, name) for name in ODD]
-on_ranks = pytest.mark.parametrize(("world_size", "name"), shortened(ALL, (2, "plain"), (2, "reentrant"), (3, "plain")))
+on_ranks = pytest.mark.parametrize(("world_size", "name"), shortened(ALL, (2, "plain")))
 
 
 @pytest.mark.by_case("name")
@@ -182,7 +182,8 @@ def test_weights_that_are_not_put_back_are_seen(beside: Any) -> None:
     assert all(len(rank["unrestored"]["moved"]) > 10 for rank in beside["plain"])
 
 
-@pytest.mark.parametrize("world_size", shortened([1, 2, 3], 2))
+@pytest.mark.more
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_what_scoring_keeps_alive_is_what_the_planner_says(tmp_path: Path, world_size: int) -> None:
     for seen in run_ranks(world_size, run_bytes, tmp_path, timeout_s=300):
         blocks = seen.pop("blocks")

@@ -78,6 +78,7 @@ def test_a_rank_of_64_of_a_billion_parameters(tmp_path: Path, rank: int) -> None
     assert f"rank {rank} of 64" in done.stdout
 
 
+@pytest.mark.more
 def test_sizes_that_do_not_divide_and_other_formats_of_state(tmp_path: Path) -> None:
     config = {
         "model_type": "llama",

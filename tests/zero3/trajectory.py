@@ -51,7 +51,8 @@ class Case:
 
     @property
     def lisa_config(self) -> dict[str, Any]:
-        return {"num_sampled_layers": self.num_sampled, "interval_steps": self.interval_steps, "seed": 7, **self.lisa}
+        count = {} if "sampling_ratio" in self.lisa else {"num_sampled_layers": self.num_sampled}
+        return {**count, "interval_steps": self.interval_steps, "seed": 7, **self.lisa}
 
 
 @dataclass
@@ -111,18 +112,24 @@ def make_scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
 
 
-def units(model: nn.Module) -> dict[str, int | str]:
-    """Parameter name to its block or role, told from names alone: independent of lisa_ds.layers."""
+def units(model: nn.Module, lisa: dict[str, Any] | None = None) -> dict[str, int | str]:
+    """Parameter name to its block, matrix or role, told from names alone: independent of lisa_ds.layers."""
     result: dict[str, int | str] = {}
+    lisa = lisa or {}
+    linears = [n.removesuffix(".weight") for n, _ in model.named_parameters() if "proj.weight" in n]
     for name, _ in model.named_parameters():
         if ".layers." in name:
-            result[name] = int(name.split(".layers.")[1].split(".")[0])
+            block = int(name.split(".layers.")[1].split(".")[0])
+            linear = name.rpartition(".")[0]
+            small = len(linears) + block if lisa.get("block_rest") == "with_block" else "block_rest"
+            matrix = linears.index(linear) if linear in linears else small
+            result[name] = block if lisa.get("unit", "block") == "block" else matrix
         else:
             result[name] = "embeddings" if "embed" in name else "lm_head" if "lm_head" in name else "rest"
     return result
 
 
-ROLES = ("embeddings", "lm_head", "rest")
+ROLES = ("embeddings", "lm_head", "rest", "block_rest")
 
 
 def roles_in(case: Case, interval: int) -> tuple[str, ...]:
@@ -137,7 +144,13 @@ def roles_in(case: Case, interval: int) -> tuple[str, ...]:
             return interval in range(0, interval + 1, policy["every"])
         return bool(policy == "always")
 
-    return tuple(role for role in ROLES if trains(role) and not (case.tied and role == "lm_head"))
+    return tuple(
+        role
+        for role in ROLES
+        if trains(role)
+        and not (case.tied and role == "lm_head")
+        and not (role == "block_rest" and case.lisa.get("unit") != "matrix")
+    )
 
 
 def limited(norm: float, before: float | None, growth: float | None) -> float:
@@ -168,7 +181,7 @@ def reference(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
     model = (build() if build else build_model(case.tied, width=case.width, heads=case.heads)).to(device, dtype)
     model.train()
-    unit_of = units(model)
+    unit_of = units(model, case.lisa)
     named = dict(model.named_parameters())
     warmup, growth = case.lisa.get("rewarm_steps", 0), case.lisa.get("norm_growth_limit")
     always = {role for role in ROLES if case.lisa.get(role, "always") == "always"}

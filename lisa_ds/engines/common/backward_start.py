@@ -32,12 +32,13 @@ class BackwardStart:
         self._wrapped: dict[torch.nn.Module, tuple[Callable[..., Any], Callable[..., Any]]] = {}  # original, ours
 
     def move(self, sampled: Collection[int]) -> None:
-        """Set the cut-off at the lowest blocks of ``sampled``, in place of the former ones."""
+        """Set the cut-off at the lowest blocks of what is ``sampled``, in place of the former ones."""
+        blocks = {self._stack.units[unit].block for unit in sampled}
         for block, (original, ours) in self._wrapped.items():
             if getattr(block, CHECKPOINT) is ours:
                 setattr(block, CHECKPOINT, original)
         self._wrapped.clear()
-        lowest = (min((i for i in stack if i in sampled), default=None) for stack in self._stack.stacks)
+        lowest = (min((i for i in stack if i in blocks), default=None) for stack in self._stack.stacks)
         self._lowest = [self._stack.layers[i] for i in lowest if i is not None]
 
     def refresh(self) -> None:

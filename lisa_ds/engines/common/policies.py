@@ -10,16 +10,18 @@ from torch import nn
 from lisa_ds.config import LisaConfig
 from lisa_ds.config.roles import policy_of
 from lisa_ds.errors import ConfigError, ModelError
-from lisa_ds.layers import ROLES, LayerStack, Unit
+from lisa_ds.layers import ROLES, LayerStack
 from lisa_ds.sampling import LayerSampler
+from lisa_ds.sampling.matrices import Matrices
+from lisa_ds.units import numel
 
 
 @dataclass(frozen=True)
 class Frozen:
     """Parameters that were frozen before the engine was built; they stay frozen."""
 
-    layers: tuple[int, ...]
-    """Blocks in which nothing can train: they are left out of the draw."""
+    units: tuple[int, ...]
+    """Blocks, or matrices where they are drawn, in which nothing can train: they are left out of the draw."""
 
     names: tuple[str, ...]
     """All parameters that do not require grad, except those of roles that never train anyway."""
@@ -39,9 +41,21 @@ def check(model: nn.Module, config: LisaConfig) -> None:
         ConfigError: As :func:`apply`, or there are fewer layers than are to be sampled.
         ModelError: It has no block stack, or ``layers_path`` leads to none.
     """
-    stack = LayerStack.from_model(model, config.layers_path)
-    LayerSampler(len(stack.layers), config, interval_steps=1)
+    stack = LayerStack.of_run(model, config)
+    LayerSampler(len(stack.layers), config, interval_steps=1, matrices=matrices(stack, config))
     apply(stack, config, {id(parameter) for parameter in model.parameters()})
+
+
+def matrices(stack: LayerStack, config: LisaConfig) -> Matrices | None:
+    """What is drawn of ``stack``, where that is not blocks."""
+    if config.unit == "block":
+        return None
+    return Matrices(
+        sizes=tuple(sum(numel(p) for p in unit.parameters if p.requires_grad) for unit in stack.units),
+        blocks=tuple(unit.block for unit in stack.units),
+        follows=tuple(unit.follows for unit in stack.units),
+        num_blocks=len(stack.layers),
+    )
 
 
 def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> Frozen:
@@ -57,7 +71,7 @@ def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> Froz
             nothing would train.
         ModelError: Nothing can train in any block, or the optimizer lacks all that could in one.
     """
-    for unit in (*range(len(stack.layers)), *ROLES):
+    for unit in stack.all_units:
         for parameter in stack.parameters(unit):
             # An earlier engine of this model froze it, until its unit would have been sampled; its owner did not.
             if getattr(parameter, "lisa_waits", False):
@@ -69,19 +83,17 @@ def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> Froz
         if policy_of(config, role, tied=stack.tied) == "never":
             for parameter in stack.parameters(role):
                 parameter.requires_grad_(False)
-    trainable = {
-        id(p) for unit in (*range(len(stack.layers)), *ROLES) for p in stack.parameters(unit) if p.requires_grad
-    }
+    trainable = {id(p) for unit in stack.all_units for p in stack.parameters(unit) if p.requires_grad}
     trainable &= set(owned)
-    if len(frozen.layers) == len(stack.layers):
+    if len(frozen.units) == len(stack.units):
         raise ModelError(
             "every layer is frozen: no parameter in any requires grad; unfreeze those that are to be drawn before the engine is built"
         )
-    drawn = config.sampler.layers or range(len(stack.layers))
-    idle = [i for i in drawn if i < len(stack.layers) and trainable.isdisjoint(map(id, stack.parameters(i)))]
-    if idle := [i for i in idle if i not in frozen.layers]:
+    drawn = config.sampler.layers or range(len(stack.units))
+    idle = [i for i in drawn if i < len(stack.units) and trainable.isdisjoint(map(id, stack.parameters(i)))]
+    if idle := [i for i in idle if i not in frozen.units]:
         raise ModelError(
-            f"layers {idle} have parameters that require grad, but the optimizer holds none of them, so an interval that draws "
+            f"{stack.told(idle)} have parameters that require grad, but the optimizer holds none of them, so an interval that draws "
             "them would train nothing there: give the optimizer every parameter, freeze those layers, or name the others in "
             "lisa.sampler: {name: fixed, layers: [...]}"
         )
@@ -100,20 +112,20 @@ def apply(stack: LayerStack, config: LisaConfig, owned: Collection[int]) -> Froz
 
 
 def _frozen(stack: LayerStack, config: LisaConfig) -> Frozen:
-    units: list[Unit] = [*range(len(stack.layers)), *ROLES]
+    units = stack.all_units
     frozen = {unit: [stack.names[id(p)] for p in stack.parameters(unit) if not p.requires_grad] for unit in units}
     counts = {unit: (len(frozen[unit]), len(stack.parameters(unit))) for unit in units}
-    layers = [i for i in range(len(stack.layers)) if counts[i][0] == counts[i][1]]
-    partly = [i for i in range(len(stack.layers)) if 0 < counts[i][0] < counts[i][1]]
+    layers = [i for i in range(len(stack.units)) if counts[i][0] == counts[i][1]]
+    partly = [i for i in range(len(stack.units)) if 0 < counts[i][0] < counts[i][1]]
     notices = []
     if layers:
         notices.append(
-            f"layers {layers} are frozen: no parameter of theirs requires grad. They are left out of the draw"
+            f"{stack.told(layers)} are frozen: no parameter of theirs requires grad. They are left out of the draw"
         )
-    if partly and len(partly) + len(layers) < len(stack.layers):  # not in all alike, as under adapters
+    if partly and len(partly) + len(layers) < len(stack.units):  # not in all alike, as under adapters
         first = partly[0]
         notices.append(
-            f"layers {partly} are frozen in part, and that part stays so: in layer {first}, {counts[first][0]} of {counts[first][1]} "
+            f"{stack.told(partly)} are frozen in part, and that part stays so: in {stack.units[first].name if stack.by_matrices else f'layer {first}'}, {counts[first][0]} of {counts[first][1]} "
             f"parameters ({', '.join(frozen[first][:2])}{', ...' if len(frozen[first]) > 2 else ''})"
         )
     for role in ROLES:
@@ -122,8 +134,8 @@ def _frozen(stack: LayerStack, config: LisaConfig) -> Frozen:
                 f"{role}: {counts[role][0]} of {counts[role][1]} parameters are frozen ({frozen[role][0]}"
                 f"{', ...' if len(frozen[role]) > 1 else ''}) and stay so, whatever lisa.{role} says"
             )
-    told = [unit for unit in units if isinstance(unit, int) or policy_of(config, unit, tied=stack.tied) != "never"]
-    return Frozen(tuple(layers), tuple(name for unit in told for name in frozen[unit]), tuple(notices))
+    asked = [unit for unit in units if isinstance(unit, int) or policy_of(config, unit, tied=stack.tied) != "never"]
+    return Frozen(tuple(layers), tuple(name for unit in asked for name in frozen[unit]), tuple(notices))
 
 
 def always_roles(config: LisaConfig, *, tied: bool) -> tuple[str, ...]:
@@ -131,16 +143,18 @@ def always_roles(config: LisaConfig, *, tied: bool) -> tuple[str, ...]:
     return tuple(role for role in ROLES if policy_of(config, role, tied=tied) == "always")
 
 
-def told(config: LisaConfig, layers: Sequence[int], roles: Sequence[str]) -> str:
+def told(config: LisaConfig, units: Sequence[int], roles: Sequence[str]) -> str:
     """What trains in an interval, for a log line; roles are named if they differ between intervals."""
-    if all(getattr(config, role) in ("always", "never") for role in ROLES):
-        return f"layers {list(layers)}"
-    return f"layers {list(layers)} and {', '.join(roles) or 'nothing else'}"
+    what = f"layers {list(units)}" if config.unit == "block" else f"{len(units)} matrices"
+    if all(getattr(config, role) in ("always", "never") for role in ("embeddings", "lm_head")):
+        return what
+    return f"{what} and {', '.join(roles) or 'nothing else'}"
 
 
 def describe(config: LisaConfig) -> dict[str, str]:
-    """The policy of each role and the format of the state, for a checkpoint: a run resumes under the same ones only."""
+    """What is drawn, the policy of each role and the format of the state, for a checkpoint: a run resumes under the same ones only."""
     return {
+        "unit": config.unit,
         **{role: str(getattr(config, role)) for role in ROLES},
         "optimizer.precision": config.optimizer.precision,
         "optimizer.moments": config.optimizer.moments,

@@ -6,6 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+_BEFORE_THERE_WERE_OTHERS = {
+    **{"unit": "block", "block_rest": "always"},
+    **{"optimizer.precision": "mixed", "optimizer.moments": "fp32"},
+}
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -50,7 +55,7 @@ class Progress:
             roles=tuple(saved["roles"]) if "roles" in saved else None,
             history=tuple(tuple(layers) for layers in saved["history"]),
             num_layers=saved["num_layers"],
-            policies={"optimizer.precision": "mixed", "optimizer.moments": "fp32", **saved["policies"]},  # before these
+            policies={**_BEFORE_THERE_WERE_OTHERS, **saved["policies"]},
             next_draw=saved["next_draw"],
             frozen=None if saved.get("frozen") is None else tuple(saved["frozen"]),
             draws=saved.get("draws"),
@@ -58,7 +63,7 @@ class Progress:
 
     def refusal(self, *, num_layers: int, policies: Mapping[str, str], frozen: Collection[str]) -> str | None:
         """Why a run with these settings cannot resume from here, and the remedy; None if it can."""
-        if self.num_layers != num_layers:
+        if self.num_layers != num_layers and self.policies.get("unit") == policies.get("unit"):
             return f"is of a model with {self.num_layers} layers; this one has {num_layers}"
         if self.policies != policies:
             changed = ", ".join(

@@ -17,6 +17,7 @@ from lisa_ds.engines.common.protocol import Engine
 from lisa_ds.engines.common.rewarm import Rewarm
 from lisa_ds.errors import EngineError
 from lisa_ds.sampling import LayerSampler, resolve_interval_steps
+from lisa_ds.sampling.matrices import Matrices
 from lisa_ds.sampling.roles import roles_at
 
 logger = logging.getLogger("lisa_ds")
@@ -28,6 +29,7 @@ class LisaRun:
     Args:
         config: The run's LISA section.
         num_layers: Blocks of the whole model, on whichever ranks they are.
+        matrices: What is drawn of the whole model, where that is not blocks.
         tied: Whether head and embeddings are one weight.
         frozen: Parameters frozen before the engine was built; see :func:`lisa_ds.engines.common.policies.apply`.
         steps_per_epoch: Optimizer steps in one pass over the data; None where unknown.
@@ -41,6 +43,7 @@ class LisaRun:
         config: LisaConfig,
         *,
         num_layers: int,
+        matrices: Matrices | None = None,
         tied: bool,
         frozen: policies.Frozen,
         steps_per_epoch: int | None,
@@ -50,7 +53,8 @@ class LisaRun:
             num_layers=num_layers,
             config=config,
             interval_steps=resolve_interval_steps(config, steps_per_epoch),
-            frozen=frozen.layers,
+            frozen=frozen.units,
+            matrices=matrices,
         )
         self.step = 0
         """Applied optimizer steps."""
@@ -131,11 +135,11 @@ class LisaRun:
             EngineError: A layer does not exist, or cannot train. Nothing has changed.
         """
         wanted = tuple(sorted({int(layer) for layer in layers}))
-        count = self.num_layers
+        count, what = self.sampler.num_layers, "layers" if self.config.unit == "block" else "matrices"
         if wanted and not 0 <= wanted[0] <= wanted[-1] < count:
-            raise EngineError(f"switch_to: got layers {list(wanted)}, but the model has layers 0 to {count - 1}")
-        if idle := sorted(set(wanted).intersection(self.frozen.layers)):
-            raise EngineError(f"switch_to: layers {idle} were frozen before the engine was built, got {list(wanted)}")
+            raise EngineError(f"switch_to: got {what} {list(wanted)}, but the model has {what} 0 to {count - 1}")
+        if idle := sorted(set(wanted).intersection(self.frozen.units)):
+            raise EngineError(f"switch_to: {what} {idle} were frozen before the engine was built, got {list(wanted)}")
         if self.draws.pending:
             self.draws.go_on()
             self.history.pop()
@@ -155,7 +159,7 @@ class LisaRun:
             sampled=engine.sampled_layers,
             roles=engine.sampled_roles,
             history=tuple(self.history),
-            num_layers=self.num_layers,
+            num_layers=self.sampler.num_layers,
             policies=policies.describe(self.config),
             next_draw=self._next_draw(),
             frozen=self.frozen.names,
@@ -165,7 +169,7 @@ class LisaRun:
     def refusal(self, progress: Progress) -> str | None:
         """Why this run cannot resume from ``progress``; None if it can."""
         return progress.refusal(
-            num_layers=self.num_layers, policies=policies.describe(self.config), frozen=self.frozen.names
+            num_layers=self.sampler.num_layers, policies=policies.describe(self.config), frozen=self.frozen.names
         )
 
     def resume(self, engine: Engine, progress: Progress, where: Any) -> bool:

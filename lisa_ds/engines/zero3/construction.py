@@ -82,7 +82,7 @@ class LisaConstruction(DeepSpeedEngine):
         parallel.check(self)
         if self._fuses:
             accepted.check_optimizer(optimizer, self.state_format)
-        self._stack = LayerStack.from_model(self.module, self._lisa.layers_path)
+        self._stack = LayerStack.of_run(self.module, self._lisa)
         self._shape = parallel.model_shape(self._stack, parallel.data_parallel_size(self), frozen=True)
         groups = getattr(optimizer, "param_groups", [])
         frozen = policies.apply(self._stack, self._lisa, {id(p) for group in groups for p in group["params"]})
@@ -90,6 +90,7 @@ class LisaConstruction(DeepSpeedEngine):
         self._run = LisaRun(
             self._lisa,
             num_layers=len(self._stack.layers),
+            matrices=policies.matrices(self._stack, self._lisa),
             tied=self._stack.tied,
             frozen=frozen,
             steps_per_epoch=self._steps_per_epoch(self),

@@ -17,7 +17,7 @@ from lisa_ds.engines.zero3.release import let_go_of
 from lisa_ds.engines.zero3.scoring.draws import draws_of
 from lisa_ds.engines.zero3.watch.memory_report import memory_report
 from lisa_ds.errors import EngineError
-from lisa_ds.layers import Unit
+from lisa_ds.layers import LayerStack, Unit
 from lisa_ds.memory import SAMPLED_KINDS
 
 logger = logging.getLogger("lisa_ds")
@@ -35,6 +35,8 @@ class LisaEngine(LisaConstruction):
         ConfigError: The LISA section does not fit the model.
     """
 
+    _destroyed = False
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._aim_backward()
@@ -49,8 +51,13 @@ class LisaEngine(LisaConstruction):
     # ---- public ---------------------------------------------------------------------------------------------------
 
     @property
+    def stack(self) -> LayerStack:
+        """The model, taken apart into what is drawn and the roles."""
+        return self._stack
+
+    @property
     def sampled_layers(self) -> tuple[int, ...]:
-        """Blocks that train now, ascending."""
+        """Blocks that train now, ascending; with ``unit: matrix``, indices of matrices in ``stack.units``."""
         sampled: tuple[int, ...] = self.optimizer.sampled
         return sampled
 
@@ -69,6 +76,11 @@ class LisaEngine(LisaConstruction):
     def interval(self) -> int:
         """Index of the current interval, from 0: applied optimizer steps // ``interval_steps``."""
         return self._run.interval
+
+    @property
+    def interval_steps(self) -> int:
+        """Optimizer steps of an interval."""
+        return self._run.sampler.interval_steps
 
     @property
     def ends_interval(self) -> bool:
@@ -147,7 +159,9 @@ class LisaEngine(LisaConstruction):
         """See ``DeepSpeedEngine.destroy``; also drops the process's other references to the engine and its model."""
         self._uninstall_linear()
         super().destroy()
-        let_go_of(self.module)
+        if not self._destroyed:  # again when it is collected, which each rank does at a time of its own
+            self._destroyed = True
+            let_go_of(self.module)
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -164,8 +178,12 @@ class LisaEngine(LisaConstruction):
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
         self._check_gradients()
         super()._take_model_step(*args, **kwargs)
-        if self._step_applied and self._run.stepped(self):  # a skipped (overflow) step is no step
+        if self._step_applied and self.count_step():  # a skipped (overflow) step is no step
             self._log_interval()
+
+    def count_step(self) -> bool:
+        """Count an applied step; after an interval's last one draw layers and switch to them, and return True."""
+        return self._run.stepped(self)
 
     def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
         """See ``DeepSpeedEngine.backward``."""
@@ -178,7 +196,7 @@ class LisaEngine(LisaConstruction):
         missing = self.optimizer.sampled_without_gradient()
         if missing and self._backward_may_stop:
             raise EngineError(
-                f"layers {list(missing)} are sampled, but backward gave them no gradient. With frozen embeddings, reentrant "
+                f"{self._stack.told(missing)} are sampled, but backward gave them no gradient. With frozen embeddings, reentrant "
                 "checkpointing that is not transformers' own (torch's, deepspeed.checkpointing) cuts them off: use "
                 "torch.utils.checkpoint with use_reentrant=False, or let the embeddings' output require grad: "
                 "embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())"
@@ -278,7 +296,7 @@ class LisaEngine(LisaConstruction):
         return state
 
     def _log_interval(self) -> None:
-        if self.global_rank == 0:
+        if self.global_rank == 0 and logger.isEnabledFor(logging.INFO):
             report = self.memory_report()
             live = sum(report[kind] for kind in SAMPLED_KINDS)
             logger.info(

@@ -139,10 +139,11 @@ def model_shape(stack: LayerStack, world_size: int, *, frozen: bool) -> ModelSha
             whole[unit] = tuple(_share(p, size, world_size) for p, size in zip(parameters, sizes, strict=True))
         return whole
 
+    of_blocks = len(stack.layers) if stack.by_matrices else None
     if not frozen:
-        return ModelShape.from_numels(numels(trainable=None), tied=stack.tied)
+        return ModelShape.from_numels(numels(trainable=None), tied=stack.tied, of_blocks=of_blocks)
     apart = [numel for unit in numels(trainable=False).values() for numel in unit]
-    return ModelShape.from_numels(numels(trainable=True), tied=stack.tied, frozen=apart)
+    return ModelShape.from_numels(numels(trainable=True), tied=stack.tied, frozen=apart, of_blocks=of_blocks)
 
 
 def _share(parameter: Any, numel: int, world_size: int) -> int:

@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import ClassVar
 
+from lisa_ds.config.stages import ZERO_STAGES
 from lisa_ds.memory.architectures import Architecture
 from lisa_ds.memory.residents import Residents
 from lisa_ds.memory.run_settings import PARTS, Forecast, RunSettings
 from lisa_ds.memory.state import ModelShape, partitions
-from lisa_ds.memory.step import StepSettings, step_peaks
+from lisa_ds.memory.step import StepPeaks, StepSettings, step_peaks
 
 Candidate = tuple[str, str, Callable[[RunSettings], RunSettings]]
 """A change to a run: what to write, what it costs, and the changed run."""
@@ -27,11 +28,13 @@ class Method(ABC):
     title: ClassVar[str]
     """The name in reports."""
 
-    shards: ClassVar[bool] = True
-    """Whether weights and state are partitioned over ranks."""
-
     chooses_bucket: ClassVar[bool] = False
     """Whether its engine chooses the reduce bucket where the config names none; else transformers does, or DeepSpeed."""
+
+    @property
+    def shards(self) -> bool:
+        """Whether weights and state are partitioned over ranks."""
+        return bool(ZERO_STAGES[self.name])
 
     @abstractmethod
     def forecast(
@@ -100,9 +103,17 @@ class UnderZero3(Method):
         """Rank of the adapters beside each linear of the blocks; 0 for none."""
         return 0
 
+    def stage(self, run: RunSettings) -> int:
+        """The ZeRO stage."""
+        return 3
+
     def default_bucket(self, shape: ModelShape) -> int:
         """Elements of the reduce bucket where the config names none."""
         return DEEPSPEEDS_BUCKET
+
+    def peaks(self, architecture: Architecture, run: RunSettings, settings: StepSettings, held: Residents) -> StepPeaks:
+        """The peaks of a step beyond what stays; arguments as of :meth:`own_phases`."""
+        return step_peaks(architecture, settings, sampled=held.blocks, roles=held.roles)
 
     def own_phases(
         self,
@@ -139,7 +150,8 @@ class UnderZero3(Method):
         bucket = self.default_bucket(architecture.shape) if run.bucket_size is None else run.bucket_size
         settings = StepSettings(
             tokens=run.tokens,
-            world_size=run.world_size,
+            world_size=run.world_size if self.stage(run) == 3 else 1,  # nothing is gathered of what is not partitioned
+            sequence=run.sequence,
             width=run.width,
             checkpointing=run.checkpointing,
             bucket_size=bucket,
@@ -148,13 +160,13 @@ class UnderZero3(Method):
             fused_loss=run.fused_loss,
             gather=run.gather,
         )
-        peaks = step_peaks(architecture, settings, sampled=held.blocks, roles=held.roles)
+        peaks = self.peaks(architecture, run, settings, held)
         state = {**held.state, "buckets": bucket * run.width}
         host: dict[str, int] = {}
         if run.offload_optimizer:
             host = {part: state.pop(part) for part in ("gradients", "master", "moments")}
-            # The update is computed there, from an fp32 gradient beside the one that was reduced.
-            host["gradients"] += host["master"]
+            # The update is computed there, from an fp32 gradient; under ZeRO-3 beside the one that was reduced.
+            host["gradients"] = host["master"] + (host["gradients"] if self.stage(run) == 3 else 0)
         if run.second_copies > 1:
             state["weights"] += run.width * -(-sum(architecture.shape.all()) // run.second_copies)
         if run.offload_param:
@@ -168,7 +180,7 @@ class UnderZero3(Method):
             "step": added(state, small, {"scratch": (4 + run.width) * held.sub_group if casts else 0}),
         }
         phases |= self.own_phases(architecture, run, settings, held, state, phases)
-        gathered = held.largest_parameter * run.width if run.world_size > 1 else 0
+        gathered = held.largest_parameter * run.width if settings.world_size > 1 else 0
         phases["export"] = added(state, small, {"gathered": gathered})
         host["export on rank 0"] = run.width * whole.num_parameters
         return Forecast({name: tidy(parts) for name, parts in phases.items()}, {k: v for k, v in host.items() if v})

@@ -9,12 +9,13 @@ from typing import Any
 from lisa_ds.config import LisaConfig
 from lisa_ds.config.roles import ROLES, policy_of
 from lisa_ds.memory.architectures import Architecture
+from lisa_ds.memory.matrices import shape_of, trained, worst
 from lisa_ds.memory.methods.base import Candidate, UnderZero3, added, total
 from lisa_ds.memory.probe import probe_bytes
 from lisa_ds.memory.residents import Residents, by_part, residents
 from lisa_ds.memory.run_settings import RunSettings
 from lisa_ds.memory.state import ModelShape, Precision, default_bucket, partitions, plan, state_bytes
-from lisa_ds.memory.step import StepSettings, step_peaks
+from lisa_ds.memory.step import Sampled, StepPeaks, StepSettings, step_peaks
 
 
 class Lisa(UnderZero3):
@@ -34,16 +35,18 @@ class Lisa(UnderZero3):
         roles: Collection[str] | None = None,
     ) -> Residents:
         """See the base class."""
-        shape = architecture.shape
+        shape = shape_of(architecture, run.lisa)
         may, steady = (shape.roles(run.lisa, always=only) for only in (False, True))
         trains = may if roles is None else list(roles)
-        blocks = _worst(shape, run.lisa) if sampled is None else list(sampled)
-        if sampled is None and trains == may:
+        by_matrix = shape.of_blocks is not None
+        draw = _worst(shape, run.lisa) if sampled is None else list(sampled)
+        blocks: Sampled = draw
+        if by_matrix:
+            blocks = worst(architecture, run.lisa)[0] if sampled is None else trained(architecture, draw)
+        if sampled is None and (trains == may or by_matrix):
             table = plan(shape, run.lisa, world_size=run.world_size, precision=_precision(run)).most
         else:
-            table = state_bytes(
-                shape, sampled=blocks, roles=trains, world_size=run.world_size, precision=_precision(run)
-            )
+            table = state_bytes(shape, sampled=draw, roles=trains, world_size=run.world_size, precision=_precision(run))
         none = state_bytes(
             replace(shape, layers=()), sampled=[], roles=steady, world_size=run.world_size, precision=_precision(run)
         )
@@ -60,6 +63,18 @@ class Lisa(UnderZero3):
         )
         stepped = [*shape.layers, *(getattr(shape, role) for role in trains)]  # a unit is a sub-group
         return replace(held, sub_group=max(sum(partitions(unit, run.world_size)) for unit in stepped))
+
+    def peaks(self, architecture: Architecture, run: RunSettings, settings: StepSettings, held: Residents) -> StepPeaks:
+        """See the base class: of matrices, those of several draws that could be the worst."""
+        if run.lisa.unit == "block":
+            return super().peaks(architecture, run, settings, held)
+        draws: list[Sampled] = [*worst(architecture, run.lisa)]
+        draws = draws if held.blocks in draws else [held.blocks]  # a draw that was given
+        found = [step_peaks(architecture, settings, sampled=draw, roles=held.roles) for draw in draws]
+        forward, backward = (
+            max((getattr(peak, phase) for peak in found), key=total) for phase in ("forward", "backward")
+        )
+        return replace(found[0], forward=forward, backward=backward)
 
     def default_bucket(self, shape: ModelShape) -> int:
         """See the base class."""
@@ -92,6 +107,8 @@ class Lisa(UnderZero3):
         trains = []
         for role in ROLES:
             policy = policy_of(lisa, role, tied=tied)
+            if role == "block_rest" and lisa.unit == "block":
+                continue
             if policy != "never" and not (tied and role == "lm_head"):
                 trains.append(role if policy == "always" else f"{role} ({policy})")
         if lisa.sampler.layers:
@@ -100,6 +117,8 @@ class Lisa(UnderZero3):
             drawn = f"{lisa.sampling_ratio:.0%} of the layers"
         else:
             drawn = f"{lisa.num_sampled_layers} layers at a time"
+        if lisa.unit == "matrix":
+            drawn = f"matrices of {drawn.replace(' at a time', '')}' size at a time"
         if lisa.growth is not None:
             drawn += f", later up to {lisa.growth.largest()[1]}"
         return f"{self.title}: {drawn}" + (f" and {', '.join(trains)}" if trains else "")
@@ -145,7 +164,7 @@ def _worst(shape: ModelShape, lisa: LisaConfig) -> list[int]:
     """The blocks of the draw that takes the most memory: the lowest ones, for which backward runs furthest."""
     if lisa.sampler.layers:
         return list(lisa.sampler.layers)
-    count = len(shape.layers) if lisa.sampler.varies else lisa.most_sampled(len(shape.layers))
+    count = shape.num_blocks if lisa.sampler.varies else lisa.most_sampled(shape.num_blocks)
     return list(range(count))
 
 

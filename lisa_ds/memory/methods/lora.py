@@ -1,14 +1,17 @@
-"""LoRA: frozen weights, and adapters on every linear of the blocks, under stock ZeRO-3."""
+"""LoRA: frozen weights, and adapters on linears of the blocks, under stock ZeRO-3 or ZeRO-2."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from lisa_ds.memory.architectures import Architecture
 from lisa_ds.memory.methods.base import UnderZero3
 from lisa_ds.memory.residents import Residents, residents
 from lisa_ds.memory.run_settings import RunSettings
-from lisa_ds.memory.state import partitions
+from lisa_ds.memory.state import ModelShape, partitions
+
+_ALIGNED = 2
+"""Elements that ZeRO-2's flat buffer is a multiple of, on each rank."""
 
 
 class Lora(UnderZero3):
@@ -25,27 +28,49 @@ class Lora(UnderZero3):
         roles: Collection[str] | None = None,
     ) -> Residents:
         """See the base class."""
-        matrices = adapters(architecture, run.lora_rank)
-        trained = sum(partitions(matrices, run.world_size))
-        frozen = sum(partitions(architecture.shape.all(), run.world_size))
+        matrices = adapters(architecture, run)
+        shape = architecture.shape
+        if run.stage == 2:
+            aligned = _ALIGNED * run.world_size
+            flat = -(-sum(matrices) // aligned) * aligned
+            trained, weights = flat // run.world_size, sum(shape.all()) + flat
+        else:
+            trained = sum(partitions(matrices, run.world_size))
+            weights = sum(partitions(shape.all(), run.world_size)) + trained
         state = {
-            "weights": run.width * (frozen + trained),
+            "weights": run.width * weights,
             "gradients": run.gradient_width * trained,
             "master": 4 * trained,
             "moments": 8 * trained,
         }
-        return residents(architecture.shape, run, state, trained=matrices, blocks=(), roles=())
+        return residents(shape, run, state, trained=matrices, blocks=(), roles=())
+
+    def stage(self, run: RunSettings) -> int:
+        """See the base class."""
+        return run.stage
 
     def adapter_rank(self, run: RunSettings) -> int:
         """See the base class."""
-        return run.lora_rank
+        return run.lora.rank
+
+    def least(self, shape: ModelShape, run: RunSettings) -> int:
+        """See the base class; under ZeRO-2 each rank holds all weights."""
+        return run.width * sum(shape.all()) if run.stage == 2 else super().least(shape, run)
 
     def notes(self, run: RunSettings) -> list[str]:
         """See the base class."""
-        return [f"LoRA: rank {run.lora_rank} on every linear of the blocks, with an fp32 master copy of the adapters"]
+        where = "every linear of the blocks" if run.lora.targets == "all-linear" else f"{run.lora.targets}"
+        stage = ", under ZeRO-2: each rank holds all weights" if run.stage == 2 else ""
+        return [f"LoRA: rank {run.lora.rank} on {where}, with an fp32 master copy of the adapters{stage}"]
 
 
-def adapters(architecture: Architecture, rank: int) -> list[int]:
-    """Elements of each matrix of adapters on every linear of the blocks: ``rank x in`` and ``out x rank``."""
-    linears = [module.shapes[0] for module in architecture.block if module.kind == "linear"]
-    return [rank * size for out, into in linears for size in (into, out)] * architecture.num_layers
+def adapters(architecture: Architecture, run: RunSettings) -> list[int]:
+    """Elements of each matrix of the adapters: ``rank x in`` and ``out x rank``, and DoRA's magnitudes, ``out``."""
+
+    def sizes() -> Iterator[int]:
+        for out, into in architecture.linears(run.lora.targets, inside=False, conv1d=True):
+            yield from (run.lora.rank * into, run.lora.rank * out)
+            if run.lora.dora:
+                yield out
+
+    return list(sizes())

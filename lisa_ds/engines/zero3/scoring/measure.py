@@ -41,7 +41,7 @@ def measure(engine: Any, lisa: LisaConfig, calibration: Calibration | None) -> l
     kind = chosen.kind.probe
     if kind is None:
         norms = UnitStatistics(engine.optimizer, engine._stack).weight_norms()
-        return scores.of_weights(norms, len(engine._stack.layers))
+        return scores.of_weights(norms, len(engine._stack.units))
     assert calibration is not None  # see check
     probe = Probe(
         engine.optimizer,

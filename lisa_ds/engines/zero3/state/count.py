@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from lisa_ds.engines.common.storage import storage_bytes
 
 
 def state_bytes(masters: Iterable[Tensor], moments: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -33,13 +34,3 @@ def own_masters(masters: Iterable[Tensor], weights: Iterable[Tensor]) -> list[Te
     """Those of ``masters`` (the partitions that are updated) that are copies, not the 16-bit ``weights`` themselves."""
     themselves = {flat.data_ptr() for flat in weights}
     return [master for master in masters if master.data_ptr() not in themselves]
-
-
-def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of the distinct storages behind ``tensors``."""
-    storages = {}
-    for tensor in tensors:
-        if torch.is_tensor(tensor):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr(), str(storage.device)] = storage.nbytes()
-    return sum(storages.values())

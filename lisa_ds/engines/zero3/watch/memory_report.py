@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from lisa_ds.engines.common.storage import storage_bytes
 from lisa_ds.engines.zero3.optimizer.window import WindowedStage3
-from lisa_ds.engines.zero3.state.count import own_masters, state_bytes, storage_bytes
+from lisa_ds.engines.zero3.state.count import own_masters, state_bytes
 from lisa_ds.memory import Precision
 from lisa_ds.optim import StateFormat
 

@@ -203,11 +203,11 @@ class UnitStatistics:
 
 
 class BlockGradients:
-    """The gradient norms of the blocks, interval by interval; unlike readings between marks, they resume bit-exactly.
+    """The gradient norms of what is drawn, interval by interval; unlike readings between marks, they resume bit-exactly.
 
     Args:
         statistics: See :func:`watch`.
-        num_layers: Number of blocks.
+        num_layers: How many blocks, or matrices, there are.
     """
 
     def __init__(self, statistics: UnitStatistics, num_layers: int) -> None:
@@ -269,7 +269,7 @@ def block_norms(norms: Mapping[Unit, float | None], num_layers: int) -> list[flo
 
 def units_of(stack: LayerStack) -> tuple[Unit, ...]:
     """The units of a model that have parameters, in the order they run."""
-    every: tuple[Unit, ...] = ("embeddings", *range(len(stack.layers)), "lm_head", "rest")
+    every: tuple[Unit, ...] = ("embeddings", *range(len(stack.units)), "block_rest", "lm_head", "rest")
     return tuple(unit for unit in every if stack.parameters(unit))
 
 

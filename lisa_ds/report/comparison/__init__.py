@@ -1,0 +1,1 @@
+"""Tables and figures of a comparison, from its records alone: ``read``, ``table`` and ``figures``."""
