@@ -102,6 +102,9 @@ RUNS = [
         zero={"stage": 2, **BUCKET}),
     Run("SmolLM2-135M, LoRA r8 on attention, ZeRO-2, checkpointing, 2 ranks", "SmolLM2-135M", 2, "lora", batch=2, checkpointing=True,
         lora={"rank": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}, zero={"stage": 2, **BUCKET}),
+    Run("SmolLM2-135M, LoRA r8 with dropout, 2 ranks", "SmolLM2-135M", 2, "lora", batch=2, lora={"rank": 8, "dropout": 0.1}, zero=BUCKET),
+    Run("SmolLM2-135M, LoRA r8, DoRA, ZeRO-2, 2 ranks", "SmolLM2-135M", 2, "lora", batch=2, lora={"rank": 8, "dora": True},
+        zero={"stage": 2, **BUCKET}),
     Run("SmolLM2-135M, GaLore r128, 2 ranks", "SmolLM2-135M", 2, "galore", batch=2, galore={"rank": 128}),
     Run("SmolLM2-135M, GaLore r128, 8-bit moments, 1 rank", "SmolLM2-135M", 1, "galore", batch=2,
         galore={"rank": 128, "moments": "int8"}),
@@ -195,7 +198,13 @@ def _with_adapters(run: Run, model: Any) -> Any:
 
     settings = run.settings().lora
     paths = [path for path in all_linears(model, conv1d=True) if chosen(settings.targets, path, inside=False)]
-    made = Adapters(r=settings.rank, lora_alpha=settings.scale_numerator, target_modules=paths)
+    made = Adapters(
+        r=settings.rank,
+        lora_alpha=settings.scale_numerator,
+        lora_dropout=settings.dropout,
+        use_dora=settings.dora,
+        target_modules=paths,
+    )
     return get_peft_model(model, made, autocast_adapter_dtype=False)
 
 

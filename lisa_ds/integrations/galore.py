@@ -13,8 +13,11 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from lisa_ds.config.formats import SMALLEST_INT8
+from lisa_ds.config.formats import QUANT_BLOCK, SMALLEST_INT8
 from lisa_ds.ops.reference import dequantise_signed, dequantise_unsigned, quantise_signed, quantise_unsigned
+
+CHUNK = 4096 * QUANT_BLOCK
+"""Elements that :class:`Int8` steps at a time."""
 
 
 def install(
@@ -152,41 +155,69 @@ class Int8(torch.optim.Optimizer):
         projector = state.get("projector")
         if projector is not None:
             gradient = projector.project(gradient, step)
-        first, second = _decoded(state, gradient)
         (beta1, beta2), step = group["betas"], step + 1
-        gradient = gradient.float()
-        first = first.mul(beta1).add_(gradient, alpha=1 - beta1)
-        second = second.mul(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         rate = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        update = (first / (second.sqrt() + group["eps"])).to(parameter.dtype)
-        if projector is not None:
-            update = projector.project_back(update)
-        parameter.add_(update, alpha=-rate)
+        if "exp_avg" not in state:
+            state.update(_zeros(gradient))
+        in_place = projector is None and parameter.is_contiguous()
+        update = (
+            parameter.view(-1) if in_place else torch.empty_like(gradient, dtype=parameter.dtype).contiguous().view(-1)
+        )
+        flat = gradient.reshape(-1)
+        for begin in range(
+            0, flat.numel(), CHUNK
+        ):  # whole moments in fp32 would take four times the weights of an embedding
+            part = slice(begin, min(begin + CHUNK, flat.numel()))
+            piece = flat[part].float()
+            first, second = _decoded(state, part)
+            first = first.mul(beta1).add_(piece, alpha=1 - beta1)
+            second = second.mul(beta2).addcmul_(piece, piece, value=1 - beta2)
+            _encode(state, part, first, second)
+            made = first.div_(second.sqrt_().add_(group["eps"])).to(parameter.dtype)
+            if in_place:
+                update[part].add_(made, alpha=-rate)
+            else:
+                update[part] = made
+        if not in_place:
+            whole = update.view(gradient.shape)
+            parameter.add_(whole if projector is None else projector.project_back(whole), alpha=-rate)
         if group["weight_decay"] > 0:
             parameter.add_(parameter, alpha=-group["lr"] * group["weight_decay"])
         state["step"] = step
-        _encode(state, first, second)
 
 
-def _decoded(state: Mapping[str, Any], gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """The two moments in fp32, in the shape of the gradient; zero before the first step."""
-    if "exp_avg" not in state:
-        return gradient.new_zeros(gradient.shape, dtype=torch.float32), gradient.new_zeros(
-            gradient.shape, dtype=torch.float32
-        )
+def _zeros(gradient: Tensor) -> dict[str, Tensor]:
+    """The moments before the first step."""
+    numel, scales = gradient.numel(), -(-gradient.numel() // QUANT_BLOCK)
+    if numel < SMALLEST_INT8:
+        return {key: torch.zeros_like(gradient, dtype=torch.float32).contiguous() for key in ("exp_avg", "exp_avg_sq")}
+    return {
+        "exp_avg": gradient.new_zeros(numel, dtype=torch.int8),
+        "exp_avg_scale": gradient.new_zeros(scales, dtype=torch.float32),
+        "exp_avg_sq": gradient.new_zeros(numel, dtype=torch.uint8),
+        "exp_avg_sq_scale": gradient.new_zeros(scales, dtype=torch.float32),
+    }
+
+
+def _decoded(state: Mapping[str, Any], part: slice) -> tuple[Tensor, Tensor]:
+    """A part of the two moments in fp32."""
+    first, second = state["exp_avg"].view(-1)[part], state["exp_avg_sq"].view(-1)[part]
     if "exp_avg_scale" not in state:
-        return state["exp_avg"], state["exp_avg_sq"]
-    first = dequantise_signed(state["exp_avg"], state["exp_avg_scale"])
-    second = dequantise_unsigned(state["exp_avg_sq"], state["exp_avg_sq_scale"])
-    return first.view(gradient.shape), second.view(gradient.shape)
+        return first, second
+    scales = _scales(part)
+    return (
+        dequantise_signed(first, state["exp_avg_scale"][scales]),
+        dequantise_unsigned(second, state["exp_avg_sq_scale"][scales]),
+    )
 
 
-def _encode(state: dict[str, Any], first: Tensor, second: Tensor) -> None:
-    if first.numel() < SMALLEST_INT8:
-        state["exp_avg"], state["exp_avg_sq"] = first, second
+def _encode(state: Mapping[str, Any], part: slice, first: Tensor, second: Tensor) -> None:
+    if "exp_avg_scale" not in state:
+        state["exp_avg"].view(-1)[part], state["exp_avg_sq"].view(-1)[part] = first, second
         return
-    for key, (codes, scales) in (
-        ("exp_avg", quantise_signed(first.reshape(-1))),
-        ("exp_avg_sq", quantise_unsigned(second.reshape(-1))),
-    ):
-        state[key], state[f"{key}_scale"] = codes.clone(), scales  # the codes are a view of whole blocks
+    for key, (codes, scales) in (("exp_avg", quantise_signed(first)), ("exp_avg_sq", quantise_unsigned(second))):
+        state[key][part], state[f"{key}_scale"][_scales(part)] = codes, scales
+
+
+def _scales(part: slice) -> slice:
+    return slice(part.start // QUANT_BLOCK, -(-part.stop // QUANT_BLOCK))

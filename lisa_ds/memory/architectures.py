@@ -62,17 +62,24 @@ class Architecture:
             tied=self.tied,
         )
 
-    def linears(self, targets: Targets, *, inside: bool, conv1d: bool) -> list[tuple[int, int]]:
-        """``(out, in)`` of each linear of all blocks that ``targets`` names; arguments as of :func:`lisa_ds.models.linears.linears`."""
+    def chosen(self, targets: Targets, *, inside: bool, conv1d: bool) -> dict[int, frozenset[int]]:
+        """By block, the places in :attr:`block` of the linears that ``targets`` names; arguments as of :func:`lisa_ds.models.linears.linears`."""
         if self.kind == "gpt2" and not conv1d:  # all of its linears are
-            return []
-        named = [(module.name, module.shapes[0]) for module in self.block if module.name]
-        return [
-            (out, into)
+            return {}
+        named = [(place, module.name) for place, module in enumerate(self.block) if module.name]
+        found = {
+            block: frozenset(
+                place for place, name in named if chosen(targets, f"{self.path}.{block}.{name}", inside=inside)
+            )
             for block in range(self.num_layers)
-            for name, (out, into) in named
-            if chosen(targets, f"{self.path}.{block}.{name}", inside=inside)
-        ]
+        }
+        return {block: places for block, places in found.items() if places}
+
+    def linears(self, targets: Targets, *, inside: bool, conv1d: bool) -> list[tuple[int, int]]:
+        """``(out, in)`` of each linear of all blocks that ``targets`` names; arguments as of :meth:`chosen`."""
+        by_block = self.chosen(targets, inside=inside, conv1d=conv1d)
+        matrices = [self.block[place].shapes[0] for places in by_block.values() for place in sorted(places)]
+        return [(out, into) for out, into in matrices]
 
     @property
     def modules(self) -> tuple[Module, ...]:

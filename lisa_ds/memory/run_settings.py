@@ -49,6 +49,9 @@ class RunSettings:
     bucket_size: int | None = None
     """Elements of the reduce bucket; None for the engine's own choice."""
 
+    overlap_comm: bool = False
+    """Whether buckets are reduced while backward goes on, for which ZeRO-2 has two of them."""
+
     gather: GatherSettings = field(default_factory=GatherSettings)
     offload_optimizer: bool = False
     offload_param: bool = False

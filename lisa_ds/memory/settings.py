@@ -101,6 +101,7 @@ def from_run(config: RunConfig, architecture: Architecture, *, num_ranks: int) -
         fused_loss=training.fused_loss
         and architecture.sizes.norm == "rms",  # Liger knows Llama and those built like it
         bucket_size=bucket,
+        overlap_comm=zero.get("overlap_comm") is True,
         gather=GatherSettings(**{key: value for key, value in given.items() if value is not None}),
         offload_optimizer=_device(zero, "offload_optimizer") == "cpu",
         offload_param=_device(zero, "offload_param") == "cpu",

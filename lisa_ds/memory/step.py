@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from lisa_ds.memory.architectures import Architecture, Module
 from lisa_ds.memory.gather import Coordinator, GatherSettings
+from lisa_ds.memory.gradients import Gradients, GradientSettings
 from lisa_ds.memory.ledger import Ledger
-from lisa_ds.memory.tape import Tape, block, embedding, head
+from lisa_ds.memory.tape import Adapters, Tape, block, embedding, head
 
 Sampled = Collection[int] | Mapping[int, frozenset[int]]
 """Blocks that train; or by block the indices of its modules that do."""
@@ -37,17 +38,12 @@ class StepSettings:
     checkpointing: bool = False
     """Whether blocks keep only their input and are recomputed in backward (activation checkpointing)."""
 
-    bucket_size: int = 0
-    """Elements of the reduce bucket."""
-
-    gradient_width: int = 0
-    """Bytes of an element of gradients that stay in place until the step; 0 where they are reduced out of a bucket."""
-
+    gradients: GradientSettings = field(default_factory=GradientSettings)
     forgets_inputs: bool = True
     """Whether frozen linears keep no input (LISA's engine) or do (DeepSpeed's)."""
 
-    adapter_rank: int = 0
-    """Rank of LoRA adapters on every linear of the blocks; 0 for none."""
+    adapters: Mapping[int, Adapters] = field(default_factory=dict)
+    """LoRA adapters, by block."""
 
     fused_loss: bool = False
     """Whether Liger computes head and loss together."""
@@ -101,7 +97,10 @@ class _Step:
             if s.tape.trained(module)
             for number in numbers
         } | self._always
-        self._bucket: list[int] = []
+        tied = self._sections[0].numbers[0] if architecture.tied else ()
+        self._gradients = Gradients(
+            self._numels, tied, settings.world_size, settings.width, settings.gradients, self._ledger
+        )
         self._coordinator = Coordinator(
             self._numels, self._order(), settings.world_size, settings.width, settings.gather, self._ledger
         )
@@ -116,7 +115,7 @@ class _Step:
         for section in reversed(self._sections):
             if section.records:
                 self._backward(section)
-        self._reduce()
+        self._gradients.finish()
         return StepPeaks(forward, self._ledger.at_peak, persistent)
 
     # ---- the model ------------------------------------------------------------------------------------------------
@@ -132,20 +131,21 @@ class _Step:
         self._hidden_bytes = start.ops[-1].size
         sections = [self._section(0, start, embeddings_train, False)]
         tied = sections[0].numbers[0]
-        grad = embeddings_train or settings.adapter_rank > 0
+        grad = embeddings_train
         beside: frozenset[int] = frozenset()
         if "block_rest" in roles:
             beside = frozenset(i for i, module in enumerate(architecture.block) if module.kind == "norm")
-        of_block = {index: sampled.get(index, frozenset()) | beside for index in range(architecture.num_layers)}
-        tapes = {trained: self._tape(trains=trained) for trained in set(of_block.values())}  # all blocks are alike
-        for tape in tapes.values():
-            tape.adapter_rank = settings.adapter_rank
-            block(architecture, tape)
+        tapes: dict[tuple[frozenset[int], Adapters | None], Tape] = {}  # most blocks are alike
         for index in range(architecture.num_layers):
-            trained = of_block[index]
-            sections.append(self._section(index + 1, tapes[trained], bool(trained), grad))
+            trained, adapters = sampled.get(index, frozenset()) | beside, settings.adapters.get(index)
+            if (trained, adapters) not in tapes:
+                tapes[trained, adapters] = tape = self._tape(trains=trained)
+                tape.adapters = adapters
+                block(architecture, tape)
+            trains = bool(trained) or adapters is not None
+            sections.append(self._section(index + 1, tapes[trained, adapters], trains, grad))
             sections[-1].checkpointed = settings.checkpointing and sections[-1].records
-            grad = grad or bool(trained)
+            grad = grad or trains
         head_role = "embeddings" if architecture.tied else "lm_head"
         tape = self._tape(trains=head_role in roles)
         head(architecture, tape, fused=settings.fused_loss)
@@ -244,8 +244,9 @@ class _Step:
                     ledger.briefly(gradient, sizes[name])  # another reader's share, added in place
                 else:
                     ledger.add(gradient, sizes[name])
-            if op.module is not None:
-                self._weight_gradients(section, op.module)
+            for number in section.numbers[op.module] if op.module is not None else ():
+                if number in self._trainable:
+                    self._gradients.made(number, in_head=self._is_head(section))
             ledger.drop(f"{place(op.out)}.grad")
             for name in op.keeps:
                 left[name] -= 1
@@ -254,46 +255,6 @@ class _Step:
             if op.module is not None:
                 self._coordinator.release(visit)
         ledger.drop(place("x"))
-
-    # ---- gradients of parameters ----------------------------------------------------------------------------------
-
-    def _weight_gradients(self, section: _Section, module: int) -> None:
-        for number in section.numbers[module]:
-            if number not in self._trainable:
-                continue
-            if self._settings.gradient_width:
-                size = self._numels[number] * self._settings.gradient_width
-                name = f"gradients/{number}"
-                (self._ledger.briefly if name in self._ledger.sizes else self._ledger.add)(name, size)
-                continue
-            size = self._numels[number] * self._settings.width
-            name = f"gradients in flight/{number}"
-            if self._is_head(section) and number in self._sections[0].numbers[0]:
-                self._ledger.add(name, size)  # tied: waits for the embeddings' share
-                continue
-            if name in self._ledger.sizes:
-                self._ledger.briefly(name, size)
-            else:
-                self._ledger.add(name, size)
-            elements = sum(self._numels[other] for other in self._bucket)
-            if self._bucket and elements + self._numels[number] > self._settings.bucket_size:
-                self._reduce()
-                elements = 0
-            self._bucket.append(number)
-            if elements + self._numels[number] <= self._settings.bucket_size:
-                self._ledger.drop(name)  # copied into the bucket
-
-    def _reduce(self) -> None:
-        """Reduce-scatter the bucket, through a copy of it in which each rank's part is contiguous."""
-        if not self._bucket:
-            return
-        world = self._settings.world_size
-        padded = sum(-(-self._numels[number] // world) * world for number in self._bucket)
-        alone = len(self._bucket) == 1 and self._numels[self._bucket[0]] % world == 0
-        self._ledger.briefly("gradients in flight/reduce", 0 if alone else padded * self._settings.width)
-        for number in self._bucket:
-            self._ledger.drop(f"gradients in flight/{number}")
-        self._bucket.clear()
 
 
 def step_peaks(

@@ -37,6 +37,21 @@ class Op:
     """Index of the module whose parameters it reads."""
 
 
+@dataclass(frozen=True)
+class Adapters:
+    """LoRA adapters in one block."""
+
+    rank: int
+    places: frozenset[int]
+    """Places, in the block, of the linears that have one."""
+
+    mask_width: int = 0
+    """Bytes of an element of the mask that dropout keeps; 0 without dropout."""
+
+    dora: bool = False
+    """Whether a magnitude trains for each output."""
+
+
 @dataclass
 class Tape:
     """Operations on ``x``; the last one's output is the result."""
@@ -51,14 +66,16 @@ class Tape:
     all_inputs: bool = False
     """Whether linears keep their input also where the weight is frozen, as DeepSpeed's own do."""
 
-    adapter_rank: int = 0
-    """Rank of the LoRA adapter beside each linear; 0 for none."""
+    adapters: Adapters | None = None
+    """LoRA adapters beside linears; they always train."""
 
     sequence: int = 0
     """Tokens of a row."""
 
     ops: list[Op] = field(default_factory=list)
     modules: list[Module] = field(default_factory=list)
+    places: list[int | None] = field(default_factory=list)
+    """Of each module its place among those of its part of the model; None for an adapter's."""
 
     @property
     def out(self) -> str:
@@ -67,7 +84,16 @@ class Tape:
 
     def trained(self, module: int) -> bool:
         """Whether the parameters of a module get a gradient."""
-        return self.trains if isinstance(self.trains, bool) else module in self.trains
+        place = self.places[module]
+        if place is None:
+            return True
+        return self.trains if isinstance(self.trains, bool) else place in self.trains
+
+    def enter(self, module: Module, *, adapter: bool = False) -> int:
+        """Add a module, and return its index."""
+        self.places.append(None if adapter else sum(place is not None for place in self.places))
+        self.modules.append(module)
+        return len(self.modules) - 1
 
     def add(self, name: str, elements: int, reads: tuple[str, ...], keeps: tuple[str, ...] = (), **more: int) -> str:
         """Add an element-wise or similar operation, in the model's type; ``elements`` per token."""
@@ -75,21 +101,39 @@ class Tape:
         return name
 
     def linear(self, name: str, module: Module, reads: str) -> str:
-        """Add a matrix product; backward needs its input if the weight trains."""
-        keeps = (reads,) if self.trained(len(self.modules)) or self.all_inputs else ()
-        self.modules.append(module)
-        out = module.shapes[0][0]
-        if not self.adapter_rank:
-            return self.add(name, out, (reads,), keeps, module=len(self.modules) - 1)
-        base = self.add(f"{name}.base", out, (reads,), keeps, module=len(self.modules) - 1)
-        down = self.add(f"{name}.down", self.adapter_rank, (reads,), (reads,))
-        up = self.add(f"{name}.up", out, (down,), (down,))
-        return self.add(name, out, (base, up))
+        """Add a matrix product, with its adapter if it has one; backward needs its input if the weight trains."""
+        index = self.enter(module)
+        keeps = (reads,) if self.trained(index) or self.all_inputs else ()
+        out, into = module.shapes[0]
+        place = self.places[index]
+        if self.adapters is None or place not in self.adapters.places:
+            return self.add(name, out, (reads,), keeps, module=index)
+        return self._adapted(name, module, reads, self.add(f"{name}.base", out, (reads,), keeps, module=index))
+
+    def _adapted(self, name: str, linear: Module, reads: str, base: str) -> str:
+        """The sum of a linear's output and its adapter's, as PEFT computes it: base(x) + scaling * up(down(dropout(x)))."""
+        assert self.adapters is not None
+        (out, into), rank = linear.shapes[0], self.adapters.rank
+        if self.adapters.mask_width:  # with its mask, which lives as long
+            self.ops.append(
+                Op(f"{name}.dropped", self.tokens * into * (self.width + self.adapters.mask_width), (reads,))
+            )
+            reads = f"{name}.dropped"
+        for part, size, shape in (("down", rank, (rank, into)), ("up", out, (out, rank))):
+            index = self.enter(Module("linear", (shape,), shape[1]), adapter=True)
+            reads = self.add(f"{name}.{part}", size, (reads,), (reads,), module=index)
+        if not self.adapters.dora:
+            return self.add(name, out, (base, self.add(f"{name}.scaled", out, (reads,))))
+        # base + (magnitude - 1) * base + magnitude * scaling * up; the norms are those of the whole updated matrix.
+        index = self.enter(Module("linear", ((out,),)), adapter=True)
+        whole = (3 * out * into + into * into) * self.width
+        turned = self.add(f"{name}.turned", out, (base,), (base,), module=index, scratch=whole)
+        scaled = self.add(f"{name}.scaled", out, (self.add(f"{name}.long", out, (reads,), (reads,)),))
+        return self.add(name, out, (base, self.add(f"{name}.dora", out, (turned, scaled))))
 
     def norm(self, name: str, module: Module, reads: str, kind: str, elements: int) -> str:
         """Add a norm over the last dimension; ``elements`` per token in all."""
-        self.modules.append(module)
-        place, size = len(self.modules) - 1, self.tokens * elements
+        place, size = self.enter(module), self.tokens * elements
         if kind == "layer":
             return self.add(name, elements, (reads,), (reads,), module=place)
         groups = self.tokens * max(1, elements // module.width) * FP32
@@ -109,7 +153,7 @@ def embedding(architecture: Architecture, tape: Tape) -> None:
     """Token (and position) embeddings: ``hidden`` elements per token."""
     hidden = architecture.sizes.hidden
     for number, module in enumerate(architecture.embeddings):
-        tape.modules.append(module)
+        tape.enter(module)
         tape.add(f"embedding{number}", hidden, (), module=number)
     if len(architecture.embeddings) > 1:
         tape.add("sum", hidden, tuple(f"embedding{i}" for i in range(len(architecture.embeddings))))
@@ -192,9 +236,7 @@ def _mlp(architecture: Architecture, tape: Tape, modules: Iterator[Module], sour
     width = sizes.intermediate * sizes.active_experts
     if architecture.kind == "mixtral":
         tape.linear("router", next(modules), source)
-        experts = next(modules)
-        tape.modules.append(experts)
-        place = len(tape.modules) - 1
+        place = tape.enter(next(modules))
         chosen = tape.add("chosen", sizes.hidden * sizes.active_experts, (source,))
         both = tape.add(
             "up", 2 * width, (chosen,), (chosen,) if tape.trained(place) or tape.all_inputs else (), module=place
@@ -239,9 +281,9 @@ def head(architecture: Architecture, tape: Tape, *, fused: bool = False) -> None
     if fused:
         rows = min(tape.tokens, _power_of_two(-(-tape.tokens // -(-sizes.vocab // (LIGER_CHUNK * sizes.hidden)))))
         weight = sizes.vocab * sizes.hidden * tape.width if tape.trains else 0
-        tape.modules.append(Module("head", shapes, sizes.hidden))
+        place = tape.enter(Module("head", shapes, sizes.hidden))
         size = rows * sizes.vocab * tape.width
-        tape.ops.append(Op("logits", size, (normed,), scratch=weight, module=len(tape.modules) - 1))
+        tape.ops.append(Op("logits", size, (normed,), scratch=weight, module=place))
         tape.ops.append(Op("logits.done", tape.tokens * sizes.hidden * tape.width, ("logits",), ("logits.done",)))
         tape.ops.append(Op("loss", FP32, ("logits.done",)))
         return

@@ -8,10 +8,12 @@ from typing import ClassVar
 
 from lisa_ds.config.stages import ZERO_STAGES
 from lisa_ds.memory.architectures import Architecture
+from lisa_ds.memory.gradients import GradientSettings
 from lisa_ds.memory.residents import Residents
 from lisa_ds.memory.run_settings import PARTS, Forecast, RunSettings
 from lisa_ds.memory.state import ModelShape, partitions
 from lisa_ds.memory.step import StepPeaks, StepSettings, step_peaks
+from lisa_ds.memory.tape import Adapters
 
 Candidate = tuple[str, str, Callable[[RunSettings], RunSettings]]
 """A change to a run: what to write, what it costs, and the changed run."""
@@ -99,9 +101,9 @@ class UnderZero3(Method):
     ) -> Residents:
         """What stays allocated on a rank through a step; arguments as for :meth:`forecast`."""
 
-    def adapter_rank(self, run: RunSettings) -> int:
-        """Rank of the adapters beside each linear of the blocks; 0 for none."""
-        return 0
+    def adapters(self, architecture: Architecture, run: RunSettings) -> Mapping[int, Adapters]:
+        """Adapters beside linears, by block."""
+        return {}
 
     def stage(self, run: RunSettings) -> int:
         """The ZeRO stage."""
@@ -148,20 +150,26 @@ class UnderZero3(Method):
         """See the base class."""
         held = self.residents(architecture, run, sampled, roles)
         bucket = self.default_bucket(architecture.shape) if run.bucket_size is None else run.bucket_size
+        partitioned = self.stage(run) == 3
+        passing = {"buckets": bucket * run.width * (1 if partitioned or not run.overlap_comm else 2)}
+        gradients = GradientSettings(bucket)
+        if not partitioned:
+            late = 0 if run.offload_optimizer or run.accumulation > 1 else held.state["gradients"]
+            gradients = GradientSettings(bucket, copies=False, bucket_bytes=passing["buckets"], reduced_bytes=late)
         settings = StepSettings(
             tokens=run.tokens,
-            world_size=run.world_size if self.stage(run) == 3 else 1,  # nothing is gathered of what is not partitioned
+            world_size=run.world_size if partitioned else 1,  # nothing is gathered of what is not partitioned
             sequence=run.sequence,
             width=run.width,
             checkpointing=run.checkpointing,
-            bucket_size=bucket,
-            forgets_inputs=self.forgets_inputs,
-            adapter_rank=self.adapter_rank(run),
+            gradients=gradients,
+            forgets_inputs=self.forgets_inputs or not partitioned,  # plain torch keeps what it needs
+            adapters=self.adapters(architecture, run),
             fused_loss=run.fused_loss,
             gather=run.gather,
         )
         peaks = self.peaks(architecture, run, settings, held)
-        state = {**held.state, "buckets": bucket * run.width}
+        state = {**held.state, **(passing if partitioned else {})}
         host: dict[str, int] = {}
         if run.offload_optimizer:
             host = {part: state.pop(part) for part in ("gradients", "master", "moments")}
@@ -173,10 +181,11 @@ class UnderZero3(Method):
             host["weights"] = state.pop("weights")
         small = {"gathered": peaks.persistent}
         casts = self.casts_gradients and not run.offload_optimizer
+        before = state if not gradients.reduced_bytes else {**state, "gradients": 0}
         phases = {
-            "init": _init(state, held, run),
-            "forward": added(state, peaks.forward),
-            "backward": added(state, peaks.backward),
+            "init": _init(before, held, run),
+            "forward": added(before, peaks.forward),
+            "backward": added(before, peaks.backward),
             "step": added(state, small, {"scratch": (4 + run.width) * held.sub_group if casts else 0}),
         }
         phases |= self.own_phases(architecture, run, settings, held, state, phases)

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from lisa_ds.config.formats import QUANT_BLOCK, SMALLEST_INT8
 from lisa_ds.config.roles import ROLES
 from lisa_ds.memory.architectures import Architecture
+from lisa_ds.memory.gradients import GradientSettings
 from lisa_ds.memory.methods.base import Method, added, tidy
 from lisa_ds.memory.run_settings import Forecast, RunSettings
 from lisa_ds.memory.step import StepSettings, step_peaks
@@ -48,8 +49,7 @@ class Galore(Method):
             sequence=run.sequence,
             width=run.width,
             checkpointing=run.checkpointing,
-            bucket_size=2**62,
-            gradient_width=0 if run.galore.layerwise else width,
+            gradients=GradientSettings(bucket_size=2**62, kept_width=0 if run.galore.layerwise else width),
             fused_loss=run.fused_loss,
         )
         peaks = step_peaks(architecture, alone, sampled=range(architecture.num_layers), roles=ROLES)
@@ -64,9 +64,7 @@ class Galore(Method):
         phases = {
             "init": {"weights": state["weights"], "buckets": state["buckets"]},
             "forward": added({**state, "gradients": 0}, _kept(peaks.forward), cast),
-            "backward": added(
-                state if run.galore.layerwise else {**state, "gradients": 0}, _kept(peaks.backward), cast
-            ),
+            "backward": added({**state, "gradients": 0}, _kept(peaks.backward), cast),
             "step": added(state, {"scratch": update}),
         }
         return Forecast({name: tidy(parts) for name, parts in phases.items()}, {"export on rank 0": width * parameters})

@@ -9,6 +9,7 @@ from typing import Any
 from lisa_ds.config import LisaConfig
 from lisa_ds.config.roles import ROLES, policy_of
 from lisa_ds.memory.architectures import Architecture
+from lisa_ds.memory.gradients import GradientSettings
 from lisa_ds.memory.matrices import shape_of, trained, worst
 from lisa_ds.memory.methods.base import Candidate, UnderZero3, added, total
 from lisa_ds.memory.probe import probe_bytes
@@ -181,7 +182,10 @@ def _scoring(
     # know the order of such a pass, so it fetches nothing ahead and holds nothing back.
     alone = replace(settings.gather, prefetch_bucket_size=0, max_reuse_distance=0)
     peaks = step_peaks(
-        architecture, replace(settings, tokens=rows, bucket_size=0, gather=alone), sampled=range(together), roles=()
+        architecture,
+        replace(settings, tokens=rows, gradients=GradientSettings(), gather=alone),
+        sampled=range(together),
+        roles=(),
     ).backward
     own = {part: size for part, size in peaks.items() if part != "gradients in flight"}
     kept = probe_bytes(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from lisa_ds.memory.architectures import Architecture
 from lisa_ds.memory.methods.base import UnderZero3
 from lisa_ds.memory.residents import Residents, residents
 from lisa_ds.memory.run_settings import RunSettings
 from lisa_ds.memory.state import ModelShape, partitions
+from lisa_ds.memory.tape import Adapters
 
 _ALIGNED = 2
 """Elements that ZeRO-2's flat buffer is a multiple of, on each rank."""
@@ -49,9 +50,12 @@ class Lora(UnderZero3):
         """See the base class."""
         return run.stage
 
-    def adapter_rank(self, run: RunSettings) -> int:
+    def adapters(self, architecture: Architecture, run: RunSettings) -> Mapping[int, Adapters]:
         """See the base class."""
-        return run.lora.rank
+        lora = run.lora
+        chosen = architecture.chosen(lora.targets, inside=False, conv1d=True)
+        mask = 0 if lora.dropout == 0 else run.width if run.on_cpu else 1  # torch's on a GPU is of bytes
+        return {block: Adapters(lora.rank, places, mask, lora.dora) for block, places in chosen.items()}
 
     def least(self, shape: ModelShape, run: RunSettings) -> int:
         """See the base class; under ZeRO-2 each rank holds all weights."""
