@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lisa_ds.memory import Plan as Plan
     from lisa_ds.memory import Precision as Precision
     from lisa_ds.memory import plan as plan
+    from lisa_ds.models.adapters import add_adapters as add_adapters
     from lisa_ds.ops import masked_adamw_ as masked_adamw_
     from lisa_ds.optim import MaskedAdamW as MaskedAdamW
     from lisa_ds.sampling import LayerSampler as LayerSampler
@@ -34,6 +35,7 @@ _HOME = {
     "Plan": "memory",
     "Precision": "memory",
     "RunConfig": "config",
+    "add_adapters": "models.adapters",
     "attach": "integrations.hf",
     "initialize": "engines.zero3",
     "load_config": "config",
@@ -50,6 +52,7 @@ __all__ = [
     "Plan",
     "Precision",
     "RunConfig",
+    "add_adapters",
     "attach",
     "initialize",
     "load_config",

@@ -61,6 +61,9 @@ class LayerStack:
     """All other parameters outside the blocks."""
     block_rest: list[nn.Parameter]
     """The small parameters of the blocks, where matrices are drawn and these are not."""
+    adapters: list[nn.Parameter]
+    """The parameters of adapters that train beside what is drawn (``lisa.adapters``). A PEFT model under LISA alone has none here: its
+    adapters are part of its blocks."""
     units: list[Drawn]
     """What is drawn: the blocks, or the matrices in them."""
     tied: bool
@@ -103,6 +106,7 @@ class LayerStack:
             lm_head=roles["lm_head"],
             rest=roles["rest"],
             block_rest=[],
+            adapters=[],
             units=[
                 Drawn(name, i, tuple(block.parameters()))
                 for i, (name, block) in enumerate(zip(_names_of_blocks(stacks), layers, strict=True))
@@ -118,10 +122,32 @@ class LayerStack:
         """The same with the units that ``config`` draws.
 
         Raises:
-            ModelError: See :meth:`from_model`, or no block has a matrix.
+            ModelError: See :meth:`from_model`, no block has a matrix, or the model lacks the adapters of ``lisa.adapters``.
         """
         stack = cls.from_model(model, config.layers_path)
+        stack = stack if config.adapters is None else stack.beside_adapters(model)
         return stack if config.unit == "block" else stack.by_matrix(with_block=config.block_rest == "with_block")
+
+    def beside_adapters(self, model: nn.Module) -> LayerStack:
+        """The same with the parameters of PEFT's adapters as the role ``adapters``, and not in the units.
+
+        Raises:
+            ModelError: There are none.
+        """
+        found = {id(parameter): parameter for parameter in _of_adapters(model)}
+        if not found:
+            raise ModelError(
+                f"lisa.adapters: {type(model).__name__} has none; build them before the engine and the optimizer: "
+                "model = lisa_ds.add_adapters(model, lisa_config)"
+            )
+        units = [
+            replace(unit, parameters=tuple(p for p in unit.parameters if id(p) not in found)) for unit in self.units
+        ]
+        outside = {
+            role: [p for p in getattr(self, role) if id(p) not in found] for role in ("embeddings", "lm_head", "rest")
+        }
+        unit_of: dict[int, Unit] = {**self.unit_of, **dict.fromkeys(found, "adapters")}
+        return replace(self, units=units, adapters=list(found.values()), unit_of=unit_of, **outside)
 
     def by_matrix(self, *, with_block: bool) -> LayerStack:
         """The same with matrices as units; see :func:`lisa_ds.units.matrices`.
@@ -132,7 +158,8 @@ class LayerStack:
         Raises:
             ModelError: No block has a matrix.
         """
-        units, small = matrices(self.layers, [unit.name for unit in self.units])
+        apart = {id(parameter) for parameter in self.adapters}
+        units, small = matrices(self.layers, [unit.name for unit in self.units], apart)
         if not units:
             raise ModelError("lisa.unit: 'matrix': no block has a parameter of two dimensions or more; use 'block'")
         unit_of: dict[int, Unit] = {key: unit for key, unit in self.unit_of.items() if isinstance(unit, str)}
@@ -175,6 +202,15 @@ class LayerStack:
         """Say what was found in one line; the blocks themselves would fill pages."""
         where = ", ".join(f"{path} ({len(indices)})" for path, indices in zip(self.paths, self.stacks, strict=True))
         return f"LayerStack({where}; {'tied' if self.tied else 'untied'})"
+
+
+def _of_adapters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of PEFT's adapters; told by what its layers have, so that PEFT need not be installed."""
+    layers = [
+        module for module in model.modules() if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer")
+    ]
+    parts = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names if hasattr(layer, name)]
+    return [parameter for part in parts if isinstance(part, nn.Module) for parameter in part.parameters()]
 
 
 @dataclass(frozen=True, eq=False)

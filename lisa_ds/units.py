@@ -7,7 +7,7 @@ modules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -35,28 +35,36 @@ def numel(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def matrices(blocks: Sequence[nn.Module], names: Sequence[str]) -> tuple[list[Drawn], list[Drawn]]:
+def matrices(
+    blocks: Sequence[nn.Module], names: Sequence[str], apart: Collection[int] = ()
+) -> tuple[list[Drawn], list[Drawn]]:
     """The matrices of ``blocks``, in the order in which blocks name them, and of each block its small parameters, if any.
 
     Args:
         blocks: The blocks of a model.
         names: The path of each.
+        apart: ``id`` of each parameter that is left out.
     """
     found: list[Drawn] = []
     small: list[Drawn] = []
     for index, (block, path) in enumerate(zip(blocks, names, strict=True)):
         left: list[nn.Parameter] = []
-        for name, parts, others in _by_module(block):
-            found += [Drawn(f"{path}.{name}" if name else path, index, tuple(part)) for part in parts]
+        for name, parts, others in _by_module(block, apart):
+            place = f"{path}.{name}".removesuffix(".").removesuffix(
+                ".base_layer"
+            )  # PEFT's name of a linear beside an adapter
+            found += [Drawn(place, index, tuple(part)) for part in parts]
             left += others
         if left:
             small.append(Drawn(f"{path} (norms and other small parameters)", index, tuple(left), follows=True))
     return found, small
 
 
-def _by_module(block: nn.Module) -> Iterator[tuple[str, list[list[nn.Parameter]], list[nn.Parameter]]]:
+def _by_module(
+    block: nn.Module, apart: Collection[int]
+) -> Iterator[tuple[str, list[list[nn.Parameter]], list[nn.Parameter]]]:
     """Each module of ``block``, with its matrices (each with its bias) and its other parameters; no parameter twice."""
-    seen: set[int] = set()
+    seen = set(apart)
     for name, module in block.named_modules():
         mine = [(key, p) for key, p in module.named_parameters(recurse=False) if id(p) not in seen]
         seen.update(id(parameter) for _, parameter in mine)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from lisa_ds.config.adapters import AdaptersConfig
 from lisa_ds.config.base import NOT_BUILT, Origin, Section, mistake, not_built, show, validate
 from lisa_ds.config.files import read_mapping
 from lisa_ds.config.formats import Moments, Weights
@@ -57,7 +58,8 @@ class OptimizerConfig(Section):
     weights without one, rounded at random."""
 
     moments: Moments = "fp32"
-    """What the two moments are kept in: ``fp32``, ``bf16`` (with stochastic rounding only), or ``int8``."""
+    """What the two moments are kept in: ``fp32``, ``bf16`` (with stochastic rounding only), or ``int8``. ``none``: there are none,
+    and each step is AdamW's first, which moves every weight by about the learning rate against the sign of its gradient."""
 
     @model_validator(mode="after")
     def _go_together(self) -> OptimizerConfig:
@@ -125,6 +127,9 @@ class LisaConfig(Section):
     block_rest_lr_scale: Scale = 1.0
     """Factor on the learning rate of the small parameters of layers, where they train ``always``."""
 
+    adapters: AdaptersConfig | None = None
+    """LoRA adapters that train in every interval beside what is drawn; None for none."""
+
     rewarm_steps: Annotated[int, Field(ge=0)] = 0
     """Steps n of learning-rate warm-up for units that begin to train, at a switch or at the start: from 1/n of the rate
     to all of it; 0 for none. Units that train ``always``, and blocks drawn twice in a row, keep their rate."""
@@ -173,7 +178,7 @@ class LisaConfig(Section):
             for key in ("block_rest", "block_rest_lr_scale"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise mistake(f"{key} is of unit 'matrix'; with unit 'block' layers are drawn whole: remove one")
-        for part in ROLES:
+        for part in (role for role in ROLES if role != "adapters"):
             if getattr(self, part) == "never" and getattr(self, f"{part}_lr_scale") != 1:
                 raise mistake(f"{part}_lr_scale has no effect with {part}: never; remove one of them")
         return self
@@ -195,6 +200,13 @@ class LisaConfig(Section):
             raise mistake(
                 f"unit 'matrix': sampler {self.sampler.name!r} measures whole layers; use another, or unit 'block'"
             )
+
+    def lr_scale_of(self, role: str) -> float:
+        """Factor on the learning rate of a role; a tied weight belongs to the embeddings, and has theirs."""
+        if role == "adapters":
+            return 1.0 if self.adapters is None else self.adapters.learning_rate_scale
+        scale: float = getattr(self, f"{role}_lr_scale")
+        return scale
 
     @property
     def interval_epochs(self) -> int | None:

@@ -10,8 +10,9 @@ from pydantic import BeforeValidator, Field
 
 from lisa_ds.config.base import Section, mistake, show
 
-ROLES = ("embeddings", "lm_head", "rest", "block_rest")
-"""What of a model is not drawn, in the order of every list of it; the last is of blocks from which matrices are drawn."""
+ROLES = ("embeddings", "lm_head", "rest", "block_rest", "adapters")
+"""What of a model is not drawn, in the order of every list of it: ``block_rest`` is of blocks from which matrices are drawn,
+``adapters`` are those of ``lisa.adapters``."""
 
 _NAMES = ("always", "never", "sampled")
 _CHOICES = "should be 'always', 'never', 'sampled' or {every: n}"
@@ -76,6 +77,10 @@ class Policies(Protocol):
     def block_rest(self) -> str:
         """When the small parameters of blocks train, from which matrices are drawn."""
 
+    @property
+    def adapters(self) -> object | None:
+        """The adapters beside linears, which always train; None if there are none."""
+
     def share(self, num_layers: int) -> Fraction:
         """Share of a model of ``num_layers`` that is drawn in one interval."""
 
@@ -88,6 +93,8 @@ def policy_of(config: Policies, role: str, *, tied: bool) -> str | Every:
         role: One of :data:`ROLES`.
         tied: Whether the model's head shares its weight with the embeddings.
     """
+    if role == "adapters":
+        return "never" if config.adapters is None else "always"
     policy: str | Every = getattr(config, "embeddings" if tied and role == "lm_head" else role)
     return policy
 

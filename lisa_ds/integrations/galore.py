@@ -13,11 +13,8 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from lisa_ds.config.formats import QUANT_BLOCK, SMALLEST_INT8
+from lisa_ds.config.formats import GALORE_CHUNK, QUANT_BLOCK, SMALLEST_INT8
 from lisa_ds.ops.reference import dequantise_signed, dequantise_unsigned, quantise_signed, quantise_unsigned
-
-CHUNK = 4096 * QUANT_BLOCK
-"""Elements that :class:`Int8` steps at a time."""
 
 
 def install(
@@ -165,9 +162,9 @@ class Int8(torch.optim.Optimizer):
         )
         flat = gradient.reshape(-1)
         for begin in range(
-            0, flat.numel(), CHUNK
+            0, flat.numel(), GALORE_CHUNK
         ):  # whole moments in fp32 would take four times the weights of an embedding
-            part = slice(begin, min(begin + CHUNK, flat.numel()))
+            part = slice(begin, min(begin + GALORE_CHUNK, flat.numel()))
             piece = flat[part].float()
             first, second = _decoded(state, part)
             first = first.mul(beta1).add_(piece, alpha=1 - beta1)

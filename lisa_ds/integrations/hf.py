@@ -179,6 +179,9 @@ class LisaCallback(TrainerCallback):
                 f"attach: the trainer built a {type(engine).__name__} and would train without LISA; attach to the trainer "
                 "whose train() is called, and wrap or compile no model beforehand"
             )
+        if state.is_world_process_zero:
+            for lr in dict.fromkeys(group.get("initial_lr", group["lr"]) for group in engine.optimizer.param_groups):
+                tqdm.write(f"learning rates before the schedule: {engine.rates(float(lr))}")
         engine.draw_first()  # inside the trainer's own forward its losses would get mixed up
         self._interval = engine.interval
         if engine.has_moments:  # resumed amid an interval

@@ -81,6 +81,13 @@ class Architecture:
         matrices = [self.block[place].shapes[0] for places in by_block.values() for place in sorted(places)]
         return [(out, into) for out, into in matrices]
 
+    def adapters(self, targets: Targets, rank: int, *, dora: bool = False) -> list[int]:
+        """Elements of each matrix of LoRA's adapters: ``rank x in`` and ``out x rank``, and DoRA's magnitudes, ``out``."""
+        sizes = []
+        for out, into in self.linears(targets, inside=False, conv1d=True):
+            sizes += [rank * into, rank * out, *([out] if dora else [])]
+        return sizes
+
     @property
     def modules(self) -> tuple[Module, ...]:
         """Each kind of module once."""

@@ -24,6 +24,8 @@ class _Matrix:
 def shape_of(architecture: Architecture, lisa: LisaConfig) -> ModelShape:
     """The model's shape with the units that ``lisa`` draws."""
     shape = architecture.shape
+    if lisa.adapters is not None:
+        shape = replace(shape, adapters=tuple(architecture.adapters(lisa.adapters.targets, lisa.adapters.rank)))
     if lisa.unit == "block":
         return shape
     units = [matrix.numels for matrix in _matrices(architecture)]

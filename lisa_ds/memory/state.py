@@ -43,6 +43,7 @@ class ModelShape:
     lm_head: tuple[int, ...] = ()  # empty if it is tied: the weight is counted once, with the embeddings
     rest: tuple[int, ...] = ()
     block_rest: tuple[int, ...] = ()  # where layers are matrices
+    adapters: tuple[int, ...] = ()
     tied: bool = False
     frozen: tuple[int, ...] = ()  # parameters that never train whatever the policies say; in no other field
     of_blocks: int | None = None  # blocks that hold ``layers``, where these are matrices
@@ -83,7 +84,7 @@ class ModelShape:
     def roles(self, config: LisaConfig, *, always: bool) -> list[str]:
         """Roles that train in every interval (``always``), or in at least one."""
         shares = {role: share_of(config, role, tied=self.tied, num_layers=self.num_blocks) for role in ROLES}
-        there = (role for role in ROLES if role != "block_rest" or self.block_rest)
+        there = (role for role in ROLES if role not in ("block_rest", "adapters") or getattr(self, role))
         return [role for role in there if shares[role] == 1 or (shares[role] and not always)]
 
     def all(self) -> list[int]:
@@ -109,7 +110,7 @@ class Precision:
     """0 under stochastic rounding."""
 
     moments: str = "fp32"
-    """``fp32``, ``bf16`` or ``int8``, as ``lisa.optimizer.moments``."""
+    """``fp32``, ``bf16``, ``int8`` or ``none``, as ``lisa.optimizer.moments``."""
 
     offload_optimizer: bool = False
     """Whether state is kept on the host, where every sampled partition has an fp32 gradient as well."""
@@ -262,7 +263,7 @@ def _table(trained: Sequence[int], weights: int, precision: Precision) -> dict[s
     """Bytes of each kind, from the elements of each trained partition and of all weights."""
     elements = sum(trained)
     scales = 4 * sum(-(-partition // QUANT_BLOCK) for partition in trained)
-    moment = {"fp32": 4 * elements, "bf16": 2 * elements, "int8": elements + scales}[precision.moments]
+    moment = {"fp32": 4 * elements, "bf16": 2 * elements, "int8": elements + scales, "none": 0}[precision.moments]
     host_gradients = _FP32 * elements if precision.offload_optimizer else 0
     return dict.fromkeys(KINDS, 0) | {
         "weights": precision.weight_bytes * weights,

@@ -104,8 +104,7 @@ class Tape:
         """Add a matrix product, with its adapter if it has one; backward needs its input if the weight trains."""
         index = self.enter(module)
         keeps = (reads,) if self.trained(index) or self.all_inputs else ()
-        out, into = module.shapes[0]
-        place = self.places[index]
+        out, place = module.shapes[0][0], self.places[index]
         if self.adapters is None or place not in self.adapters.places:
             return self.add(name, out, (reads,), keeps, module=index)
         return self._adapted(name, module, reads, self.add(f"{name}.base", out, (reads,), keeps, module=index))

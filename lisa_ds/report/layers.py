@@ -258,7 +258,7 @@ def _labels(histories: Sequence[History]) -> list[str]:
 def _units(histories: dict[str, History]) -> list[str]:
     known = {unit for history in histories.values() for unit in history.start.units}
     blocks = sorted((unit for unit in known if unit.isdecimal()), key=int)
-    return [unit for unit in ("embeddings", *blocks, "lm_head", "rest") if unit in known]
+    return [unit for unit in ("embeddings", *blocks, "block_rest", "adapters", "lm_head", "rest") if unit in known]
 
 
 def _unit_name(unit: str, histories: dict[str, History]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,10 @@ class MatrixDraws:
         self._beside = sum(matrices.sizes[unit] for unit in self._following)
         self._groups = groups(sizes)
         self._decks: dict[int, Deck] = {}  # by budget
+        # The last of each, as the same is asked for several times in an interval, and mostly in the next.
+        self._numbers = functools.lru_cache(maxsize=1)(self._count)
+        self.at = functools.lru_cache(maxsize=1)(self._at)
+        """The matrices of an interval; see :meth:`_at`."""
         # What trains beside them has its place first.
         most = self.budget(config.num_sampled(matrices.num_blocks)) + self._beside
         config.check_budget(most, max(sizes) + self._beside, sum(sizes) + self._beside)
@@ -69,7 +74,7 @@ class MatrixDraws:
             share = self._config.share(self._matrices.num_blocks)
         return int(share * (sum(self._sizes) + self._beside)) - self._beside
 
-    def at(self, interval: int, layers: int, shares: Sequence[float] | None) -> tuple[int, ...]:
+    def _at(self, interval: int, layers: int, shares: tuple[float, ...] | None) -> tuple[int, ...]:
         """The matrices of ``interval`` and what trains beside them, ascending.
 
         Args:
@@ -81,19 +86,23 @@ class MatrixDraws:
         blocks = {self._matrices.blocks[unit] for unit in drawn}
         return tuple(sorted(drawn.union(unit for unit in self._following if self._matrices.blocks[unit] in blocks)))
 
-    def _places(self, interval: int, budget: int, shares: Sequence[float] | None) -> Sequence[int]:
+    def _places(self, interval: int, budget: int, shares: tuple[float, ...] | None) -> Sequence[int]:
         if self._config.sampler.name == Cyclic.name:
             if budget not in self._decks:
                 self._decks[budget] = Deck(self._sizes, budget, f"cyclic matrices/{self._config.seed}")
             return self._decks[budget].draw(interval)
-        numbers = counts(self._sizes, shares or (1.0,) * len(self._sizes), budget)
+        numbers = self._numbers(budget, shares)
         drawn = []
         for place, (group, number) in enumerate(zip(self._groups, numbers, strict=True)):
             if number:
                 drawn += [group[i] for i in self._within(group, number, place, interval, shares)]
         return drawn
 
-    def chances(self, layers: int, shares: Sequence[float] | None) -> tuple[float, ...]:
+    def _count(self, budget: int, shares: tuple[float, ...] | None) -> list[int]:
+        """The number of units that a draw has of each group."""
+        return counts(self._sizes, shares or (1.0,) * len(self._sizes), budget)
+
+    def chances(self, layers: int, shares: tuple[float, ...] | None) -> tuple[float, ...]:
         """The probability of each matrix to be in a draw; of ``cyclic``, if nothing is known of other draws, and all were full.
 
         Of what trains beside them it is that of any matrix of its block, were each drawn on its own.
@@ -107,11 +116,11 @@ class MatrixDraws:
             found[follower] = 1 - math.prod(1 - chance for chance in own)
         return tuple(found)
 
-    def _chances(self, budget: int, shares: Sequence[float] | None) -> Sequence[float]:
+    def _chances(self, budget: int, shares: tuple[float, ...] | None) -> Sequence[float]:
         if self._config.sampler.name == Cyclic.name:
             return (min(1.0, budget / sum(self._sizes)),) * len(self._sizes)
         found = [0.0] * len(self._sizes)
-        numbers = counts(self._sizes, shares or (1.0,) * len(self._sizes), budget)
+        numbers = self._numbers(budget, shares)
         for group, number in zip(self._groups, numbers, strict=True):
             if number:
                 for unit, chance in zip(group, self._chances_within(group, number, shares), strict=True):
@@ -119,7 +128,7 @@ class MatrixDraws:
         return found
 
     def _within(
-        self, group: Sequence[int], number: int, place: int, interval: int, shares: Sequence[float] | None
+        self, group: Sequence[int], number: int, place: int, interval: int, shares: tuple[float, ...] | None
     ) -> tuple[int, ...]:
         seed: int | str = f"{self._config.seed}/{place}"  # groups are drawn independently
         kind = self._config.sampler.kind
@@ -136,7 +145,7 @@ class MatrixDraws:
             num_sampled=number,
         )
 
-    def _chances_within(self, group: Sequence[int], number: int, shares: Sequence[float] | None) -> tuple[float, ...]:
+    def _chances_within(self, group: Sequence[int], number: int, shares: tuple[float, ...] | None) -> tuple[float, ...]:
         kind = self._config.sampler.kind
         if shares is None or not isinstance(kind, ByScores):
             return (number / len(group),) * len(group)

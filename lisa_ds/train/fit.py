@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import pyarrow.compute as pc
@@ -12,6 +13,7 @@ from lisa_ds.config import RunConfig
 from lisa_ds.errors import ConfigError, ModelError
 from lisa_ds.layers import LayerStack
 from lisa_ds.memory import ModelShape
+from lisa_ds.models.adapters import numels
 from lisa_ds.models.positions import most_positions, trained_positions
 
 _log = logging.getLogger(__name__)
@@ -20,9 +22,11 @@ _log = logging.getLogger(__name__)
 def shape_of(model: Any, config: RunConfig) -> ModelShape:
     """The shape of a model, or of its skeleton, with the units that its method draws; before adapters are added."""
     by_lisa = config.method == "lisa"
-    stack = LayerStack.of_run(model, config.lisa) if by_lisa else LayerStack.from_model(model, config.lisa.layers_path)
+    alone = config.lisa.model_copy(update={"adapters": None})
+    stack = LayerStack.of_run(model, alone) if by_lisa else LayerStack.from_model(model, config.lisa.layers_path)
     of_blocks = len(stack.layers) if stack.by_matrices else None
-    return ModelShape.from_numels(stack.numels(), tied=stack.tied, of_blocks=of_blocks)
+    shape = ModelShape.from_numels(stack.numels(), tied=stack.tied, of_blocks=of_blocks)
+    return replace(shape, adapters=tuple(numels(model, config.lisa))) if by_lisa else shape
 
 
 def check_length(config: RunConfig, model: Any) -> None:

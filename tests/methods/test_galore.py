@@ -132,7 +132,7 @@ def test_8_bit_moments_follow_those_in_fp32(
     moved = torch.stack([(wide[-1][n] - wide[0][n]).norm() for n in wide[-1]]).norm().item()
     apart = torch.stack([(wide[-1][n] - watch.seen[-1][n]).norm() for n in wide[-1]]).norm().item()
     assert 0 < apart < 0.1 * moved
-    monkeypatch.setattr(galore, "CHUNK", 256)  # a part of every matrix
+    monkeypatch.setattr(galore, "GALORE_CHUNK", 256)  # a part of every matrix
     parts = trained(tmp_path, {"projection": projection, "int8": True, "layerwise": layerwise})
     assert largest_difference(parts, watch.seen) == 0.0
     state = made.optimizer.optimizer.state[made.model.model.embed_tokens.weight]

@@ -33,6 +33,8 @@ def build_engine(case: Case, *, shift: float = 0.0) -> Any:
         for parameter in model.parameters() if shift else ():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=case.zero_init):
                 parameter.data += shift
+    if "adapters" in case.lisa:
+        model = lisa_ds.add_adapters(model, case.lisa_config)
     model.train()
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})

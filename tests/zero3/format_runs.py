@@ -32,7 +32,7 @@ def run_format(case: Case, folder: Path) -> dict[str, Any]:
     def remembering() -> Any:
         table = launch()
         engine.twins = [_clone(segment) for segment in table.segments]
-        engine.twin_table = segments.SegmentTable(engine.twins, table.hypers, seed=engine.optimizer._seed)
+        engine.twin_table = segments.SegmentTable(engine.twins, table.hypers, seed=engine.optimizer.rounding_seed)
         engine.twin_of = table
         return table
 
@@ -140,20 +140,22 @@ def read_accessors(engine: Any, case: Case) -> dict[str, Any]:
     rows = next(trajectory.micro_batches(case, dist.get_world_size()))[0][rank * MICRO_BATCH : (rank + 1) * MICRO_BATCH]
     engine.backward(engine(input_ids=rows, labels=rows).loss)
     weight = engine.module.model.layers[engine.sampled_layers[0]].mlp.up_proj.weight
-    read = {
-        "parameter": safe_get_full_fp32_param(weight),
-        "gradient": safe_get_full_grad(weight),
-        "exp_avg": safe_get_full_optimizer_state(weight, "exp_avg"),
-        "exp_avg_sq": safe_get_full_optimizer_state(weight, "exp_avg_sq"),
-    }
+    read = {"parameter": safe_get_full_fp32_param(weight), "gradient": safe_get_full_grad(weight)}
+    refused = ""
+    for key in ("exp_avg", "exp_avg_sq"):
+        try:
+            read[key] = safe_get_full_optimizer_state(weight, key)
+        except LisaError as error:
+            refused = str(error)
     with deepspeed.zero.GatheredParameters([weight]):
         distance = float((read["parameter"] - weight.detach().float()).abs().max())
     engine.step()
     return {
         "distance": distance,
         "shapes": [tuple(value.shape) for value in read.values()],
-        "positive": bool((read["exp_avg_sq"] >= 0).all()),
-        "moments": float(read["exp_avg"].abs().max()),
+        "positive": "exp_avg_sq" in read and bool((read["exp_avg_sq"] >= 0).all()),
+        "moments": float(read["exp_avg"].abs().max()) if "exp_avg" in read else 0.0,
+        "refused": refused,
     }
 
 

@@ -116,27 +116,30 @@ def units(model: nn.Module, lisa: dict[str, Any] | None = None) -> dict[str, int
     """Parameter name to its block, matrix or role, told from names alone: independent of lisa_ds.layers."""
     result: dict[str, int | str] = {}
     lisa = lisa or {}
-    linears = [n.removesuffix(".weight") for n, _ in model.named_parameters() if "proj.weight" in n]
-    for name, _ in model.named_parameters():
-        if ".layers." in name:
+    plain = {n: n.replace(".base_layer", "") for n, _ in model.named_parameters()}
+    linears = [n.removesuffix(".weight") for n in plain.values() if "proj.weight" in n]
+    for full, name in plain.items():
+        if ".lora_" in name:
+            result[full] = "adapters"
+        elif ".layers." in name:
             block = int(name.split(".layers.")[1].split(".")[0])
             linear = name.rpartition(".")[0]
             small = len(linears) + block if lisa.get("block_rest") == "with_block" else "block_rest"
             matrix = linears.index(linear) if linear in linears else small
-            result[name] = block if lisa.get("unit", "block") == "block" else matrix
+            result[full] = block if lisa.get("unit", "block") == "block" else matrix
         else:
-            result[name] = "embeddings" if "embed" in name else "lm_head" if "lm_head" in name else "rest"
+            result[full] = "embeddings" if "embed" in name else "lm_head" if "lm_head" in name else "rest"
     return result
 
 
-ROLES = ("embeddings", "lm_head", "rest", "block_rest")
+ROLES = ("embeddings", "lm_head", "rest", "block_rest", "adapters")
 
 
 def roles_in(case: Case, interval: int) -> tuple[str, ...]:
     """Roles that train in an interval, from the config's words: independent of lisa_ds.sampling."""
 
     def trains(role: str) -> bool:
-        policy: Any = case.lisa.get(role, "always")
+        policy: Any = "always" if role == "adapters" else case.lisa.get(role, "always")
         if policy == "sampled":
             chance = random.Random(f"{role}/{case.lisa_config['seed']}/{interval}").random()
             return chance < case.num_sampled / LAYERS
@@ -150,7 +153,20 @@ def roles_in(case: Case, interval: int) -> tuple[str, ...]:
         if trains(role)
         and not (case.tied and role == "lm_head")
         and not (role == "block_rest" and case.lisa.get("unit") != "matrix")
+        and not (role == "adapters" and "adapters" not in case.lisa)
     )
+
+
+def put_adapters(model: nn.Module, adapters: dict[str, Any]) -> None:
+    """PEFT's own on every linear of the blocks, without lisa_ds."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    rank = adapters["rank"]
+    paths = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
+    torch.manual_seed(0)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=paths), model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
 
 
 def limited(norm: float, before: float | None, growth: float | None) -> float:
@@ -180,16 +196,20 @@ def reference(
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
     model = (build() if build else build_model(case.tied, width=case.width, heads=case.heads)).to(device, dtype)
+    if adapters := case.lisa.get("adapters"):
+        put_adapters(model, adapters)
     model.train()
     unit_of = units(model, case.lisa)
     named = dict(model.named_parameters())
     warmup, growth = case.lisa.get("rewarm_steps", 0), case.lisa.get("norm_growth_limit")
-    always = {role for role in ROLES if case.lisa.get(role, "always") == "always"}
+    forgets = case.lisa.get("optimizer") == {"moments": "none"}  # each step is AdamW's first
+    always = {role for role in ROLES if role == "adapters" or case.lisa.get(role, "always") == "always"}
     in_for: dict[int | str, int] = {}  # steps that a unit has taken since it came in
     last_norm: dict[int | str, float] = {}
     roles_visited, times_limited = [], 0
     decay = {name: 0.1 if p.dim() > 1 else 0.0 for name, p in named.items()}
     scale = {name: case.lisa.get(f"{unit}_lr_scale", 1.0) for name, unit in unit_of.items()}
+    scale |= {n: adapters.get("learning_rate_scale", 10.0) for n, u in unit_of.items() if adapters and u == "adapters"}
     master: dict[str, Tensor] = {}
     optimizers: dict[str, torch.optim.AdamW] = {}
     losses, norms, visited = [], [], []
@@ -252,6 +272,8 @@ def reference(
             if warmup and unit_of[name] not in always:
                 warm = min(1.0, (in_for.get(unit_of[name], 0) + 1) / warmup)
             optimizers[name].param_groups[0]["lr"] = lr * scale[name] * warm
+            if forgets:
+                optimizers[name].state.clear()
             optimizers[name].step()
             with torch.no_grad():
                 named[name].copy_(master[name])

@@ -155,7 +155,7 @@ def describe(config: LisaConfig) -> dict[str, str]:
     """What is drawn, the policy of each role and the format of the state, for a checkpoint: a run resumes under the same ones only."""
     return {
         "unit": config.unit,
-        **{role: str(getattr(config, role)) for role in ROLES},
+        **{role: str(getattr(config, role)) for role in ROLES},  # of adapters their shapes
         "optimizer.precision": config.optimizer.precision,
         "optimizer.moments": config.optimizer.moments,
     }
@@ -163,7 +163,26 @@ def describe(config: LisaConfig) -> dict[str, str]:
 
 def lr_scales(config: LisaConfig) -> dict[int | str, float]:
     """Learning-rate factor of each role; a tied weight belongs to the embeddings, and has their factor."""
-    return {role: getattr(config, f"{role}_lr_scale") for role in ROLES}
+    return {role: config.lr_scale_of(role) for role in ROLES}
+
+
+def rates(config: LisaConfig, roles: Sequence[str], lr: float) -> str:
+    """The learning rate of what is drawn and of each role, for a log line.
+
+    Args:
+        config: The LISA section.
+        roles: The roles in which something may train.
+        lr: The optimizer's own rate.
+
+    Example:
+        >>> rates(LisaConfig(embeddings_lr_scale=0.1), ["embeddings", "rest"], 5e-5)
+        'layers 5e-05, embeddings 5e-06, rest 5e-05'
+    """
+    cap = config.sampler.inverse_probability_cap
+    own = f"{'layers' if config.unit == 'block' else 'matrices'} {lr:.3g}" + (
+        f" (by probability, to {lr * cap:.3g} at most)" if cap else ""
+    )
+    return ", ".join([own, *(f"{role} {lr * config.lr_scale_of(role):.3g}" for role in roles)])
 
 
 def _check_tied(config: LisaConfig) -> None:

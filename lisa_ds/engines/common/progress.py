@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _BEFORE_THERE_WERE_OTHERS = {
-    **{"unit": "block", "block_rest": "always"},
+    **{"unit": "block", "block_rest": "always", "adapters": "None"},
     **{"optimizer.precision": "mixed", "optimizer.moments": "fp32"},
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lisa_ds.config import LisaConfig
+from lisa_ds.config.roles import policy_of
 from lisa_ds.engines.common import policies
 from lisa_ds.engines.common.draws import Draws
 from lisa_ds.engines.common.growth_limit import NormGrowthLimit
@@ -16,6 +17,7 @@ from lisa_ds.engines.common.progress import Progress
 from lisa_ds.engines.common.protocol import Engine
 from lisa_ds.engines.common.rewarm import Rewarm
 from lisa_ds.errors import EngineError
+from lisa_ds.layers import ROLES
 from lisa_ds.sampling import LayerSampler, resolve_interval_steps
 from lisa_ds.sampling.matrices import Matrices
 from lisa_ds.sampling.roles import roles_at
@@ -98,6 +100,11 @@ class LisaRun:
     def what_trains(self, engine: Engine) -> str:
         """The layers that train now, and the roles if they differ between intervals: for a log line."""
         return policies.told(self.config, engine.sampled_layers, engine.sampled_roles)
+
+    def rates(self, engine: Engine, lr: float) -> str:
+        """The learning rate of what is drawn and of each role, where the optimizer's own is ``lr``: for a log line."""
+        asked = [role for role in ROLES if policy_of(self.config, role, tied=self.tied) != "never"]
+        return policies.rates(self.config, engine.present(asked), lr)
 
     def scale_rates(self, engine: Engine) -> None:
         """Set the learning-rate factors of the blocks that train."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lisa_ds.engines.common import adapters
 from lisa_ds.engines.zero3.checkpoint import files
 from lisa_ds.engines.zero3.checkpoint.save_load import Checkpoints
 from lisa_ds.engines.zero3.construction import LisaConstruction
@@ -202,6 +203,10 @@ class LisaEngine(LisaConstruction):
                 "embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())"
             )
 
+    def rates(self, lr: float) -> str:
+        """The learning rate of what is drawn and of each role, where the optimizer's own is ``lr``: for a log line."""
+        return self._run.rates(self, lr)
+
     # ---- what the run asks ----------------------------------------------------------------------------------------
 
     def present(self, roles: Iterable[str]) -> tuple[str, ...]:
@@ -286,14 +291,18 @@ class LisaEngine(LisaConstruction):
         return result
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
-        """See DeepSpeed's method; a frozen parameter is one that never trains, not one frozen in this interval."""
+        """See DeepSpeed's method; a frozen parameter is one that never trains, not one frozen in this interval.
+
+        The adapters of ``lisa.adapters`` are added to the weights.
+        """
         state = super()._zero3_consolidated_16bit_state_dict()
         if state and exclude_frozen_parameters:
             owned = self.optimizer.owned()
             for name, parameter in self.module.named_parameters():
                 if id(parameter) not in owned:
                     state.pop(name, None)
-        return state
+        rule = adapters.rule_of(self.module)
+        return adapters.merged(state, rule) if state and rule else state
 
     def _log_interval(self) -> None:
         if self.global_rank == 0 and logger.isEnabledFor(logging.INFO):

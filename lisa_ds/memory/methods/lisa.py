@@ -17,6 +17,7 @@ from lisa_ds.memory.residents import Residents, by_part, residents
 from lisa_ds.memory.run_settings import RunSettings
 from lisa_ds.memory.state import ModelShape, Precision, default_bucket, partitions, plan, state_bytes
 from lisa_ds.memory.step import Sampled, StepPeaks, StepSettings, step_peaks
+from lisa_ds.memory.tape import Adapters
 
 
 class Lisa(UnderZero3):
@@ -76,6 +77,14 @@ class Lisa(UnderZero3):
             max((getattr(peak, phase) for peak in found), key=total) for phase in ("forward", "backward")
         )
         return replace(found[0], forward=forward, backward=backward)
+
+    def adapters(self, architecture: Architecture, run: RunSettings) -> Mapping[int, Adapters]:
+        """See the base class."""
+        given = run.lisa.adapters
+        if given is None:
+            return {}
+        chosen = architecture.chosen(given.targets, inside=False, conv1d=True)
+        return {block: Adapters(given.rank, places) for block, places in chosen.items()}
 
     def default_bucket(self, shape: ModelShape) -> int:
         """See the base class."""

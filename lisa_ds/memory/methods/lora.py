@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 from lisa_ds.memory.architectures import Architecture
 from lisa_ds.memory.methods.base import UnderZero3
@@ -29,7 +29,7 @@ class Lora(UnderZero3):
         roles: Collection[str] | None = None,
     ) -> Residents:
         """See the base class."""
-        matrices = adapters(architecture, run)
+        matrices = architecture.adapters(run.lora.targets, run.lora.rank, dora=run.lora.dora)
         shape = architecture.shape
         if run.stage == 2:
             aligned = _ALIGNED * run.world_size
@@ -66,15 +66,3 @@ class Lora(UnderZero3):
         where = "every linear of the blocks" if run.lora.targets == "all-linear" else f"{run.lora.targets}"
         stage = ", under ZeRO-2: each rank holds all weights" if run.stage == 2 else ""
         return [f"LoRA: rank {run.lora.rank} on {where}, with an fp32 master copy of the adapters{stage}"]
-
-
-def adapters(architecture: Architecture, run: RunSettings) -> list[int]:
-    """Elements of each matrix of the adapters: ``rank x in`` and ``out x rank``, and DoRA's magnitudes, ``out``."""
-
-    def sizes() -> Iterator[int]:
-        for out, into in architecture.linears(run.lora.targets, inside=False, conv1d=True):
-            yield from (run.lora.rank * into, run.lora.rank * out)
-            if run.lora.dora:
-                yield out
-
-    return list(sizes())

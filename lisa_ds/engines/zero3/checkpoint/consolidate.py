@@ -12,11 +12,12 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
-from lisa_ds.engines.zero3.checkpoint.files import latest_tag, ranks_that_share_layers
+from lisa_ds.engines.common import adapters
+from lisa_ds.engines.zero3.checkpoint.files import ADAPTERS, latest_tag, ranks_that_share_layers
 from lisa_ds.errors import CheckpointError
 
 
-def read_weights(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_weights(directory: Path, dtype: torch.dtype, *, merges: bool = True) -> dict[str, Tensor]:
     """Every parameter of the model that was saved, whole and in one dtype.
 
     DeepSpeed's files are pickles: read only checkpoints you trust.
@@ -25,6 +26,7 @@ def read_weights(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         directory: The directory given to ``save_checkpoint``, which holds a ``latest`` file; or one tag's directory in
             it.
         dtype: What parameters are cast to. Those that were training are stored in fp32, the others as the model holds them.
+        merges: Whether the adapters of ``lisa.adapters`` are added to the weights; else they are apart, as in the model that trained.
 
     Raises:
         CheckpointError: A file is missing, truncated or not DeepSpeed's, or several ranks shared each layer. Names it.
@@ -48,7 +50,15 @@ def read_weights(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         pickle.UnpicklingError,
     ) as error:
         raise CheckpointError(f"{root / tag}: cannot be read: {' '.join(str(error).split())}") from error
+    if merges and (rule := _rule(root / tag)) is not None:
+        weights = adapters.merged(weights, rule)
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+
+
+def _rule(tag: Path) -> adapters.Rule | None:
+    first = min(tag.glob("*_model_states.pt"))
+    found = torch.load(first, map_location="cpu", weights_only=False, mmap=True).get(ADAPTERS)
+    return None if found is None else adapters.Rule(**found)
 
 
 def _check_files(tag: Path) -> None:

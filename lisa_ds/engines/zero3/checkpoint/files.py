@@ -14,6 +14,10 @@ from lisa_ds.engines.common.progress import Progress
 from lisa_ds.errors import CheckpointError
 
 KEY = "lisa"
+"""Of the run's progress in the client state."""
+
+ADAPTERS = "lisa_adapters"
+"""Of how adapters are added to the weights; absent without any."""
 
 
 def latest_tag(load_dir: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from deepspeed import comm as dist
 from torch import nn
 
+from lisa_ds.engines.common import adapters
 from lisa_ds.engines.common.progress import Progress
 from lisa_ds.engines.common.protocol import Engine
 from lisa_ds.engines.common.run import LisaRun
@@ -41,7 +42,9 @@ class Checkpoints:
 
     def client_state(self, given: dict[str, Any] | None) -> dict[str, Any]:
         """The client state to save: the caller's, and the run's progress."""
-        return {**(given or {}), files.KEY: self._run.progress(self._engine).as_dict()}
+        rule = adapters.rule_of(self._module)
+        progress = self._run.progress(self._engine).as_dict()
+        return {**(given or {}), files.KEY: progress, **({files.ADAPTERS: rule.as_dict()} if rule else {})}
 
     def prepare(self, paths: Sequence[Path]) -> Progress:
         """Check this rank's files, and switch to the units whose state they hold, so that DeepSpeed can load it.

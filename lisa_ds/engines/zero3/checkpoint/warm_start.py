@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lisa_ds.engines.common.adapters import rule_of
 from lisa_ds.engines.zero3.checkpoint.consolidate import read_weights
 from lisa_ds.errors import CheckpointError
 
@@ -33,7 +34,7 @@ def load_weights(module: nn.Module, directory: Path) -> None:
     named: dict[str, Any] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if dist.get_rank() == 0:
         try:
-            weights = read_weights(directory, torch.float32)
+            weights = read_weights(directory, torch.float32, merges=rule_of(module) is None)
             problem[0] = _mismatch(named, weights, directory)
         except CheckpointError as error:
             problem[0] = str(error)

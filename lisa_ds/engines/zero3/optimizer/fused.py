@@ -106,6 +106,15 @@ class FusedStage3(WindowedStage3):
         self._table = None
         super().switch(sampled, roles)
 
+    @property
+    def rounding_seed(self) -> int:
+        """Seed of stochastic rounding, another one after each switch.
+
+        Random numbers follow from seed, place and the unit's own step, which begins anew with every visit: by one seed alone an
+        element would be rounded by the same numbers in each, so that some would never take a small update.
+        """
+        return self._seed + (self.num_switches << 32)
+
     # ---- step -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -122,7 +131,7 @@ class FusedStage3(WindowedStage3):
             self.zero_grad(set_to_none=True)
         bad = (~norm.isfinite()).float()
         if table is not None:
-            for part, factor in self._launches(table, self._factor(norm, scale), self._seed):
+            for part, factor in self._launches(table, self._factor(norm, scale), self.rounding_seed):
                 masked_adamw_(part, factor=factor, found_inf=bad)
             self._count_steps()
         self._put_weights_in_place()
@@ -161,7 +170,7 @@ class FusedStage3(WindowedStage3):
         segments = [s for position in range(len(self.fp16_groups)) for s in self._segments(position)]
         if not segments:
             return None
-        table = SegmentTable(segments, hypers, seed=self._seed)
+        table = SegmentTable(segments, hypers, seed=self.rounding_seed)
         self._table = (places, table)
         return table
 
@@ -216,8 +225,8 @@ class FusedStage3(WindowedStage3):
                     weight=weight,
                     grad=gradient,
                     master=None if self._is_alias(position) else master[part],
-                    exp_avg=state["exp_avg"][part],
-                    exp_avg_sq=state["exp_avg_sq"][part],
+                    exp_avg=state["exp_avg"][part] if "exp_avg" in state else None,
+                    exp_avg_sq=state["exp_avg_sq"][part] if "exp_avg_sq" in state else None,
                     exp_avg_scale=state["exp_avg_scale"][scaled] if "exp_avg_scale" in state else None,
                     exp_avg_sq_scale=state["exp_avg_sq_scale"][scaled] if "exp_avg_sq_scale" in state else None,
                     step=step,
@@ -299,6 +308,8 @@ class FusedStage3(WindowedStage3):
         self, param: Any, release_swap_buffers: bool, optim_state_key: str | None = None
     ) -> tuple[Tensor, int]:
         """See the base class; 8-bit moments are returned decoded."""
+        if self.state_format.moments == "none" and optim_state_key in ("exp_avg", "exp_avg_sq"):
+            raise EngineError(f"{optim_state_key}: is not kept with lisa.optimizer.moments 'none'")
         position, offset, size = self.grad_position[self.get_param_id(param)]
         if self.state_format.moments != "int8" or optim_state_key not in ("exp_avg", "exp_avg_sq"):
             result: tuple[Tensor, int] = super()._get_fp32_opt_state_partition(
@@ -325,5 +336,6 @@ class FusedStage3(WindowedStage3):
         super().set_local_hp_param(value, param, optim_state_key)
 
     def _refuse_to_set(self, key: str | None) -> None:
-        if key is not None and self.state_format.moments == "int8":
-            raise EngineError(f"{key} is kept in 8 bits and cannot be set from outside; use moments 'fp32' for that")
+        if key is not None and self.state_format.moments in ("int8", "none"):
+            how = "in 8 bits" if self.state_format.moments == "int8" else "not at all"
+            raise EngineError(f"{key} is kept {how} and cannot be set from outside; use moments 'fp32' for that")

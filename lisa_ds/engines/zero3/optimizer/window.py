@@ -55,6 +55,8 @@ class WindowedStage3(GradientBufferStage3):
         self._rewarm, self._growth_limit = plan.rewarm, plan.growth_limit
         self.block_lr_scales: Mapping[int, float] = {}
         """Learning-rate factor of blocks in this interval; those not named train at the optimizer's own rate."""
+        self.num_switches = 0
+        """Switches so far; resumed."""
         self._lr_scales_of_step: list[float] = []
         self._absent_of_step: frozenset[int] = frozenset()
         super().__init__(*args, **kwargs)
@@ -188,6 +190,7 @@ class WindowedStage3(GradientBufferStage3):
         self.release_gradients()  # before anything that comes in is allocated
         self.unit_state.train(units)
         self._sampled, self._roles = sampled, wanted
+        self.num_switches += 1
         self._show(new)
         self.rebuild_gradient_partitions()
         self.layout.mark(new)
@@ -287,6 +290,7 @@ class WindowedStage3(GradientBufferStage3):
             "sampled": self._sampled,
             "roles": self._roles,
             "care": self.unit_state.care_state_dict(),
+            "num_switches": self.num_switches,
         }
         return state
 
@@ -298,6 +302,7 @@ class WindowedStage3(GradientBufferStage3):
         sampled, roles = tuple(saved["sampled"]), tuple(saved.get("roles", self._roles))
         if (sampled, roles) != (self._sampled, self._roles):
             self.switch(sampled, roles)
+        self.num_switches = saved.get("num_switches", 0)
         if len(state_dict["fp32_flat_groups"]) != len(self.fp32_partitioned_groups_flat):
             raise CheckpointError(
                 f"the checkpoint's optimizer state has {len(state_dict['fp32_flat_groups'])} groups of parameters that train, this "

@@ -269,7 +269,7 @@ def block_norms(norms: Mapping[Unit, float | None], num_layers: int) -> list[flo
 
 def units_of(stack: LayerStack) -> tuple[Unit, ...]:
     """The units of a model that have parameters, in the order they run."""
-    every: tuple[Unit, ...] = ("embeddings", *range(len(stack.units)), "block_rest", "lm_head", "rest")
+    every: tuple[Unit, ...] = ("embeddings", *range(len(stack.units)), "block_rest", "adapters", "lm_head", "rest")
     return tuple(unit for unit in every if stack.parameters(unit))
 
 
