@@ -27,6 +27,7 @@ from lisa_ds.cluster.environment import free_port
 from lisa_ds.config import GaloreConfig, LisaConfig, LoraConfig
 from lisa_ds.memory import Architecture, RunSettings, catalogue, forecast
 from lisa_ds.memory.gather import GatherSettings
+from lisa_ds.memory.matrices import shape_of
 from lisa_ds.memory.state import KINDS, Precision, full_state_bytes, state_bytes
 
 STEPS, INTERVAL = 4, 3
@@ -57,7 +58,8 @@ class Run:
     @property
     def lisa_config(self) -> LisaConfig:
         """The run's LISA section."""
-        return LisaConfig.load({"num_sampled_layers": 2, "interval_steps": INTERVAL, **self.lisa})
+        given = {"num_sampled_layers": 2, "interval_steps": INTERVAL, **self.lisa}
+        return LisaConfig.load({key: value for key, value in given.items() if value is not None})
 
     def settings(self) -> RunSettings:
         """The same run for the planner."""
@@ -96,6 +98,12 @@ RUNS = [
         zero={"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 10_000_000}),
     Run("TinyLlama-1.1B, LISA, all but blocks never, checkpointing, 2 ranks", "TinyLlama-1.1B-Chat-v1.0", 2,
         sequence=256, checkpointing=True, lisa={"embeddings": "never", "lm_head": "never", "rest": "never"}),
+    Run("SmolLM2-135M, LISA matrices, 2 ranks", "SmolLM2-135M", 2, batch=2,
+        lisa={"unit": "matrix", "sampling_ratio": 0.2, "num_sampled_layers": None}),
+    Run("SmolLM2-135M, LISA matrices, embeddings never, checkpointing, 2 ranks", "SmolLM2-135M", 2, batch=2, checkpointing=True,
+        lisa={"unit": "matrix", "embeddings": "never", "block_rest": "with_block"}),
+    Run("SmolLM2-135M, LISA matrices and adapters r8, embeddings never, 2 ranks", "SmolLM2-135M", 2, batch=2,
+        lisa={"unit": "matrix", "embeddings": "never", "adapters": {"rank": 8}}),
     Run("SmolLM2-135M, LoRA r8, 2 ranks", "SmolLM2-135M", 2, "lora", batch=2, lora={"rank": 8}, zero=BUCKET),
     Run("SmolLM2-135M, LoRA r128, 2 ranks", "SmolLM2-135M", 2, "lora", batch=2, lora={"rank": 128}, zero=BUCKET),
     Run("SmolLM2-135M, LoRA r128, ZeRO-2, 2 ranks", "SmolLM2-135M", 2, "lora", batch=2, lora={"rank": 128},
@@ -149,6 +157,8 @@ def measure(run: Run) -> dict[str, Any]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if run.method == "lora":
             model = _with_adapters(run, model)
+        if "adapters" in run.lisa:
+            model = lisa_ds.add_adapters(model, run.lisa_config)
         with live.phase("init"):
             if run.method == "galore":
                 engine: Any = _Ddp(run, model)
@@ -297,7 +307,7 @@ def planned(run: Run, sampled: tuple[int, ...]) -> tuple[dict[str, int], dict[st
         moments=optimizer.moments,
         bucket_bytes=phases["step"].get("buckets", 0),
     )
-    shape = architecture.shape
+    shape = shape_of(architecture, settings.lisa) if run.method == "lisa" else architecture.shape
     if run.method in ("lora", "galore"):
         parts = phases["step"]
         state = dict.fromkeys(KINDS, 0) | {

@@ -128,7 +128,7 @@ class LisaConfig(Section):
     """Factor on the learning rate of the small parameters of layers, where they train ``always``."""
 
     adapters: AdaptersConfig | None = None
-    """LoRA adapters that train in every interval beside what is drawn; None for none."""
+    """LoRA adapters that train in every interval beside what is drawn; ``null`` for none."""
 
     rewarm_steps: Annotated[int, Field(ge=0)] = 0
     """Steps n of learning-rate warm-up for units that begin to train, at a switch or at the start: from 1/n of the rate

@@ -181,7 +181,7 @@ class LisaCallback(TrainerCallback):
             )
         if state.is_world_process_zero:
             for lr in dict.fromkeys(group.get("initial_lr", group["lr"]) for group in engine.optimizer.param_groups):
-                tqdm.write(f"learning rates before the schedule: {engine.rates(float(lr))}")
+                tqdm.write(f"learning rates: {engine.rates(float(lr))}")
         engine.draw_first()  # inside the trainer's own forward its losses would get mixed up
         self._interval = engine.interval
         if engine.has_moments:  # resumed amid an interval

@@ -84,7 +84,7 @@ def test_defaults() -> None:
             {"optimizer": {"name": "adamw", "moments": "int8"}},
             "optimizer: moments 'int8' is masked_adamw's; with name 'adamw' it is 'fp32'",
         ),
-        ({"optimizer": {"moments": "int4"}}, "optimizer.moments: should be 'fp32', 'bf16' or 'int8', got 'int4'; did you mean 'int8'?"),
+        ({"optimizer": {"moments": "int4"}}, "optimizer.moments: should be 'fp32', 'bf16', 'int8' or 'none', got 'int4'; did you mean 'int8'?"),
         ({"lm_head_lr_scale": 0}, "lm_head_lr_scale: should be greater than 0, got 0"),
         ({"num_sampled_layers": 2, "sampling_ratio": 0.1}, "num_sampled_layers (2) and sampling_ratio (0.1) say the same thing: keep one"),
         ({"embeddings": "never", "embeddings_lr_scale": 0.1}, "embeddings_lr_scale has no effect with embeddings: never; remove one of them"),

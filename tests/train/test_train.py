@@ -34,6 +34,7 @@ def test_a_run_says_what_it_did_once(finished: tuple[Path, str]) -> None:
     for text in (
         "training data: ",
         "held-out data: ",
+        "learning rates: 0.01 (layers, embeddings, lm_head, rest)",
         "step 1: interval 0 trains layers [",
         "steps: 6, all applied",
         "; live state ",

@@ -110,7 +110,11 @@ def test_trajectory_equals_torch(runs: Any, ranks: int, case: Case) -> None:
     # Beside a matrix that trains others of its block are frozen.
     model = built(case)
     units, blocks = trajectory.units(model, case.lisa), {name: name.split(".")[2] for name in names_in_blocks(model)}
-    trained = {blocks[name] for name in blocks if units[name] in ours.layers[0] and "proj." in name and units[name] != "adapters"}
+    trained = {
+        blocks[name]
+        for name in blocks
+        if units[name] in ours.layers[0] and "proj." in name and units[name] != "adapters"
+    }
     assert any(blocks[name] in trained and units[name] not in ours.layers[0] for name in blocks if "proj" in name)
 
 

@@ -167,7 +167,7 @@ def lr_scales(config: LisaConfig) -> dict[int | str, float]:
 
 
 def rates(config: LisaConfig, roles: Sequence[str], lr: float) -> str:
-    """The learning rate of what is drawn and of each role, for a log line.
+    """The learning rates of what is drawn and of each role, for a log line.
 
     Args:
         config: The LISA section.
@@ -176,13 +176,15 @@ def rates(config: LisaConfig, roles: Sequence[str], lr: float) -> str:
 
     Example:
         >>> rates(LisaConfig(embeddings_lr_scale=0.1), ["embeddings", "rest"], 5e-5)
-        'layers 5e-05, embeddings 5e-06, rest 5e-05'
+        '5e-05 (layers, rest), 5e-06 (embeddings)'
     """
     cap = config.sampler.inverse_probability_cap
-    own = f"{'layers' if config.unit == 'block' else 'matrices'} {lr:.3g}" + (
-        f" (by probability, to {lr * cap:.3g} at most)" if cap else ""
-    )
-    return ", ".join([own, *(f"{role} {lr * config.lr_scale_of(role):.3g}" for role in roles)])
+    drawn = "layers" if config.unit == "block" else "matrices"
+    drawn += f", by probability to {lr * cap:.3g} at most" if cap else ""
+    by_rate: dict[str, list[str]] = {f"{lr:.3g}": [drawn]}
+    for role in roles:
+        by_rate.setdefault(f"{lr * config.lr_scale_of(role):.3g}", []).append(role)
+    return ", ".join(f"{rate} ({', '.join(names)})" for rate, names in by_rate.items())
 
 
 def _check_tied(config: LisaConfig) -> None:

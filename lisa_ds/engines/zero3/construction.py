@@ -22,6 +22,7 @@ from lisa_ds.engines.zero3.optimizer.fused import FusedStage3
 from lisa_ds.engines.zero3.optimizer.plan import WindowPlan
 from lisa_ds.engines.zero3.optimizer.window import WindowedStage3
 from lisa_ds.engines.zero3.scoring import measure
+from lisa_ds.errors import EngineError
 from lisa_ds.layers import LayerStack
 from lisa_ds.memory import ModelShape, default_bucket
 from lisa_ds.optim import StateFormat
@@ -80,6 +81,11 @@ class LisaConstruction(DeepSpeedEngine):
         # Here and not earlier: AutoTP replaces parameters before the optimizer is built.
         supported.check_optimizer(optimizer)
         parallel.check(self)
+        if self._lisa.adapters is not None and self.mp_world_size > 1:
+            raise EngineError(
+                f"lisa.adapters: {self.mp_world_size} ranks share each layer here, and a share of a layer has no adapter of its own; "
+                "remove lisa.adapters, or train without tensor parallelism"
+            )
         if self._fuses:
             accepted.check_optimizer(optimizer, self.state_format)
         self._stack = LayerStack.of_run(self.module, self._lisa)
