@@ -143,11 +143,20 @@ class LayerStack:
         units = [
             replace(unit, parameters=tuple(p for p in unit.parameters if id(p) not in found)) for unit in self.units
         ]
-        outside = {
-            role: [p for p in getattr(self, role) if id(p) not in found] for role in ("embeddings", "lm_head", "rest")
-        }
         unit_of: dict[int, Unit] = {**self.unit_of, **dict.fromkeys(found, "adapters")}
-        return replace(self, units=units, adapters=list(found.values()), unit_of=unit_of, **outside)
+
+        def without(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+            return [parameter for parameter in parameters if id(parameter) not in found]
+
+        return replace(
+            self,
+            units=units,
+            adapters=list(found.values()),
+            unit_of=unit_of,
+            embeddings=without(self.embeddings),
+            lm_head=without(self.lm_head),
+            rest=without(self.rest),
+        )
 
     def by_matrix(self, *, with_block: bool) -> LayerStack:
         """The same with matrices as units; see :func:`lisa_ds.units.matrices`.
@@ -206,7 +215,7 @@ class LayerStack:
 
 def _of_adapters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of PEFT's adapters; told by what its layers have, so that PEFT need not be installed."""
-    layers = [
+    layers: list[Any] = [
         module for module in model.modules() if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer")
     ]
     parts = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names if hasattr(layer, name)]

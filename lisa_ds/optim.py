@@ -15,7 +15,12 @@ from lisa_ds.ops import Backend, Hyper, Segment, SegmentTable, masked_adamw_, su
 from lisa_ds.ops.reference import dequantise_signed, dequantise_unsigned, quantise_signed, quantise_unsigned
 from lisa_ds.ops.segments import capturing
 
-_MOMENT_TYPES = {"fp32": (torch.float32,) * 2, "bf16": (torch.bfloat16,) * 2, "int8": (torch.int8, torch.uint8)}
+_MOMENT_TYPES = {
+    "fp32": (torch.float32,) * 2,
+    "bf16": (torch.bfloat16,) * 2,
+    "int8": (torch.int8, torch.uint8),
+    "none": None,
+}
 _PRECISIONS = get_args(Weights)
 _KEPT_TABLES = 8  # of what was frozen and unfrozen in turn; they hold no tensors but their own
 
@@ -24,8 +29,8 @@ _KEPT_TABLES = 8  # of what was frozen and unfrozen in turn; they hold no tensor
 class StateFormat:
     """The format of optimizer state: master copy or not, and the type of the moments.
 
-    Bytes read and written for an element of a bf16 weight with a bf16 gradient: ``mixed`` 28, with 8-bit moments 16;
-    ``stochastic_rounding`` 22, with bf16 moments 14, with 8-bit moments 10.
+    Bytes read and written for an element of a bf16 weight with a bf16 gradient: ``mixed`` 28, with 8-bit moments 16,
+    without moments 12; ``stochastic_rounding`` 22, with bf16 moments 14, with 8-bit moments 10, without moments 6.
 
     Raises:
         ValueError: An unknown name, or two that do not go together.
@@ -36,7 +41,8 @@ class StateFormat:
     down at random so that small updates count on average. fp32 weights are updated in place either way."""
 
     moments: str = "fp32"
-    """``fp32``, ``bf16`` (stochastic rounding only) or ``int8``: 8-bit codes, with a scale for each 256."""
+    """``fp32``, ``bf16`` (stochastic rounding only), ``int8``: 8-bit codes, with a scale for each 256; or ``none``: every step is the
+    first one of AdamW, ``lr * g / (|g| + eps)`` and decay, and betas have no effect."""
 
     def __post_init__(self) -> None:
         if self.precision not in _PRECISIONS:
@@ -44,7 +50,7 @@ class StateFormat:
         if self.moments not in _MOMENT_TYPES:
             raise ValueError(f"moments: should be one of {', '.join(_MOMENT_TYPES)}, got {self.moments!r}")
         if self.precision == "mixed" and self.moments == "bf16":
-            raise ValueError("moments: 'bf16' goes with precision 'stochastic_rounding'; use 'fp32' or 'int8'")
+            raise ValueError("moments: 'bf16' goes with precision 'stochastic_rounding'; use 'fp32', 'int8' or 'none'")
 
     def has_master(self, weight: torch.dtype) -> bool:
         """Whether a weight of this type has a master copy.
@@ -61,19 +67,19 @@ class StateFormat:
         return "fp32" if weight == torch.float32 and self.moments == "bf16" else self.moments
 
     def new_moments(self, weight: Tensor, sizes: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Zero moments and step count, under the names that ``torch.optim.AdamW`` gives them.
+        """Zero moments and step count, under the names that ``torch.optim.AdamW`` gives them; only ``step`` with moments ``none``.
 
         Args:
             weight: The weight they are for; ``(numel,)`` or any shape.
             sizes: Elements of the segments that it consists of, if of more than one: each has scales of its own.
         """
         kind = self.moments_of(weight.dtype)
-        first, second = _MOMENT_TYPES[kind]
-        state = {
-            "step": torch.zeros((), dtype=torch.float32, device=weight.device),
-            "exp_avg": torch.zeros(weight.shape, dtype=first, device=weight.device),
-            "exp_avg_sq": torch.zeros(weight.shape, dtype=second, device=weight.device),
-        }
+        state = {"step": torch.zeros((), dtype=torch.float32, device=weight.device)}
+        types = _MOMENT_TYPES[kind]
+        if types is None:
+            return state
+        for key, dtype in zip(("exp_avg", "exp_avg_sq"), types, strict=True):
+            state[key] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         if kind == "int8":
             count = sum(-(-size // QUANT_BLOCK) for size in (sizes or [weight.numel()]))
             for key in ("exp_avg_scale", "exp_avg_sq_scale"):
@@ -95,7 +101,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
         precision: ``mixed`` or ``stochastic_rounding``, see :class:`StateFormat`.
-        moments: ``fp32``, ``bf16`` or ``int8``, likewise.
+        moments: ``fp32``, ``bf16``, ``int8`` or ``none``, likewise.
         max_grad_norm: Clip gradients to this global norm inside the step, which is skipped where the norm is not finite.
         seed: Seed of stochastic rounding.
         backend: ``reference``, ``cpu``, ``triton`` or ``cuda``; None for the best that is available.
@@ -175,7 +181,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """See ``torch.optim.Optimizer``. State of ``torch.optim.AdamW`` is taken as well, and so is another format's."""
+        """See ``torch.optim.Optimizer``. State of ``torch.optim.AdamW`` is taken as well, and so is another format's.
+
+        Moments that are not kept here are dropped. Where the state has none and this format does, moments and step count begin at
+        zero: with the saved count, zero moments would pass for a long history and go uncorrected.
+        """
         super().load_state_dict(dict(state_dict))
         # The base class casts state to the parameter's type: fp32 moments of a bf16 weight would lose their low bits.
         saved = state_dict["state"]
@@ -269,30 +279,38 @@ class MaskedAdamW(torch.optim.Optimizer):
         """State of any format, converted to this optimizer's."""
         saved = {key: value.detach() if isinstance(value, Tensor) else value for key, value in saved.items()}
         state = self.format.new_moments(parameter)
-        state["step"].fill_(float(saved["step"]))
-        quantised = saved["exp_avg"].dtype == torch.int8
-        for key, decode, encode in (
-            ("exp_avg", dequantise_signed, quantise_signed),
-            ("exp_avg_sq", dequantise_unsigned, quantise_unsigned),
-        ):
-            value = saved[key].to(parameter.device)
-            if quantised and "exp_avg_scale" in state:
-                state[key].copy_(value)
-                state[f"{key}_scale"].copy_(saved[f"{key}_scale"])
-                continue
-            if quantised:
-                value = decode(value.reshape(-1), saved[f"{key}_scale"].to(parameter.device)).view(parameter.shape)
-            if "exp_avg_scale" in state:
-                codes, scales = encode(value.reshape(-1).float())
-                state[key].copy_(codes.view(parameter.shape))
-                state[f"{key}_scale"].copy_(scales)
-            else:
-                state[key].copy_(value)
+        if "exp_avg" not in state:
+            state["step"].fill_(float(saved["step"]))
+        elif saved.keys() - {"step", "master"}:  # else there were no moments, and no steps that these ones have seen
+            state["step"].fill_(float(saved["step"]))
+            _read_moments(saved, state)
         if (
             self.format.has_master(parameter.dtype) and "master" in saved
         ):  # else it is made of the weight at the next step
             state["master"] = saved["master"].to(parameter.device, torch.float32, copy=True)
         return state
+
+
+def _read_moments(saved: Mapping[str, Any], state: dict[str, Tensor]) -> None:
+    """Fill the moments of ``state`` with those of ``saved``, converted from one format to the other."""
+    quantised = saved["exp_avg"].dtype == torch.int8
+    for key, decode, encode in (
+        ("exp_avg", dequantise_signed, quantise_signed),
+        ("exp_avg_sq", dequantise_unsigned, quantise_unsigned),
+    ):
+        kept, value = state[key], saved[key].to(state[key].device)
+        if quantised and "exp_avg_scale" in state:
+            kept.copy_(value)
+            state[f"{key}_scale"].copy_(saved[f"{key}_scale"])
+            continue
+        if quantised:
+            value = decode(value.reshape(-1), saved[f"{key}_scale"].to(kept.device)).view(kept.shape)
+        if "exp_avg_scale" in state:
+            codes, scales = encode(value.reshape(-1).float())
+            kept.copy_(codes.view(kept.shape))
+            state[f"{key}_scale"].copy_(scales)
+        else:
+            kept.copy_(value)
 
 
 def _gradient(parameter: Tensor) -> Tensor:

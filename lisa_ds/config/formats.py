@@ -11,7 +11,7 @@ Weights = Literal["mixed", "stochastic_rounding"]
 """How 16-bit weights are updated: beside an fp32 master copy, or in place, rounded at random."""
 
 Moments = Literal["fp32", "bf16", "int8", "none"]
-"""The format of the two moments; without, each step is AdamW's first."""
+"""The format of the two moments; ``none``: there are none, and every step is AdamW's first."""
 
 QUANT_BLOCK = 256
 """Elements of 8-bit moments that share an fp32 scale. Blocks begin with their segment; csrc/ has it as kQuantBlock."""

@@ -2,6 +2,9 @@
 
 One step of AdamW (Loshchilov & Hutter, arXiv:1711.05101, as ``torch.optim.AdamW`` computes it) over the segments of a table, in
 fp32, then rounded to the format of the state. It is written to be read, not to be fast.
+
+Where no moments are kept, every step is the first one of AdamW, whose corrected moments are the gradient and its square:
+``lr * g / (|g| + eps)`` beside the decay. As everywhere else, a gradient of 0 with an ``eps`` of 0 gives NaN.
 """
 
 from __future__ import annotations
@@ -36,18 +39,23 @@ def sum_of_squares(table: SegmentTable) -> Tensor:
 
 
 def _update(segment: Segment, hyper: Hyper, seed: int, factor: Tensor) -> None:
-    step, (beta1, beta2) = segment.step.item(), hyper.betas
+    step = segment.step.item()
     lr = float(hyper.lr) * hyper.lr_scale
     gradient = segment.grad.reshape(-1).float() * factor
-    exp_avg, exp_avg_sq = _moments(segment)
-    exp_avg = exp_avg + (1 - beta1) * (gradient - exp_avg)
-    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient * gradient
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    denominator = exp_avg_sq.sqrt() / correction2**0.5 + hyper.eps
+    index = torch.arange(segment.numel, device=gradient.device)
+    if segment.exp_avg is None:
+        rate, quotient = lr, gradient / (gradient.abs() + hyper.eps)
+    else:
+        beta1, beta2 = hyper.betas
+        exp_avg, exp_avg_sq = _moments(segment)
+        exp_avg = exp_avg + (1 - beta1) * (gradient - exp_avg)
+        exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient * gradient
+        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+        rate, quotient = lr / correction1, exp_avg / (exp_avg_sq.sqrt() / correction2**0.5 + hyper.eps)
+        _keep_moments(segment, exp_avg, exp_avg_sq, random_bits(seed, int(step), index, FOR_SECOND_MOMENT))
     source = segment.weight if segment.master is None else segment.master
     assert source is not None
-    updated = source.reshape(-1).float() * (1 - lr * hyper.weight_decay) - lr / correction1 * (exp_avg / denominator)
-    index = torch.arange(segment.numel, device=updated.device)
+    updated = source.reshape(-1).float() * (1 - lr * hyper.weight_decay) - rate * quotient
     if segment.master is not None:
         segment.master.view(-1).copy_(updated)
         if segment.weight is not None:
@@ -56,10 +64,11 @@ def _update(segment: Segment, hyper: Hyper, seed: int, factor: Tensor) -> None:
         source.view(-1).copy_(updated)
     else:
         source.view(-1).copy_(round_stochastically(updated, random_bits(seed, int(step), index, FOR_WEIGHT)))
-    _keep_moments(segment, exp_avg, exp_avg_sq, random_bits(seed, int(step), index, FOR_SECOND_MOMENT))
 
 
 def _moments(segment: Segment) -> tuple[Tensor, Tensor]:
+    assert segment.exp_avg is not None
+    assert segment.exp_avg_sq is not None
     first, second = segment.exp_avg.reshape(-1), segment.exp_avg_sq.reshape(-1)
     if segment.exp_avg_scale is None or segment.exp_avg_sq_scale is None:
         return first.float(), second.float()
@@ -67,6 +76,8 @@ def _moments(segment: Segment) -> tuple[Tensor, Tensor]:
 
 
 def _keep_moments(segment: Segment, exp_avg: Tensor, exp_avg_sq: Tensor, bits: Tensor) -> None:
+    assert segment.exp_avg is not None
+    assert segment.exp_avg_sq is not None
     first, second = segment.exp_avg.view(-1), segment.exp_avg_sq.view(-1)
     if segment.exp_avg_scale is not None and segment.exp_avg_sq_scale is not None:
         for kept, scale, (codes, scales) in (

@@ -39,9 +39,14 @@ HYPER_COLUMNS = 12
 
 # What csrc/ calls the types.
 TYPE_CODES = {None: -1, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-MOMENT_CODES = {"fp32": 0, "bf16": 1, "int8": 2}
+MOMENT_CODES = {"fp32": 0, "bf16": 1, "int8": 2, "none": 3}
 
-_MOMENTS: dict[torch.dtype, Moments] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
+_MOMENTS: dict[torch.dtype | None, Moments] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.int8: "int8",
+    None: "none",
+}
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
@@ -65,6 +70,8 @@ class Segment:
 
     With ``master`` the update is made there in fp32 and rounded to ``weight``. Without it ``weight`` is updated in place: in
     fp32, or if it is bfloat16 by stochastic rounding.
+
+    Without moments every step is the first one of AdamW, ``lr * g / (|g| + eps)`` and decay: betas have no effect.
     """
 
     weight: Tensor | None
@@ -73,14 +80,14 @@ class Segment:
     grad: Tensor
     """bfloat16, float16 or float32."""
 
-    exp_avg: Tensor
-    """float32, bfloat16 (without master only) or int8 codes."""
-
-    exp_avg_sq: Tensor
-    """float32, bfloat16 or uint8 codes, as ``exp_avg``."""
-
     step: Tensor
-    """float32, one element: steps taken."""
+    """float32, one element: steps taken. Stochastic rounding draws by it, also where there are no moments to correct."""
+
+    exp_avg: Tensor | None = None
+    """float32, bfloat16 (without master only) or int8 codes; None for no moments."""
+
+    exp_avg_sq: Tensor | None = None
+    """float32, bfloat16 or uint8 codes, as ``exp_avg``; None with it."""
 
     master: Tensor | None = None
     """float32."""
@@ -126,7 +133,7 @@ class Layout:
     @property
     def bytes_per_element(self) -> int:
         """Bytes read and written for an element, without the scales of 8-bit moments."""
-        moments = {"fp32": 16, "bf16": 8, "int8": 4}[self.moments]
+        moments = {"fp32": 16, "bf16": 8, "int8": 4, "none": 0}[self.moments]
         weight = self.weight.itemsize if self.weight is not None else 0
         return self.grad.itemsize + moments + (8 + weight if self.has_master else 2 * weight)
 
@@ -147,7 +154,7 @@ class SegmentTable:
     def __init__(self, segments: Sequence[Segment], hypers: Sequence[Hyper], *, seed: int = 0) -> None:
         if not segments:
             raise ValueError("a table holds one segment at least")
-        self.layout = layout_of(segments[0])
+        self.layout = layout_of(segments[0], "segment 0")
         self.device = segments[0].grad.device
         for i, segment in enumerate(segments):
             _check(i, segment, self.layout, self.device)
@@ -176,7 +183,8 @@ class SegmentTable:
         Raises:
             ValueError: Types or sizes differ.
         """
-        if [segment.numel for segment in segments] != self.numels or any(layout_of(s) != self.layout for s in segments):
+        layouts = [layout_of(segment, f"segment {i}") for i, segment in enumerate(segments)]
+        if [segment.numel for segment in segments] != self.numels or any(found != self.layout for found in layouts):
             raise ValueError("a table is of segments of the same types and sizes; build another one")
         self.segments = tuple(segments)
         self.steps = list({id(segment.step): segment.step for segment in segments}.values())  # some may share one
@@ -261,20 +269,26 @@ def write_by_launches(table: Tensor, rows: Sequence[Sequence[int]], before: Sequ
                 table[i, column].fill_(new)
 
 
-def layout_of(segment: Segment) -> Layout:
-    """The types of a segment.
+def layout_of(segment: Segment, name: str = "a segment") -> Layout:
+    """The types of a segment, which messages call ``name``.
 
     Raises:
-        ValueError: No kernel takes them.
+        ValueError: No kernel takes them, or there is one moment without the other.
     """
-    moments = _MOMENTS.get(segment.exp_avg.dtype)
+    if (segment.exp_avg is None) != (segment.exp_avg_sq is None):
+        missing, there = ("exp_avg", "exp_avg_sq") if segment.exp_avg is None else ("exp_avg_sq", "exp_avg")
+        raise ValueError(
+            f"{name}: {there} is given and {missing} is None; give both moments, or neither for no moments"
+        )
+    first = None if segment.exp_avg is None else segment.exp_avg.dtype
+    moments = _MOMENTS.get(first)
     weight = None if segment.weight is None else segment.weight.dtype
     if segment.in_place_fp32:
         weight, has_master = None, True
     else:
         has_master = segment.master is not None
     if moments is None:
-        raise ValueError(f"moments are float32, bfloat16 or int8, got {segment.exp_avg.dtype}")
+        raise ValueError(f"moments are float32, bfloat16 or int8, or None, got {first}")
     if segment.grad.dtype not in (*_SIXTEEN_BIT, torch.float32):
         raise ValueError(f"gradients are bfloat16, float16 or float32, got {segment.grad.dtype}")
     if not has_master and weight != torch.bfloat16:
@@ -308,14 +322,15 @@ def _hyper_row(hyper: Hyper) -> list[float]:
 
 
 def _check(i: int, segment: Segment, layout: Layout, device: torch.device) -> None:
-    found = layout_of(segment)
+    found = layout_of(segment, f"segment {i}")
     if found != layout:
         raise ValueError(f"segment {i}: all segments of a launch share their types, got {found} and {layout}")
     scales = -(-segment.numel // QUANT_BLOCK) if layout.moments == "int8" else None
+    moments = None if layout.moments == "none" else segment.numel
     expected = {
         "weight": segment.numel,
-        "exp_avg": segment.numel,
-        "exp_avg_sq": segment.numel,
+        "exp_avg": moments,
+        "exp_avg_sq": moments,
         "master": segment.numel,
         "exp_avg_scale": scales,
         "exp_avg_sq_scale": scales,
@@ -329,7 +344,9 @@ def _check(i: int, segment: Segment, layout: Layout, device: torch.device) -> No
             raise ValueError(f"segment {i}: scales go with int8 moments, and int8 moments with scales")
         if tensor is not None and tensor.numel() != numel:
             raise ValueError(f"segment {i}: {name} has {tensor.numel()} elements, should have {numel}")
-    types = {"master": torch.float32, "step": torch.float32, "exp_avg_sq": _second(segment.exp_avg.dtype)}
+    types = {"master": torch.float32, "step": torch.float32}
+    if segment.exp_avg is not None:
+        types["exp_avg_sq"] = torch.uint8 if layout.moments == "int8" else segment.exp_avg.dtype
     types |= dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), torch.float32)
     for name in ("weight", "grad", "exp_avg", *types):
         tensor = getattr(segment, name)
@@ -341,7 +358,3 @@ def _check(i: int, segment: Segment, layout: Layout, device: torch.device) -> No
             raise ValueError(f"segment {i}: {name} is not contiguous")
         if name in types and tensor.dtype != types[name]:
             raise ValueError(f"segment {i}: {name} should be {types[name]}, got {tensor.dtype}")
-
-
-def _second(first: torch.dtype) -> torch.dtype:
-    return torch.uint8 if first == torch.int8 else first

@@ -23,7 +23,8 @@ class Mode:
     weight: torch.dtype = BF16
     grad: torch.dtype = BF16
     master: bool = True
-    moments: torch.dtype = FP32
+    moments: torch.dtype | None = FP32
+    """None: there are none."""
 
 
 MODES = [
@@ -39,6 +40,12 @@ MODES = [
     Mode("int8_master", moments=torch.int8),
     Mode("int8_fp32", weight=FP32, grad=FP32, master=False, moments=torch.int8),
     Mode("int8_sr", master=False, moments=torch.int8),
+    Mode("none_master", moments=None),
+    Mode("none_fp32", weight=FP32, grad=FP32, master=False, moments=None),
+    Mode("none_fp16", weight=FP16, grad=FP16, moments=None),
+    Mode("none_sr", master=False, moments=None),
+    Mode("none_sr_fp32_grad", grad=FP32, master=False, moments=None),
+    Mode("none_sr_fp16_grad", grad=FP16, master=False, moments=None),
 ]
 
 SIZES = [1, 0, 7, 255, 256, 257, 2048, 2049, 4096 + 513, 3 * 2048]
@@ -64,8 +71,8 @@ def make_segment(
         weight=weight,
         grad=tensor(mode.grad, 0.1 * torch.randn(numel, generator=draw)),
         master=tensor(FP32, weight.float().cpu()) if mode.master else None,
-        exp_avg=tensor(mode.moments, zeros),
-        exp_avg_sq=tensor(torch.uint8 if quantised else mode.moments, zeros),
+        exp_avg=None if mode.moments is None else tensor(mode.moments, zeros),
+        exp_avg_sq=None if mode.moments is None else tensor(torch.uint8 if quantised else mode.moments, zeros),
         exp_avg_scale=tensor(FP32, scales) if quantised else None,
         exp_avg_sq_scale=tensor(FP32, scales) if quantised else None,
         step=torch.tensor(float(step), device=device),

@@ -40,8 +40,11 @@ def run(backend: Backend, names: Collection[str] = tuple(mode.name for mode in M
 
 
 def accuracy(backend: Backend, mode: Mode) -> dict[str, float]:
-    """Largest distance from fp64 AdamW after 20 steps: of ours, and of torch's in fp32. Modes with fp32 state only."""
-    if mode.moments != torch.float32 or not (mode.master or mode.weight == torch.float32):
+    """Largest distance from fp64 AdamW after 20 steps: of ours, and of torch's in fp32. Modes with fp32 state only.
+
+    Without moments torch's optimizers forget theirs before each step.
+    """
+    if mode.moments not in (None, torch.float32) or not (mode.master or mode.weight == torch.float32):
         return {}
     segments = [replace(s, step=torch.zeros(())) for s in make_segments(mode, (4096 + 513, 2048, 7))]
     settings = adamw_cases.hypers(len(segments))
@@ -64,6 +67,8 @@ def accuracy(backend: Backend, mode: Mode) -> dict[str, float]:
             segment.grad.copy_(0.1 * torch.randn(segment.numel, generator=draw))
             exact[i].grad, single[i].grad = segment.grad.double(), segment.grad.float()
         for optimizer in optimizers:
+            if mode.moments is None:
+                optimizer.state.clear()
             optimizer.step()
         masked_adamw_(table, backend=backend)
 
@@ -73,7 +78,7 @@ def accuracy(backend: Backend, mode: Mode) -> dict[str, float]:
     moments = {
         key: [optimizer.state[p][key] for p in values]
         for optimizer, values in zip(optimizers, (exact, single), strict=True)
-        for key in ("exp_avg", "exp_avg_sq")
+        for key in (("exp_avg", "exp_avg_sq") if mode.moments is not None else ())
         if optimizer is optimizers[0]
     }
     return {
@@ -111,9 +116,13 @@ def written_back(mode: Mode, segments: list[Segment]) -> float:
 
 
 def one_step(backend: Backend, mode: Mode) -> dict[str, float]:
-    """One step from the same random state, in fp64, in torch's fp32, and in ours before it is rounded into 8 or 16 bits."""
-    segment = with_history(make_segment(mode, 4096 + 513, step=7))
-    first, second = (moment.clone() for moment in specification._moments(segment))
+    """One step from the same random state, in fp64, in torch's fp32, and in ours before it is rounded into 8 or 16 bits.
+
+    Without moments torch's is the first one of an optimizer.
+    """
+    segment = make_segment(mode, 4096 + 513, step=7)
+    if mode.moments is not None:
+        first, second = (moment.clone() for moment in specification._moments(with_history(segment)))
     hyper = Hyper(lr=2e-3, weight_decay=0.1)
     before = source(segment).clone()
     results = []
@@ -121,16 +130,16 @@ def one_step(backend: Backend, mode: Mode) -> dict[str, float]:
         value = before.to(dtype)
         value.grad = segment.grad.to(dtype)
         optimizer = torch.optim.AdamW([value], lr=2e-3, weight_decay=0.1, foreach=False)
-        optimizer.state[value] = {
-            "step": torch.tensor(7.0),
-            "exp_avg": first.to(dtype),
-            "exp_avg_sq": second.to(dtype),
-        }
+        if mode.moments is not None:
+            optimizer.state[value] = {
+                "step": torch.tensor(7.0),
+                "exp_avg": first.to(dtype),
+                "exp_avg_sq": second.to(dtype),
+            }
         optimizer.step()
         results.append((value, optimizer.state[value]["exp_avg"], optimizer.state[value]["exp_avg_sq"]))
     (exact, exact_first, exact_second), (single, _, _) = results
     masked_adamw_(SegmentTable([segment], [hyper], seed=SEED), backend=backend)
-    now_first, now_second = specification._moments(segment)
     updated = source(segment).double()
     result = {
         "ours": float((updated - exact).abs().max()),
@@ -138,6 +147,9 @@ def one_step(backend: Backend, mode: Mode) -> dict[str, float]:
         # Stochastic rounding must leave one of the two neighbours: less than a last place from the exact value.
         "last_places": float(((updated - exact).abs() / last_place(exact)).max()),
     }
+    if mode.moments is None:
+        return result
+    now_first, now_second = specification._moments(segment)
     for key, now, right in (("exp_avg", now_first, exact_first), ("exp_avg_sq", now_second, exact_second)):
         share = (now.double() - right).abs() / right.abs().amax()
         result[key] = float(share.max())
@@ -198,7 +210,9 @@ def frozen(backend: Backend, mode: Mode) -> bool:
     before = [clone(segment) for segment in segments]
     masked_adamw_(table_of(segments[::2]), backend=backend)
     same = [equal_bytes(a, b) for a, b in zip(segments, before, strict=True)]
-    return all(same[1::2]) and not any(same[::2])
+    # A few 16-bit weights may all be rounded back to what they were, where there is nothing else to change.
+    unchanged = [kept for kept, segment in zip(same, segments, strict=True) if segment.numel > 100 and kept]
+    return all(same[1::2]) and len(unchanged) == sum(segment.numel > 100 for segment in segments[1::2])
 
 
 def overflow(backend: Backend, mode: Mode) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -132,6 +134,48 @@ def test_the_rate_may_be_a_tensor() -> None:
     assert distance(ours, theirs) < 1e-6
 
 
+class FreshAdamW(torch.optim.AdamW):
+    """Torch's, which forgets its state before each step."""
+
+    def step(self, *args: Any, **options: Any) -> Any:
+        self.state.clear()
+        return super().step(*args, **options)
+
+
+@pytest.mark.parametrize("rate", [1e-2, torch.tensor(1e-2)], ids=["number", "tensor"])
+def test_without_moments_it_is_a_fresh_adamw_at_each_step(rate: float | Tensor) -> None:
+    ours, theirs, kept = model(), model(), model()
+    optimizers = (
+        MaskedAdamW(ours.parameters(), lr=rate, betas=(0.5, 0.6), eps=1e-4, moments="none", max_grad_norm=0.05),
+        FreshAdamW(theirs.parameters(), lr=1e-2, eps=1e-4),
+        torch.optim.AdamW(kept.parameters(), lr=1e-2, eps=1e-4),
+    )
+    for step in range(10):
+        for network, optimizer in zip((ours, theirs, kept), optimizers, strict=True):
+            backward(network, step)
+            if network is not ours:
+                assert float(nn.utils.clip_grad_norm_(network.parameters(), 0.05)) > 0.05
+            optimizer.step()
+    assert distance(ours, theirs) < 1e-6
+    assert distance(ours, kept) > 1e-2  # control
+    assert all(set(state) == {"step"} for state in optimizers[0].state.values())
+    assert float(optimizers[0].state[ours[0].weight]["step"]) == 10
+
+
+@pytest.mark.parametrize("wrong", [{"weight_decay": 0.0}, {"maximize": True}], ids=str)
+def test_without_moments_a_missing_decay_or_a_wrong_sign_would_be_seen(wrong: dict[str, Any]) -> None:
+    """Control: of the comparison above."""
+    ours, theirs = model(), model()
+    optimizers = (
+        MaskedAdamW(ours.parameters(), lr=1e-2, eps=1e-4, moments="none", weight_decay=0.1),
+        FreshAdamW(theirs.parameters(), **{"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1, **wrong}),
+    )
+    for network, optimizer in zip((ours, theirs), optimizers, strict=True):
+        backward(network, 0)
+        optimizer.step()
+    assert distance(ours, theirs) > 1e-5
+
+
 def test_types_may_be_mixed_in_one_optimizer() -> None:
     network = nn.Sequential(nn.Linear(8, 8).bfloat16(), nn.LayerNorm(8))
     optimizer = MaskedAdamW(network.parameters(), lr=1e-2, precision="stochastic_rounding", moments="bf16")
@@ -148,13 +192,22 @@ def test_types_may_be_mixed_in_one_optimizer() -> None:
     ("arguments", "message"),
     [
         ({"precision": "mixd"}, "precision: should be one of mixed, stochastic_rounding, got 'mixd'"),
-        ({"moments": "int4"}, "moments: should be one of fp32, bf16, int8, got 'int4'"),
+        ({"moments": "int4"}, "moments: should be one of fp32, bf16, int8, none, got 'int4'"),
         ({"moments": "bf16"}, "goes with precision 'stochastic_rounding'"),
     ],
 )
 def test_mistakes_are_told_by_name(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MaskedAdamW(model().parameters(), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["mixed", "stochastic_rounding"])
+def test_either_precision_goes_without_moments(precision: str) -> None:
+    chosen = StateFormat(precision, "none")
+    for dtype in (torch.bfloat16, torch.float32):
+        assert chosen.moments_of(dtype) == "none"
+        state = chosen.new_moments(torch.ones(300, dtype=dtype), sizes=[100, 200])
+        assert {key: value.tolist() for key, value in state.items()} == {"step": 0.0}
 
 
 def test_what_it_cannot_update_is_refused() -> None:

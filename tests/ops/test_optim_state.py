@@ -41,6 +41,8 @@ FORMATS = [
     ("stochastic_rounding", "fp32"),
     ("stochastic_rounding", "bf16"),
     ("stochastic_rounding", "int8"),
+    ("mixed", "none"),
+    ("stochastic_rounding", "none"),
 ]
 
 
@@ -76,7 +78,7 @@ def test_bytes_of_state_are_those_of_the_format(precision: str, moments: str) ->
     optimizer.step()
     numels = [p.numel() for p in network.parameters()]
     scales = sum(-(-numel // 256) for numel in numels)
-    each = {"fp32": 8, "bf16": 4, "int8": 2}[moments] + (4 if precision == "mixed" else 0)
+    each = {"fp32": 8, "bf16": 4, "int8": 2, "none": 0}[moments] + (4 if precision == "mixed" else 0)
     expected = each * sum(numels) + (8 * scales if moments == "int8" else 0) + 4 * len(numels)
     held = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
     assert held == expected
@@ -98,6 +100,44 @@ def test_moments_of_one_format_are_read_into_another() -> None:
     assert read.dtype == torch.float32
     assert float((read - exact).abs().max()) < 0.01 * float(exact.abs().max())
     assert torch.equal(third.state[network[2].weight]["master"], first.state[network[2].weight]["master"])
+
+
+@pytest.mark.parametrize("moments", ["fp32", "int8"])
+def test_moments_are_dropped_where_none_are_kept_and_begin_anew_where_there_were_none(moments: str) -> None:
+    network = model(torch.bfloat16)
+    first = MaskedAdamW(network.parameters(), lr=1e-2, moments=moments)
+    for step in range(3):
+        backward(network, step)
+        first.step()
+    without = MaskedAdamW(network.parameters(), lr=1e-2, moments="none")
+    without.load_state_dict(first.state_dict())
+    for parameter in network.parameters():
+        kept = without.state[parameter]
+        assert set(kept) == {"step", "master"}
+        assert float(kept["step"]) == 3
+        assert torch.equal(kept["master"], first.state[parameter]["master"])
+    again = MaskedAdamW(network.parameters(), lr=1e-2, moments=moments)
+    again.load_state_dict(pickle.loads(pickle.dumps(without.state_dict())))
+    fresh_network = copy.deepcopy(network)
+    fresh = MaskedAdamW(fresh_network.parameters(), lr=1e-2, moments=moments)
+    for parameter, twin in zip(network.parameters(), fresh_network.parameters(), strict=True):
+        read = again.state[parameter]
+        assert float(read["step"]) == 0  # a count of 3 would leave zero moments uncorrected
+        assert not read["exp_avg"].any()
+        fresh.state[twin] = {**fresh.format.new_moments(twin), "master": read["master"].clone()}
+    for each, by in ((network, again), (fresh_network, fresh)):
+        backward(each, 7)
+        by.step()
+    assert distance(network, fresh_network) == 0
+
+
+def test_state_that_has_other_things_than_moments_is_not_taken_for_one_without() -> None:
+    network = model()
+    other = torch.optim.Adagrad(network.parameters())  # step and sum
+    backward(network, 0)
+    other.step()
+    with pytest.raises(KeyError, match="exp_avg"):
+        MaskedAdamW(network.parameters()).load_state_dict(other.state_dict())
 
 
 def test_gradients_of_the_last_step_are_not_kept_alive() -> None:

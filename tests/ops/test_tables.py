@@ -15,10 +15,10 @@ from tests.ops.adamw_cases import MODES, Mode, clone, make_segment, make_segment
 BY_NAME = {mode.name: mode for mode in MODES}
 
 
-def test_a_rate_in_a_tensor_is_read_where_it_is() -> None:
+@pytest.mark.parametrize("name", ["fp32", "none_fp32"])
+def test_a_rate_in_a_tensor_is_read_where_it_is(name: str) -> None:
     rate = torch.tensor(0.1)
-    mode = MODES[0]
-    segment = make_segment(mode, 10)
+    segment = make_segment(BY_NAME[name], 10)
     assert segment.weight is not None
     segment.grad.fill_(1.0)
     before = segment.weight.clone()
@@ -66,15 +66,36 @@ def test_addresses_written_by_launches_are_those_that_were_meant() -> None:
         ({"grad": torch.zeros(20, dtype=torch.bfloat16)[::2]}, "segment 1: grad is not contiguous"),
         ({"step": torch.zeros(1, dtype=torch.int64)}, "segment 1: step should be torch.float32, got torch.int64"),
         ({"exp_avg": torch.zeros(10, dtype=torch.int8)}, "all segments of a launch share their types"),
+        (
+            {"exp_avg": None},
+            "segment 1: exp_avg_sq is given and exp_avg is None; give both moments, or neither for no moments",
+        ),
+        (
+            {"exp_avg_sq": None},
+            "segment 1: exp_avg is given and exp_avg_sq is None; give both moments, or neither for no moments",
+        ),
+        ({"exp_avg": None, "exp_avg_sq": None}, "all segments of a launch share their types"),
     ],
 )
-def test_a_table_refuses_what_does_not_go_together(change: dict[str, torch.Tensor], message: str) -> None:
+def test_a_table_refuses_what_does_not_go_together(change: dict[str, torch.Tensor | None], message: str) -> None:
     from dataclasses import replace
 
     mode = next(mode for mode in MODES if mode.name == "mixed")
     good = make_segment(mode, 10)
     with pytest.raises(ValueError, match=message):
         SegmentTable([good, replace(good, **change)], [Hyper(), Hyper()])
+
+
+@pytest.mark.parametrize("change", [{"exp_avg": torch.zeros(10)}, {"exp_avg_scale": torch.zeros(1)}], ids=str)
+def test_a_table_without_moments_refuses_parts_of_them(change: dict[str, torch.Tensor]) -> None:
+    from dataclasses import replace
+
+    good = make_segment(BY_NAME["none_master"], 10)
+    with pytest.raises(ValueError, match="segment 0: (exp_avg is given and exp_avg_sq is None|scales go with int8)"):
+        SegmentTable([replace(good, **change)], [Hyper()])
+    table = SegmentTable([good], [Hyper()])
+    with pytest.raises(ValueError, match="exp_avg is given and exp_avg_sq is None|of the same types and sizes"):
+        table.point_at([replace(good, exp_avg=torch.zeros(10))])
 
 
 def test_layouts_that_no_kernel_has_are_refused() -> None:
@@ -90,6 +111,7 @@ def test_layouts_that_no_kernel_has_are_refused() -> None:
 def test_bytes_per_element_are_those_of_the_modes() -> None:
     expected = {"fp32": 28, "mixed": 28, "mixed_fp32_grad": 30, "sr_fp32_moments": 22, "sr_16bit": 14}
     expected |= {"int8_master": 16, "int8_sr": 10}
+    expected |= {"none_master": 12, "none_fp32": 12, "none_sr": 6, "none_sr_fp32_grad": 8}
     found = {name: layout_of(make_segment(BY_NAME[name], 256)).bytes_per_element for name in expected}
     assert found == expected
 
