@@ -10,13 +10,14 @@ namespace lisa_ds {
 namespace LEVEL {
 namespace {
 
-struct None {};  // no weight to write back to
+struct None {};  // no weight to write back to, or no moments
 
 // A segment's numbers, ready for use.
 struct Coefficients {
   Vec factor, beta1, beta2;
   Vec new1, new2;                // 1 - beta, the second times the square of the factor
-  Vec decay, inverse_root, eps;  // the last two over the rate, which saves a multiplication
+  Vec decay, inverse_root, eps;  // the last two over the rate, which saves a multiplication; without moments eps is not
+  Vec rate;                      // without moments
   uint32_t begin, middle;        // keys of the random numbers
 };
 
@@ -46,6 +47,8 @@ Coefficients coefficients(const Call& call, int64_t segment) {
   const double rate = hyper[LR] / correction1;  // 0: an infinite denominator, and no step
   c.inverse_root = set(rate == 0 ? 0.0f : static_cast<float>(1.0 / (sqrt(correction2) * rate)));
   c.eps = set(rate == 0 ? INFINITY : static_cast<float>(hyper[EPS] / rate));
+  c.rate = set(hyper[LR]);
+  if (call.moments == MOMENTS_NONE) c.eps = set(hyper[EPS]);
   c.begin = mix(static_cast<uint32_t>(seed) + static_cast<uint32_t>(static_cast<int64_t>(step)) * 0x9e3779b9U);
   c.middle = mix(static_cast<uint32_t>(seed >> 32) ^ c.begin);
   return c;
@@ -92,6 +95,15 @@ inline void adamw(const Coefficients& c, Pair gradient, Pair& weight, Pair& exp_
   adamw<decoding, exact>(c, gradient.b, weight.b, exp_avg.b, exp_avg_sq.b);
 }
 
+// Without moments: those of the first step, corrected, are the gradient and its square.
+inline Vec first_step(const Coefficients& c, Vec gradient, Vec weight) {
+  gradient = gradient * c.factor;
+  return fms(weight, c.decay, c.rate * (gradient / (magnitude(gradient) + c.eps)));
+}
+inline Pair first_step(const Coefficients& c, Pair gradient, Pair weight) {
+  return {first_step(c, gradient.a, weight.a), first_step(c, gradient.b, weight.b)};
+}
+
 template <class T> inline T* at(const int64_t* row, int column) { return reinterpret_cast<T*>(row[column]); }
 template <class T> inline T* past(T* p, int64_t i) { return p + i; }
 inline None* past(None* p, int64_t) { return p; }
@@ -99,6 +111,7 @@ inline None* past(None* p, int64_t) { return p; }
 // Where the elements of one segment lie.
 template <class Grad, class Weight, class First, class Second>
 struct Pointers {
+  static constexpr bool has_moments = !__is_same(First, None);
   explicit Pointers(const int64_t* row)
       : weight(at<Weight>(row, WEIGHT)),
         grad(at<const Grad>(row, GRAD)),
@@ -107,7 +120,8 @@ struct Pointers {
         exp_avg_sq(at<Second>(row, EXP_AVG_SQ)) {}
   Pointers from(int64_t i) const {
     Pointers moved = *this;
-    moved.weight = past(weight, i), moved.grad += i, moved.master += i, moved.exp_avg += i, moved.exp_avg_sq += i;
+    moved.weight = past(weight, i), moved.grad += i, moved.master += i;
+    moved.exp_avg = past(exp_avg, i), moved.exp_avg_sq = past(exp_avg_sq, i);
     return moved;
   }
   Weight* weight;
@@ -151,12 +165,18 @@ template <bool split> inline void keep_second(bf16* p, Pair value, const Random&
 
 // kPair elements, of which the first is number `index` of the segment.
 template <bool master, bool split, bool stream, class P> inline void step_pair(const Coefficients& c, const P& p, int64_t index) {
-  Pair weight = source<master, split>(p), exp_avg = load_pair<split>(p.exp_avg), exp_avg_sq = load_pair<split>(p.exp_avg_sq);
-  adamw<false, sizeof(*p.exp_avg) == sizeof(float)>(c, load_pair<split>(p.grad), weight, exp_avg, exp_avg_sq);
-  const typename RandomFor<master>::type random(c, index);
-  keep_weight<master, split, stream>(p, weight, random);
-  store_pair<split>(p.exp_avg, exp_avg);
-  keep_second<split>(p.exp_avg_sq, exp_avg_sq, random);
+  using R = typename RandomFor<master>::type;
+  if constexpr (P::has_moments) {
+    Pair weight = source<master, split>(p), exp_avg = load_pair<split>(p.exp_avg), exp_avg_sq = load_pair<split>(p.exp_avg_sq);
+    adamw<false, sizeof(*p.exp_avg) == sizeof(float)>(c, load_pair<split>(p.grad), weight, exp_avg, exp_avg_sq);
+    const R random(c, index);
+    keep_weight<master, split, stream>(p, weight, random);
+    store_pair<split>(p.exp_avg, exp_avg);
+    keep_second<split>(p.exp_avg_sq, exp_avg_sq, random);
+  } else {
+    const Pair weight = first_step(c, load_pair<split>(p.grad), source<master, split>(p));
+    keep_weight<master, split, stream>(p, weight, R(c, index));
+  }
 }
 
 template <class T> inline void copy(T* to, const T* from, int64_t n) {
@@ -203,11 +223,10 @@ template <bool master, class P> inline void prefetch_after(const P& p) {
   } else {
     fetch(next.weight);
   }
-  fetch(next.exp_avg);
-  fetch(next.exp_avg_sq);
+  if constexpr (P::has_moments) fetch(next.exp_avg), fetch(next.exp_avg_sq);
 }
 
-// Elements [begin, end) of a segment whose moments are fp32 or bf16.
+// Elements [begin, end) of a segment whose moments are fp32 or bf16, or which has none.
 template <bool master, class Grad, class Weight, class Moment>
 void update_range(const Coefficients c, const int64_t* row, int64_t begin, int64_t end) {
   using P = Pointers<Grad, Weight, Moment, Moment>;
@@ -317,6 +336,7 @@ using Update = void (*)(const Coefficients, const int64_t* row, int64_t begin, i
 
 template <bool master, class Grad, class Weight> Update choose_moments(const Call& call) {
   if (call.moments == MOMENTS_INT8) return update_quantised<master, Grad, Weight>;
+  if (call.moments == MOMENTS_NONE) return update_range<master, Grad, Weight, None>;
   if constexpr (!master) {
     if (call.moments == MOMENTS_BF16) return update_range<master, Grad, Weight, bf16>;
   }

@@ -45,6 +45,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fms(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
 inline Vec root(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Vec rough_quotient(Vec a, Vec b) { return {_mm512_mul_ps(a.v, _mm512_rcp14_ps(b.v))}; }
+inline Vec magnitude(Vec a) { return {_mm512_abs_ps(a.v)}; }
 // The larger magnitude of the two, in one instruction.
 inline Vec larger_magnitude(Vec a, Vec b) { return {_mm512_range_ps(a.v, b.v, 0xb)}; }
 inline Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }

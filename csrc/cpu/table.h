@@ -15,7 +15,7 @@ enum HyperColumn { LR, WEIGHT_DECAY, BETA1, BETA2, ONE_MINUS_BETA1, ONE_MINUS_BE
 constexpr int64_t kHyperColumns = 12;
 
 enum Type : int64_t { NONE = -1, FP32 = 0, BF16 = 1, FP16 = 2 };
-enum Moments : int64_t { MOMENTS_FP32 = 0, MOMENTS_BF16 = 1, MOMENTS_INT8 = 2 };
+enum Moments : int64_t { MOMENTS_FP32 = 0, MOMENTS_BF16 = 1, MOMENTS_INT8 = 2, MOMENTS_NONE = 3 };
 
 struct Call {
   const int64_t* addresses;  // [num_segments][kAddressColumns]

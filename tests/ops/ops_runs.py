@@ -29,6 +29,7 @@ def run(backend: Backend, names: Collection[str] = tuple(mode.name for mode in M
             "frozen": frozen(backend, mode),
             "overflow": overflow(backend, mode),
             "not_finite": not_finite(backend, mode),
+            "zero_over_zero": zero_over_zero(backend, mode),
             "sum_of_squares": squares(backend, mode),
         }
         for mode in MODES
@@ -123,13 +124,15 @@ def one_step(backend: Backend, mode: Mode) -> dict[str, float]:
     segment = make_segment(mode, 4096 + 513, step=7)
     if mode.moments is not None:
         first, second = (moment.clone() for moment in specification._moments(with_history(segment)))
-    hyper = Hyper(lr=2e-3, weight_decay=0.1)
+    eps = 0.05 if mode.moments is None else 1e-8  # beside the gradient itself, a small one would not be seen
+    segment.grad[::50] = 0.0
+    hyper = Hyper(lr=2e-3, weight_decay=0.1, eps=eps)
     before = source(segment).clone()
     results = []
     for dtype in (torch.float64, torch.float32):
         value = before.to(dtype)
         value.grad = segment.grad.to(dtype)
-        optimizer = torch.optim.AdamW([value], lr=2e-3, weight_decay=0.1, foreach=False)
+        optimizer = torch.optim.AdamW([value], lr=2e-3, weight_decay=0.1, eps=eps, foreach=False)
         if mode.moments is not None:
             optimizer.state[value] = {
                 "step": torch.tensor(7.0),
@@ -237,6 +240,16 @@ def not_finite(backend: Backend, mode: Mode) -> dict[str, Any]:
         assert spoilt.weight is not None
         result[f"{name} spoilt"] = (~spoilt.weight.isfinite()).nonzero().flatten().tolist()
     return result
+
+
+def zero_over_zero(backend: Backend, mode: Mode) -> list[int]:
+    """Which weights are NaN after a step with an eps of 0, in whole blocks and behind them, where two gradients are 0."""
+    segment = make_segment(mode, 3000)
+    segment.grad.fill_(0.1)
+    segment.grad[[5, 2999]] = 0.0
+    masked_adamw_(SegmentTable([segment], [Hyper(eps=0.0)]), backend=backend)
+    assert segment.weight is not None
+    return segment.weight.isnan().nonzero().flatten().tolist()
 
 
 def squares(backend: Backend, mode: Mode) -> dict[str, float]:

@@ -15,7 +15,7 @@ import pytest
 from lisa_ds.ops import build
 from tests.isolated import exit_code, run_isolated
 from tests.ops import address_runs, ops_runs, test_ops
-from tests.ops.adamw_cases import MODES
+from tests.ops.adamw_cases import FP32, MODES
 from tests.ops.cuda_emulator import DROPPED_MASK, EMULATOR, MISTAKES, emulated, source
 
 pytestmark = pytest.mark.skipif(
@@ -68,6 +68,8 @@ def test_they_compute_what_is_specified(measured: Callable[[str], Any], mode: st
         test_ops.test_the_norm_is_exact_and_repeatable,
     ):
         check(measured, "cuda", mode)
+    if BY_NAME[mode].moments in (None, FP32):
+        test_ops.test_zero_over_zero_is_nan_with_moments_and_without(measured, "cuda", mode)
 
 
 def test_nothing_is_touched_behind_the_end_of_a_tensor(emulator: Callable[..., str], tmp_path: Path) -> None:

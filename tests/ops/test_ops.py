@@ -15,7 +15,7 @@ from lisa_ds.ops import reference as specification
 from lisa_ds.ops.segments import seed_word
 from tests.isolated import exit_code, run_isolated
 from tests.ops import address_runs, ops_runs, triton_mutants
-from tests.ops.adamw_cases import MODES, Mode, make_segment
+from tests.ops.adamw_cases import FP32, MODES, Mode, make_segment
 
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 BACKENDS: dict[str, tuple[str, dict[str, str]]] = {
@@ -145,6 +145,12 @@ def test_gradients_that_are_not_finite_are_told_and_spoil_themselves_alone(
     assert not found["inf"]
     if BY_NAME[mode].moments != torch.int8:  # a block of those shares a scale
         assert found["nan spoilt"] == [5, 2999]
+
+
+@pytest.mark.parametrize(("backend", "mode"), [p for p in ALL if BY_NAME[p.values[1]].moments in (None, FP32)])
+def test_zero_over_zero_is_nan_with_moments_and_without(measured: Any, backend: str, mode: str) -> None:
+    """As in torch, and with eps 0 alone: tests with the usual one have zeros, too."""
+    assert measured(backend)[mode]["zero_over_zero"] == [5, 2999]
 
 
 @pytest.mark.parametrize(("backend", "mode"), ALL)

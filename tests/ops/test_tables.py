@@ -91,10 +91,10 @@ def test_a_table_without_moments_refuses_parts_of_them(change: dict[str, torch.T
     from dataclasses import replace
 
     good = make_segment(BY_NAME["none_master"], 10)
-    with pytest.raises(ValueError, match="segment 0: (exp_avg is given and exp_avg_sq is None|scales go with int8)"):
+    with pytest.raises(ValueError, match=r"segment 0: (exp_avg is given and exp_avg_sq is None|scales go with int8)"):
         SegmentTable([replace(good, **change)], [Hyper()])
     table = SegmentTable([good], [Hyper()])
-    with pytest.raises(ValueError, match="exp_avg is given and exp_avg_sq is None|of the same types and sizes"):
+    with pytest.raises(ValueError, match=r"exp_avg is given and exp_avg_sq is None|of the same types and sizes"):
         table.point_at([replace(good, exp_avg=torch.zeros(10))])
 
 
