@@ -1,4 +1,4 @@
-"""The LISA paper's first table, as the planner has it.
+"""The LISA paper's first table, as the planner has it; and a table by unit of sampling and moments.
 
     python benchmarks/paper_memory.py --out docs/results/paper_memory.jsonl
 
@@ -12,6 +12,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from a checkout, installed or not
 
@@ -32,6 +33,35 @@ ROWS = [
     ("LLaMA-2-7B", "Llama-2-7b-hf", 1, (59, 23, 26, 28, 21, 23, 24)),
     ("LLaMA-2-70B", "Llama-2-70b-hf", 4, (None, 79, None, None, 71, 75, 79)),
 ]
+
+
+# The second table: units and moments, of the models that matter for memory; with activation checkpointing and a bf16 model.
+NEVER = {"embeddings": "never", "lm_head": "never"}
+SIGN = {"moments": "none"}
+UNITS = {
+    "full": None,
+    "2 blocks": {"num_sampled_layers": 2},
+    "2 blocks, E and H never": {"num_sampled_layers": 2, **NEVER},
+    "matrices 0.07, E and H never": {"unit": "matrix", "sampling_ratio": 0.07, **NEVER},
+    "matrices 0.2, E and H never": {"unit": "matrix", "sampling_ratio": 0.2, **NEVER},
+    "the same, moments none": {"unit": "matrix", "sampling_ratio": 0.2, **NEVER, "optimizer": SIGN},
+    "the same, no master": {"unit": "matrix", "sampling_ratio": 0.2, **NEVER, "optimizer": {**SIGN, "precision": "stochastic_rounding"}},
+    "matrices 0.07, adapters r8": {"unit": "matrix", "sampling_ratio": 0.07, **NEVER, "adapters": {"rank": 8}},
+}  # fmt: skip
+MODELS = (("LLaMA-2-7B", "Llama-2-7b-hf", 1), ("LLaMA-2-70B", "Llama-2-70b-hf", 4))
+
+
+def by_unit(model: str, ranks: int) -> dict[str, tuple[float, float]]:
+    """GB on a rank by row of the second table: at the peak, and of gradients, master copy and moments."""
+    architecture = Architecture.from_config(catalogue.require(model))
+    run = RunSettings(ranks, 1, 1024, checkpointing=True, bucket_size=0 if ranks == 1 else None)
+    found = {}
+    for name, fields in UNITS.items():
+        own = replace(run, method="full") if fields is None else replace(run, lisa=LisaConfig.load(fields))
+        plan = forecast(architecture, own)
+        state = sum(plan.phases["step"].get(part, 0) for part in ("gradients", "master", "moments"))
+        found[name] = plan.peak / 1e9, state / 1e9
+    return found
 
 
 def planned(model: str, ranks: int) -> dict[str, float]:
@@ -72,11 +102,27 @@ def main() -> None:
         print(f"| {name}{f', {ranks} ranks' if ranks > 1 else ''} | {' | '.join(cells)} |")
         for column, figure in zip(COLUMNS, paper, strict=True):
             if out:
-                record = records.Record(
-                    name="planned_peak", variant=f"{name}, {column}", value=found[column], unit="GB", device="none",
-                    commit=records.commit(), versions=records.versions(), settings={"ranks": ranks, "paper": figure},
-                )  # fmt: skip
-                records.append(out, record)
+                write(out, "planned_peak", f"{name}, {column}", found[column], {"ranks": ranks, "paper": figure})
+    tables = {name: by_unit(model, ranks) for name, model, ranks in MODELS}
+    heads = [f"{name}{f', {ranks} ranks' if ranks > 1 else ''}" for name, _, ranks in MODELS]
+    print(f"\n| GB, planned: peak (state) | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
+    for row, fields in UNITS.items():
+        print(f"| {row} | {' | '.join('{:.1f} ({:.2f})'.format(*tables[name][row]) for name, _, _ in MODELS)} |")
+        for name, _, ranks in MODELS:
+            for kind, value in zip(("planned_peak", "planned_state"), tables[name][row], strict=True):
+                if out:
+                    write(out, kind, f"{name}, {row}", value, {"ranks": ranks, "lisa": fields, "checkpointing": True})
+
+
+def write(out: Path, name: str, variant: str, value: float, settings: dict[str, Any]) -> None:
+    """Append a figure."""
+    records.append(
+        out,
+        records.Record(
+            name=name, variant=variant, value=value, unit="GB", device="none",
+            commit=records.commit(), versions=records.versions(), settings=settings,
+        ),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -205,3 +205,25 @@ def run_refusals() -> dict[str, str]:
     attempt("ours, clipping", lambda groups: lisa_ds.MaskedAdamW(groups, max_grad_norm=1.0), bf16)
     attempt("ours, otherwise", lambda groups: lisa_ds.MaskedAdamW(groups, moments="int8"), bf16)
     return messages
+
+
+def run_rounding() -> list[Tensor]:
+    """The random numbers that round one weight's partition in each of four visits, a step each."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    case = Case("rounding", dtype="bf16", lisa={"optimizer": {"precision": "stochastic_rounding"}}, interval_steps=1)
+    engine = build_engine(case)
+    seen: list[Tensor] = []
+    launch = engine.optimizer._launch
+
+    def remembering() -> Any:
+        table = launch()
+        place = engine.optimizer._number_of[engine.module.lm_head.weight.ds_id]
+        segment = next(i for i, each in enumerate(table.segments) if each.stream & 0xFFFFFFFF == place)
+        seed = int(table.addresses[segment, segments.SEED])
+        seen.append(reference.random_bits(seed, 1, torch.arange(64)))
+        return table
+
+    engine.optimizer._launch = remembering
+    train(engine, replace(case, steps=4))
+    engine.destroy()
+    return seen

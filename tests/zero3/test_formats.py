@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.ranks import Runs, run_ranks
 from tests.shortened import shortened
-from tests.zero3.format_runs import run_format, run_refusals
+from tests.zero3.format_runs import run_format, run_refusals, run_rounding
 from tests.zero3.trajectory import Case, build_model
 
 pytestmark = [pytest.mark.multirank, pytest.mark.by_case("name")]
@@ -62,7 +63,8 @@ def test_a_resumed_run_is_the_same_to_the_bit(runs: Any, name: str) -> None:
 
 @each
 def test_it_learns_as_mixed_does(runs: Any, name: str) -> None:
-    losses, mixed = runs[name][0]["losses"], runs["mixed"][0]["losses"]
+    like = "none" if name.startswith("none") else "mixed"  # without moments it is another method
+    losses, mixed = runs[name][0]["losses"], runs[like][0]["losses"]
     assert losses[-1] < losses[0]
     if name not in ("int8_accumulation", "int8_given"):  # another model or other data
         assert losses[-1] == pytest.approx(mixed[-1], abs=0.02)
@@ -98,6 +100,13 @@ def test_files_are_no_larger_than_the_state(runs: Any) -> None:
     """Without a master copy the checkpoint holds the sampled weights, not the whole buffer that they are views of."""
     files = {name: runs[name][0]["file"] for name in FORMATS}
     assert files["none_sr"] < files["int8_sr"] < files["sr_16bit"] < files["sr_fp32_moments"] < files["mixed"]
+
+
+@pytest.mark.more
+def test_each_visit_rounds_by_other_numbers(tmp_path: Path) -> None:
+    """A unit counts its steps anew at each visit: the first step of all of them would be rounded alike."""
+    seen = run_ranks(1, run_rounding, tmp_path)[0]
+    assert len({tuple(bits.tolist()) for bits in seen}) == len(seen) == 4
 
 
 @pytest.fixture(scope="module")
