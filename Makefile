@@ -99,12 +99,14 @@ bench: $(VENV)/installed  ## measure optimizer, methods and planner, into docs/r
 	$(VENV)/bin/python benchmarks/masked_adamw.py --out docs/results/masked_adamw.jsonl --figure docs/results/masked_adamw.png
 	$(VENV)/bin/python benchmarks/optimizer_step.py --out docs/results/optimizer_step.jsonl
 	$(VENV)/bin/python benchmarks/method_steps.py --out docs/results/method_steps.jsonl
+	$(VENV)/bin/python benchmarks/unit_cost.py --out docs/results/unit_cost.jsonl
 	$(VENV)/bin/python benchmarks/plan_accuracy.py --out docs/results/plan_accuracy.jsonl
+	$(VENV)/bin/python benchmarks/paper_memory.py --out docs/results/paper_memory.jsonl
 
 # Goes on where it was cut short: hours on two cores. The data set lies beside the checkout.
-compare: $(VENV)/installed  ## full, LoRA, GaLore and LISA on real data, into runs/compare; COMPARE_FLAGS="--deadline-s 3600"
+compare: $(VENV)/installed  ## full, LoRA, GaLore and LISA on real data, into docs/results/methods; COMPARE_FLAGS="--deadline-s 3600"
 	$(VENV)/bin/lisa-ds compare benchmarks/methods_gsm8k.yaml --arms configs/arms/methods.yaml --seeds 1,2,3 --screen-seed 0 \
-	    --rates 3 --num-gpus 2 --drop-models --out runs/compare $(COMPARE_FLAGS)
+	    --rates 3 --num-gpus 2 --drop-models --out docs/results/methods $(COMPARE_FLAGS)
 
 # Continues what docs/results/ablation.jsonl holds already; hours on a CPU, minutes on a GPU. The data sets lie beside the
 # checkout; those that do not are skipped.

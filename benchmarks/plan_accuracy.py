@@ -184,7 +184,8 @@ def measure(run: Run) -> dict[str, Any]:
             with live.phase("backward" if settled else "-"):
                 engine.backward(loss)
             del loss
-            with live.phase("step" if step == 1 else "-"):
+            # Layerwise each parameter is stepped in backward.
+            with live.phase("step" if step == 1 and not run.galore.get("layerwise") else "-"):
                 engine.step()
             if step == 1:
                 state = count()
