@@ -28,7 +28,7 @@ def add_adapters(model: Any, lisa_config: LisaConfig | Mapping[str, Any] | str |
         ``model``, of its own class: exports have plain weights, with the adapters added.
 
     Raises:
-        ConfigError: PEFT is missing, the section has no ``adapters``, or they name no linear.
+        ConfigError: PEFT is missing, the section has no ``adapters``, they name no linear, or ``model`` has them already.
 
     Example::
 
@@ -43,6 +43,8 @@ def add_adapters(model: Any, lisa_config: LisaConfig | Mapping[str, Any] | str |
         )
     if find_spec("peft") is None:
         raise ConfigError(f"{config.where('adapters')}: needs PEFT; pip install 'lisa-ds[peft]'")
+    if hasattr(model, "lisa_adapters"):
+        raise ConfigError(f"{config.where('adapters')}: {type(model).__name__} has them already; add them once")
     from peft import LoraConfig, inject_adapter_in_model
 
     found = _linears(model, config)

@@ -140,5 +140,8 @@ def test_a_model_without_them_is_refused_and_so_is_a_config_without_them() -> No
     with pytest.raises(ConfigError, match=r"adapters: should be a section with a rank"):
         lisa_ds.add_adapters(model, yaml.safe_load("{num_sampled_layers: 1}"))
     config = LisaConfig.load({"num_sampled_layers": 1, "adapters": {"rank": 2}})
+    twice = lisa_ds.add_adapters(causal_models.build("llama"), config)
+    with pytest.raises(ConfigError, match=r"adapters: LlamaForCausalLM has them already"):
+        lisa_ds.add_adapters(twice, config)
     with pytest.raises(lisa_ds.LisaError, match=r"has none; build them before the engine .*lisa_ds\.add_adapters"):
         LayerStack.of_run(model, config)
