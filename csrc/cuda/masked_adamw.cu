@@ -180,9 +180,9 @@ __device__ float rough_root(float value) {
 #endif
 }
 
-// IEEE roots and quotients where moments are fp32, or where there are none: memory sets the pace there. 8-bit moments are rounded far more coarsely than the
-// last place or two by which the fast instructions are off, and on a quarter of the traffic they would pay for IEEE: a quarter more
-// instructions, and registers that spill. 16-bit moments lie between, and are treated likewise.
+// IEEE roots and quotients where moments are fp32 or not there: memory sets the pace then. 8-bit moments are rounded far more coarsely
+// than the last place or two by which the fast instructions are off, and on a quarter of the traffic they would pay for IEEE: a quarter
+// more instructions, and registers that spill. 16-bit moments lie between, and are treated likewise.
 template <class Moment>
 __device__ void adamw(const Coefficients& c, float gradient, float& weight, float& first, float& second) {
   gradient *= c.factor;
