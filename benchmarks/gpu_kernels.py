@@ -22,6 +22,7 @@ from lisa_ds import records
 from lisa_ds.ops import unavailable
 
 OURS = ("fp32", "mixed", "sr_fp32_moments", "sr_16bit", "int8_master", "int8_sr")
+UNCLAIMED = ("none_master", "none_sr")  # measured as well, and held to nothing: they have not run on a GPU yet
 BACKENDS = ("triton", "cuda")
 OF_ROOFLINE = {
     (backend, name): at_least("c", f"{backend}, {name}: share of a copy's bandwidth", 0.85 if BYTES[name] > 20 else 0.7)
@@ -51,13 +52,14 @@ def main() -> None:
     steps: dict[str, Step] = {}
     with report.part("variants"):
         steps |= {"copy": _copy(numel, device)}
-        steps |= {f"triton {name}" if name in (*OURS, "mixed_2_of_32") else name: made
+        steps |= {f"triton {name}" if name in (*OURS, *UNCLAIMED, "mixed_2_of_32") else name: made
                   for name, made in variants(numel, device, _known(device)).items()}  # fmt: skip
     with report.part("cuda"):
         if device == "cuda" and (reason := unavailable("cuda")) is not None:
             raise RuntimeError(reason)
         chosen = "cuda" if device == "cuda" else None
-        steps |= {f"cuda {name}": made for name, made in variants(numel, device, list(OURS), backend=chosen).items()}
+        names = [*OURS, *UNCLAIMED]
+        steps |= {f"cuda {name}": made for name, made in variants(numel, device, names, backend=chosen).items()}
     with report.part("FusedAdam"):
         if device == "cuda":
             steps["deepspeed_fused_adam"] = _deepspeed_fused_adam(numel)

@@ -38,6 +38,8 @@ BYTES = {  # read and written for an element
     "sr_16bit": 14,
     "int8_master": 16,
     "int8_sr": 10,
+    "none_master": 12,
+    "none_sr": 6,
     "mixed_2_of_32": 28 / 16,
 }
 OTHERS = ("probe", "torch_fused", "deepspeed_cpu_adam", "deepspeed_pipeline")
@@ -52,6 +54,8 @@ LABELS = {  # in the figure
     "sr_16bit": "bf16, bf16 moments, no master",
     "int8_master": "bf16, fp32 master, 8-bit moments",
     "int8_sr": "bf16, 8-bit moments, no master",
+    "none_master": "bf16, fp32 master, no moments",
+    "none_sr": "bf16, no master, no moments",
     "mixed_2_of_32": "bf16, fp32 master and moments, 2 of 32 layers",
 }
 SEGMENTS = 32
@@ -117,7 +121,9 @@ def variants(numel: int, device: str, only: list[str] | None, backend: ops.Backe
     codes = (torch.zeros(numel, dtype=torch.int8, device=device), torch.zeros(numel, dtype=torch.uint8, device=device))
     scales = (torch.zeros(numel // QUANT_BLOCK, device=device), torch.zeros(numel // QUANT_BLOCK, device=device))
 
-    def ours(*, grad: Tensor, moments: tuple[Tensor, Tensor], only: int = SEGMENTS, **tensors: Tensor | None) -> Step:
+    def ours(
+        *, grad: Tensor, moments: tuple[Tensor, Tensor] | None, only: int = SEGMENTS, **tensors: Tensor | None
+    ) -> Step:
         size = numel // SEGMENTS
         segments = []
         for i in range(only):
@@ -125,8 +131,8 @@ def variants(numel: int, device: str, only: list[str] | None, backend: ops.Backe
             segments.append(
                 Segment(
                     grad=grad[cut],
-                    exp_avg=moments[0][cut],
-                    exp_avg_sq=moments[1][cut],
+                    exp_avg=None if moments is None else moments[0][cut],
+                    exp_avg_sq=None if moments is None else moments[1][cut],
                     exp_avg_scale=scales[0][i * size // QUANT_BLOCK : (i + 1) * size // QUANT_BLOCK]
                     if moments is codes
                     else None,
@@ -155,6 +161,8 @@ def variants(numel: int, device: str, only: list[str] | None, backend: ops.Backe
         "sr_16bit": lambda: ours(weight=weight, grad=gradient16, moments=moments16),
         "int8_master": lambda: ours(weight=weight, grad=gradient16, master=parameter, moments=codes),
         "int8_sr": lambda: ours(weight=weight, grad=gradient16, moments=codes),
+        "none_master": lambda: ours(weight=weight, grad=gradient16, master=parameter, moments=None),
+        "none_sr": lambda: ours(weight=weight, grad=gradient16, moments=None),
         "mixed_2_of_32": lambda: ours(weight=weight, grad=gradient16, master=parameter, moments=fp32, only=2),
     }
     if cuda:

@@ -22,11 +22,11 @@ enum HyperColumn { LR, WEIGHT_DECAY, BETA1, BETA2, ONE_MINUS_BETA1, ONE_MINUS_BE
 constexpr int64_t kHyperColumns = 12;
 
 enum Type { NONE = -1, FP32 = 0, BF16 = 1, FP16 = 2 };
-enum Moments { MOMENTS_FP32 = 0, MOMENTS_BF16 = 1, MOMENTS_INT8 = 2 };
+enum Moments { MOMENTS_FP32 = 0, MOMENTS_BF16 = 1, MOMENTS_INT8 = 2, MOMENTS_NONE = 3 };
 
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
-struct None {};  // no weight to write back to
+struct None {};  // no weight to write back to, or no moments
 
 struct Launch {
   const int64_t* addresses;      // [segments][kAddressColumns]
@@ -143,11 +143,11 @@ __device__ uint32_t mix(uint32_t word, uint32_t key = 0) {
   return word ^ word >> 16;
 }
 
-__device__ Coefficients coefficients(const Launch& launch, const Span& span) {
+template <class Moment> constexpr bool is_kept = !std::is_same_v<Moment, None>;
+
+template <bool has_moments> __device__ Coefficients coefficients(const Launch& launch, const Span& span) {
   const float* hyper = launch.hyper + span.segment * kHyperColumns;
   const float step = *at<const float>(span.row, STEP, 0);
-  // 1 - beta^step: of the logarithm, because the power of a beta near 1 would have lost its digits. It is -inf for beta 0.
-  const float correction1 = -expm1f(step * hyper[LOG_BETA1]), correction2 = -expm1f(step * hyper[LOG_BETA2]);
   const uint64_t seed = static_cast<uint64_t>(span.row[SEED]);
   Coefficients c;
   c.factor = *launch.factor;
@@ -155,8 +155,14 @@ __device__ Coefficients coefficients(const Launch& launch, const Span& span) {
   c.one_minus_beta1 = hyper[ONE_MINUS_BETA1];
   c.one_minus_beta2 = hyper[ONE_MINUS_BETA2];
   c.decay = fmaf(-hyper[LR], hyper[WEIGHT_DECAY], 1.0f);
-  c.rate = hyper[LR] / correction1;
-  c.inverse_root = 1.0f / sqrtf(correction2);
+  if constexpr (has_moments) {
+    // 1 - beta^step: of the logarithm, because the power of a beta near 1 would have lost its digits. It is -inf for beta 0.
+    const float correction1 = -expm1f(step * hyper[LOG_BETA1]), correction2 = -expm1f(step * hyper[LOG_BETA2]);
+    c.rate = hyper[LR] / correction1;
+    c.inverse_root = 1.0f / sqrtf(correction2);
+  } else {
+    c.rate = hyper[LR];
+  }
   c.eps = hyper[EPS];
   c.begin = mix(static_cast<uint32_t>(seed) + static_cast<uint32_t>(static_cast<int64_t>(step)) * 0x9e3779b9U);
   const int64_t pair = span.start / 2;  // a block does not hold both sides of a multiple of 2^32
@@ -174,16 +180,24 @@ __device__ float rough_root(float value) {
 #endif
 }
 
-// IEEE roots and quotients where moments are fp32: memory sets the pace there. 8-bit moments are rounded far more coarsely than the
-// last place or two by which the fast instructions are off, and on a quarter of the traffic they would pay for IEEE: a quarter more
-// instructions, and registers that spill. 16-bit moments lie between, and are treated likewise.
-template <bool exact>
+// IEEE roots and quotients where moments are fp32 or not there: memory sets the pace then. 8-bit moments are rounded far more coarsely
+// than the last place or two by which the fast instructions are off, and on a quarter of the traffic they would pay for IEEE: a quarter
+// more instructions, and registers that spill. 16-bit moments lie between, and are treated likewise.
+template <class Moment>
 __device__ void adamw(const Coefficients& c, float gradient, float& weight, float& first, float& second) {
   gradient *= c.factor;
-  first = first + c.one_minus_beta1 * (gradient - first);
-  second = c.beta2 * second + c.one_minus_beta2 * gradient * gradient;
-  const float denominator = (exact ? sqrtf(second) : rough_root(second)) * c.inverse_root + c.eps;
-  weight = weight * c.decay - c.rate * (exact ? first / denominator : __fdividef(first, denominator));
+  float quotient;
+  if constexpr (is_kept<Moment>) {
+    constexpr bool exact = std::is_same_v<Moment, float>;
+    first = first + c.one_minus_beta1 * (gradient - first);
+    second = c.beta2 * second + c.one_minus_beta2 * gradient * gradient;
+    const float denominator = (exact ? sqrtf(second) : rough_root(second)) * c.inverse_root + c.eps;
+    quotient = exact ? first / denominator : __fdividef(first, denominator);
+  } else {
+    // Those of the first step, corrected, are the gradient and its square.
+    quotient = gradient / (fabsf(gradient) + c.eps);
+  }
+  weight = weight * c.decay - c.rate * quotient;
 }
 
 // Random bits of element i of the block: the low half is for its weight, the high one for its second moment. Two neighbours share
@@ -234,8 +248,9 @@ template <bool is_signed, int N> __device__ float encode(float (&values)[N]) {
 // How the elements of a block are dealt out: a thread takes `width` neighbours in each round. With 8-bit moments a warp's share
 // of a round is a quantisation block. Two rounds put twice the bytes on their way, where there are registers for them.
 template <class Grad, class Source, class Moment> struct Deal {
-  static constexpr int width = std::is_same_v<Moment, float> ? 4 : 8;
-  static constexpr int bytes = width * (sizeof(Grad) + sizeof(Source) + 2 * sizeof(Moment));
+  using Widest = std::conditional_t<is_kept<Moment>, Moment, Source>;  // of what is read and written
+  static constexpr int width = std::is_same_v<Widest, float> ? 4 : 8;
+  static constexpr int bytes = width * (sizeof(Grad) + sizeof(Source) + (is_kept<Moment> ? 2 * sizeof(Moment) : 0));
   static constexpr int rounds = width == 8 && bytes >= 64 ? 1 : 2;
   static constexpr int threads = kBlock / width / rounds;
   static_assert(!is_quantised<Moment> || kWarp * width == kQuantBlock);
@@ -245,10 +260,11 @@ template <class Grad, class Source, class Moment> struct Deal {
 template <class Grad, class Weight, class Moment, bool master, int threads>
 __global__ void __launch_bounds__(threads, 1024 / threads) masked_adamw(const Launch launch) {
   using Source = std::conditional_t<master, float, Weight>;
-  using Second = std::conditional_t<is_quantised<Moment>, uint8_t, Moment>;
+  using First = std::conditional_t<is_kept<Moment>, Moment, float>;  // where there are none, none are read or written
+  using Second = std::conditional_t<is_quantised<Moment>, uint8_t, First>;
   using D = Deal<Grad, Source, Moment>;
   constexpr int W = D::width;
-  constexpr bool quantised = is_quantised<Moment>, exact = std::is_same_v<Moment, float>;
+  constexpr bool quantised = is_quantised<Moment>, kept = is_kept<Moment>;
   constexpr bool copies = master && !std::is_same_v<Weight, None>;
 
   const float skip = *launch.found_inf;
@@ -256,7 +272,7 @@ __global__ void __launch_bounds__(threads, 1024 / threads) masked_adamw(const La
   if (skip != 0.0f) return;
   Source* const source = at<Source>(span.row, master ? MASTER : WEIGHT, span.start);
   const Grad* const grad = at<Grad>(span.row, GRAD, span.start);
-  Moment* const exp_avg = at<Moment>(span.row, EXP_AVG, span.start);
+  First* const exp_avg = at<First>(span.row, EXP_AVG, span.start);
   Second* const exp_avg_sq = at<Second>(span.row, EXP_AVG_SQ, span.start);
   const auto thread_begin = [](int round) { return (round * threads + static_cast<int>(threadIdx.x)) * W; };
 
@@ -267,26 +283,28 @@ __global__ void __launch_bounds__(threads, 1024 / threads) masked_adamw(const La
   // All that a thread reads is asked for before anything is waited for, the coefficients included.
   Pack<Source, W> sources[D::rounds];
   Pack<Grad, W> grads[D::rounds];
-  Pack<Moment, W> firsts[D::rounds];
-  Pack<Second, W> seconds[D::rounds];
+  [[maybe_unused]] Pack<First, W> firsts[D::rounds];
+  [[maybe_unused]] Pack<Second, W> seconds[D::rounds];
   [[maybe_unused]] float scales1[D::rounds], scales2[D::rounds];
   if (span.vector) {
 #pragma unroll
     for (int round = 0; round < D::rounds; ++round) {
       sources[round].load(source + thread_begin(round));
       grads[round].load(grad + thread_begin(round));
-      firsts[round].load(exp_avg + thread_begin(round));
-      seconds[round].load(exp_avg_sq + thread_begin(round));
+      if constexpr (kept) {
+        firsts[round].load(exp_avg + thread_begin(round));
+        seconds[round].load(exp_avg_sq + thread_begin(round));
+      }
       if constexpr (quantised) scales1[round] = *scale1(thread_begin(round)), scales2[round] = *scale2(thread_begin(round));
     }
   }
   __shared__ Coefficients shared;
-  if (threadIdx.x == 0) shared = coefficients(launch, span);
+  if (threadIdx.x == 0) shared = coefficients<kept>(launch, span);
   __syncthreads();
   const Coefficients& c = shared;
 
   const auto step = [&](int i, float gradient, float& weight, float& first, float& second) {
-    adamw<exact>(c, gradient, weight, first, second);
+    adamw<Moment>(c, gradient, weight, first, second);
     if constexpr (!master) {
       const uint32_t bits = random_bits(c, i);
       weight = round_stochastically(weight, bits & 0xffffU);
@@ -294,7 +312,7 @@ __global__ void __launch_bounds__(threads, 1024 / threads) masked_adamw(const La
     }
   };
 
-  float first[W], second[W];
+  float first[W] = {}, second[W] = {};
   if (span.vector) {
     float weight[W], gradient[W];
 #pragma unroll
@@ -302,8 +320,7 @@ __global__ void __launch_bounds__(threads, 1024 / threads) masked_adamw(const La
       const int i = thread_begin(round);
       sources[round].unpack(weight);
       grads[round].unpack(gradient);
-      firsts[round].unpack(first);
-      seconds[round].unpack(second);
+      if constexpr (kept) firsts[round].unpack(first), seconds[round].unpack(second);
       if constexpr (quantised) {
 #pragma unroll
         for (int j = 0; j < W; ++j) {
@@ -319,8 +336,10 @@ __global__ void __launch_bounds__(threads, 1024 / threads) masked_adamw(const La
         const float largest1 = encode<true>(first), largest2 = encode<false>(second);
         if (threadIdx.x % kWarp == 0) *scale1(i) = largest1, *scale2(i) = largest2;
       }
-      Pack<Moment, W>::pack_to(exp_avg + i, first);
-      Pack<Second, W>::pack_to(exp_avg_sq + i, second);
+      if constexpr (kept) {
+        Pack<First, W>::pack_to(exp_avg + i, first);
+        Pack<Second, W>::pack_to(exp_avg_sq + i, second);
+      }
     }
     return;
   }
@@ -332,7 +351,7 @@ __global__ void __launch_bounds__(threads, 1024 / threads) masked_adamw(const La
     if constexpr (copies) at<Weight>(span.row, WEIGHT, span.start)[i] = from_float<Weight>(weight);
   };
   const auto store_at = [&](int i, float first, float second) {
-    exp_avg[i] = from_float<Moment>(first);
+    exp_avg[i] = from_float<First>(first);
     exp_avg_sq[i] = from_float<Second>(second);
   };
   if constexpr (quantised) {
@@ -360,9 +379,13 @@ __global__ void __launch_bounds__(threads, 1024 / threads) masked_adamw(const La
   } else {
 #pragma unroll 1
     for (int i = threadIdx.x; i < span.n; i += threads) {
-      float first = to_float(exp_avg[i]), second = to_float(exp_avg_sq[i]);
-      step_at(i, first, second);
-      store_at(i, first, second);
+      if constexpr (kept) {
+        float first = to_float(exp_avg[i]), second = to_float(exp_avg_sq[i]);
+        step_at(i, first, second);
+        store_at(i, first, second);
+      } else {
+        step_at(i, first[0], second[0]);
+      }
     }
   }
 }
@@ -422,6 +445,7 @@ template <class Grad, class Weight, class Moment, bool master> Choice chosen() {
 template <class Grad, class Weight> Choice choose_with_master(int moments) {
   if (moments == MOMENTS_FP32) return chosen<Grad, Weight, float, true>();
   if (moments == MOMENTS_INT8) return chosen<Grad, Weight, int8_t, true>();
+  if (moments == MOMENTS_NONE) return chosen<Grad, Weight, None, true>();
   return {};
 }
 
@@ -431,6 +455,7 @@ template <class Grad> Choice choose_update(int weight_type, bool has_master, int
     if (moments == MOMENTS_FP32) return chosen<Grad, bf16, float, false>();
     if (moments == MOMENTS_BF16) return chosen<Grad, bf16, bf16, false>();
     if (moments == MOMENTS_INT8) return chosen<Grad, bf16, int8_t, false>();
+    if (moments == MOMENTS_NONE) return chosen<Grad, bf16, None, false>();
     return {};
   }
   switch (weight_type) {

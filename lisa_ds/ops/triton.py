@@ -92,7 +92,7 @@ def constants(layout: segments.Layout, *, on_amd: bool) -> dict[str, object]:
     """The kernel's compile-time arguments for ``layout``."""
     threads = num_warps(layout, on_amd=on_amd) * (64 if on_amd else 32)
     # Elements of a thread at a time: 4 of fp32 are 128 bits; 8 where 16-bit and 8-bit numbers prevail.
-    each = 4 if layout.has_master and layout.moments == "fp32" else 8
+    each = 4 if layout.has_master and layout.moments in ("fp32", "none") else 8
     return {
         "GRAD": _TYPES[layout.grad],
         "WEIGHT": _TYPES[layout.weight] if layout.weight is not None else None,
@@ -131,8 +131,11 @@ def _masked_adamw(
         factor = tl.load(factor_at)
         lr = tl.load(h + _LR)
         decay = 1.0 - lr * tl.load(h + _WEIGHT_DECAY)
-        rate = lr / _correction(step, tl.load(h + _LOG_BETA1))
-        root = 1.0 / tl.sqrt(_correction(step, tl.load(h + _LOG_BETA2)))
+        if MOMENTS == "none":
+            rate, root = lr, 1.0
+        else:
+            rate = lr / _correction(step, tl.load(h + _LOG_BETA1))
+            root = 1.0 / tl.sqrt(_correction(step, tl.load(h + _LOG_BETA2)))
         beta2, eps = tl.load(h + _BETA2), tl.load(h + _EPS)
         new1, new2 = tl.load(h + _ONE_MINUS_BETA1), tl.load(h + _ONE_MINUS_BETA2)
         weight, grad, master = tl.load(row + _WEIGHT), tl.load(row + _GRAD), tl.load(row + _MASTER)
@@ -251,6 +254,13 @@ def _adamw(weight, gradient, first, second, factor, beta2, new1, new2, decay, ra
 
 
 @triton.jit
+def _first_step(weight, gradient, factor, decay, rate, eps):
+    """One update without moments: those of the first step, corrected, are the gradient and its square."""
+    gradient = gradient * factor
+    return weight * decay - rate * tl.div_rn(gradient, tl.abs(gradient) + eps)
+
+
+@triton.jit
 def _step(
     weight_at,
     grad_at,
@@ -277,26 +287,29 @@ def _step(
     MASKED: tl.constexpr,
     ROUND_EXPLICITLY: tl.constexpr,
 ):
-    """Elements ``start + i`` of a segment with fp32 or bf16 moments."""
+    """Elements ``start + i`` of a segment with fp32 or bf16 moments, or with none."""
     MOMENT: tl.constexpr = tl.float32 if MOMENTS == "fp32" else tl.bfloat16
     if HAS_MASTER:
         weight = _load(master_at, tl.float32, start, i, left, MASKED)
     else:
         weight = _load(weight_at, WEIGHT, start, i, left, MASKED)
     gradient = _load(grad_at, GRAD, start, i, left, MASKED)
-    first = _load(first_at, MOMENT, start, i, left, MASKED)
-    second = _load(second_at, MOMENT, start, i, left, MASKED)
-    weight, first, second = _adamw(
-        weight, gradient, first, second, factor, beta2, new1, new2, decay, rate, root, eps, True
-    )
-    if MOMENTS == "fp32":
-        _store(first_at, MOMENT, start, i, first, left, MASKED)
-        _store(second_at, MOMENT, start, i, second, left, MASKED)
+    if MOMENTS == "none":
+        weight = _first_step(weight, gradient, factor, decay, rate, eps)
     else:
-        # To nearest the second moment would stand still: it moves by a thousandth of itself, less than half a last place.
-        bits = _random_bits(seed, step, start, i, 1)
-        _store(first_at, MOMENT, start, i, _rounded(first, MOMENT, ROUND_EXPLICITLY), left, MASKED)
-        _store(second_at, MOMENT, start, i, _rounded_stochastically(second, bits), left, MASKED)
+        first = _load(first_at, MOMENT, start, i, left, MASKED)
+        second = _load(second_at, MOMENT, start, i, left, MASKED)
+        weight, first, second = _adamw(
+            weight, gradient, first, second, factor, beta2, new1, new2, decay, rate, root, eps, True
+        )
+        if MOMENTS == "fp32":
+            _store(first_at, MOMENT, start, i, first, left, MASKED)
+            _store(second_at, MOMENT, start, i, second, left, MASKED)
+        else:
+            # To nearest the second moment would stand still: it moves by a thousandth of itself, less than half a last place.
+            bits = _random_bits(seed, step, start, i, 1)
+            _store(first_at, MOMENT, start, i, _rounded(first, MOMENT, ROUND_EXPLICITLY), left, MASKED)
+            _store(second_at, MOMENT, start, i, _rounded_stochastically(second, bits), left, MASKED)
     _keep_weight(weight_at, master_at, weight, start, i, left, step, seed, WEIGHT, HAS_MASTER, MASKED, ROUND_EXPLICITLY)
 
 

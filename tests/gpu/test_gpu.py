@@ -142,8 +142,10 @@ def test_a_captured_step_replays_as_eager_ones(backend: Backend, mode: Mode) -> 
     assert [float(segment.step) for segment in made] == [step + 1 for step in steps]
 
 
-def test_a_captured_step_reads_its_rate_on_the_device(backend: Backend) -> None:
-    segment = make_segment(MODES[0], 5000, device="cuda")
+@pytest.mark.parametrize("name", ["fp32", "none_fp32"])
+def test_a_captured_step_reads_its_rate_on_the_device(backend: Backend, name: str) -> None:
+    mode = next(mode for mode in MODES if mode.name == name)
+    segment = make_segment(mode, 5000, device="cuda")
     rate = torch.tensor(1e-2, device="cuda")
     table = SegmentTable([segment], [Hyper(lr=rate)])
     masked_adamw_(table, backend=backend)

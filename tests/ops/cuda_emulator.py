@@ -175,4 +175,16 @@ MISTAKES = {
     "one step for all": ("at<const float>(span.row, STEP, 0)", "at<const float>(launch.addresses, STEP, 0)"),
     "first segment's rates": ("launch.hyper + span.segment * kHyperColumns", "launch.hyper"),
     "no barrier": ("__syncthreads();\n  const Coefficients& c", "const Coefficients& c"),
+    "wrong sign without moments": ("quotient = gradient / (fabsf", "quotient = -gradient / (fabsf"),
+    "no magnitude without moments": ("(fabsf(gradient) + c.eps)", "(gradient + c.eps)"),
 }
+
+WITHOUT_MOMENTS, WITH_MOMENTS = ("none_master", "none_sr"), ("fp32", "mixed", "sr_fp32_moments", "int8_master")
+
+SPARED = {
+    "no bias correction": WITHOUT_MOMENTS,
+    "one step for all": ("none_master",),  # which has neither moments to correct nor anything to round at random
+    "wrong sign without moments": WITH_MOMENTS,
+    "no magnitude without moments": WITH_MOMENTS,
+}
+"""Modes that do not have what a mistake is about."""

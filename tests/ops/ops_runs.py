@@ -273,12 +273,17 @@ def run_mutant(name: str) -> dict[str, bool]:
     """Whether a kernel with one mistake in it passes the checks of the right one, by mode."""
     triton_mutants.install(name)
     passes = {}
+    tried = ("fp32", "mixed", "sr_fp32_moments", "sr_16bit", "int8_master")
+    if name in triton_mutants.WITHOUT_MOMENTS:
+        tried = ("none_master", "none_fp32", "none_sr")
     for mode in MODES:
-        if mode.name not in ("fp32", "mixed", "sr_fp32_moments", "sr_16bit", "int8_master"):
+        if mode.name not in tried:
             continue
+        found = one_step("triton", mode)
         if mode.master or mode.weight == torch.float32:
-            found = one_step("triton", mode)
             passes[mode.name] = found["ours"] <= 2 * found["torch"]
+        elif mode.moments is None:
+            passes[mode.name] = found["last_places"] < 1.001
         else:
             apart = against_reference("triton", mode)
             passes[mode.name] = apart["weight"][0] <= 1 and apart["exp_avg"][1] <= 1e-3

@@ -33,7 +33,7 @@ class Kernel:
     grad: str
     weight: str
     moments: str
-    """Empty for the sum of squares."""
+    """Empty for the sum of squares; "none" where none are kept."""
     has_master: bool
     code: sass.Compiled
 
@@ -44,6 +44,8 @@ class Kernel:
             return 2
         if self.moments == "int8":
             return 3
+        if self.moments == "none":  # the master, and the gradient where it is as wide
+            return 4 if self.grad == "fp32" and self.has_master else 2
         return 6 if self.has_master else 4
 
 
@@ -92,7 +94,7 @@ def types_of(name: str) -> tuple[str, str, str, bool]:
     assert found or norm, name
     raw = found.groups()[:3] if found else (norm[1],) if norm else ()
     known = {"f": "fp32", "a": "int8", "6__half": "fp16", "13__nv_bfloat16": "bf16", "NS_4NoneE": "none"}
-    classes = [known[argument] for argument in raw if argument[0].isdigit()]
+    classes = [known[argument] for argument in raw if len(argument) > 3]
     types = [known[a] if a in known else classes[int(a[1]) - 1] for a in raw]  # S1_: the first class named before
     return (types[0], types[1], types[2], found[4] == "1") if found else (types[0], "", "", False)
 
@@ -105,8 +107,8 @@ def kernels() -> list[Kernel]:
 
 def test_every_layout_has_a_kernel_for_every_architecture(kernels: list[Kernel]) -> None:
     types = ("fp32", "bf16", "fp16")
-    expected = {(g, w, m, True) for g in types for w in (*types, "none") for m in ("fp32", "int8")}
-    expected |= {(g, "bf16", m, False) for g in types for m in ("fp32", "bf16", "int8")}
+    expected = {(g, w, m, True) for g in types for w in (*types, "none") for m in ("fp32", "int8", "none")}
+    expected |= {(g, "bf16", m, False) for g in types for m in ("fp32", "bf16", "int8", "none")}
     expected |= {(g, "", "", False) for g in types}
     for arch in ARCHITECTURES:
         found = [(k.grad, k.weight, k.moments, k.has_master) for k in kernels if k.arch == arch]
@@ -130,7 +132,7 @@ def test_whole_blocks_are_read_and_written_in_wide_words(kernels: list[Kernel]) 
         assert loads >= kernel.least_wide_loads, kernel
         elements = {op for op in accesses if re.search(r"\.[US](8|16)$", op)}
         assert elements == set(), kernel
-        tensors = 0 if not kernel.moments else 3 + (kernel.has_master and kernel.weight != "none")
+        tensors = {"": 0, "none": 1}.get(kernel.moments, 3) + (kernel.has_master and kernel.weight != "none")
         stores = kernel.code.all_accesses.items()
         assert sum(n for op, n in stores if op.startswith("STG") and op.endswith((".64", ".128"))) >= tensors, kernel
         # The scales of quantisation blocks, in two rounds at the most.
@@ -163,7 +165,7 @@ def test_it_loads_without_a_gpu_and_an_empty_launch_succeeds() -> None:
 
 def test_types_that_no_kernel_takes_are_refused() -> None:
     library = cuda.load()
-    for types in ((3, -1, 1, 0), (0, 3, 1, 0), (0, 2, 0, 0), (0, 1, 1, 1), (0, 1, 1, 3)):
+    for types in ((3, -1, 1, 0), (0, 3, 1, 0), (0, 2, 0, 0), (0, 1, 1, 1), (0, 1, 1, 4), (0, 0, 0, 3)):
         status = library.lisa_ds_masked_adamw(None, None, None, 1, None, None, *types, None)
         assert cuda._message(status) == "CUDA error 1: invalid argument"
     assert library.lisa_ds_sum_of_squares(None, None, 2**31, None, 1, None) == 1  # more blocks than a grid has

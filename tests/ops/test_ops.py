@@ -199,12 +199,13 @@ def test_offsets_beyond_two_billion_in_cpp(tmp_path: Path) -> None:
     [
         triton_mutants.ARITHMETIC[0],
         *(pytest.param(other, marks=pytest.mark.more) for other in triton_mutants.ARITHMETIC[1:]),
+        *triton_mutants.WITHOUT_MOMENTS,
     ],
 )
 def test_a_wrong_kernel_is_seen(tmp_path: Path, mutant: str) -> None:
-    """Control: each of these breaks a bound that kernels are held to, in every mode."""
+    """Control: each of these breaks a bound that kernels are held to, in every mode that has what it breaks."""
     passes = run_isolated(ops_runs.run_mutant, tmp_path, mutant, env=INTERPRETED)
-    assert len(passes) == 5
+    assert len(passes) == (3 if mutant in triton_mutants.WITHOUT_MOMENTS else 5)
     assert not any(passes.values()), passes
 
 

@@ -32,7 +32,10 @@ def least_wide_loads(mode: Mode) -> int:
     """128-bit loads that a thread makes of a whole block at the least."""
     if mode.moments == torch.int8:
         return 3
-    return 6 if mode.master or mode.weight == torch.float32 else 4
+    has_master = mode.master or mode.weight == torch.float32
+    if mode.moments is None:  # the master, and the gradient where it is as wide
+        return 4 if mode.grad == torch.float32 and has_master else 2
+    return 6 if has_master else 4
 
 
 @pytest.mark.parametrize("arch", NVIDIA)

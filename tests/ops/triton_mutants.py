@@ -8,6 +8,7 @@ import triton.language as tl
 from lisa_ds.ops import triton as room
 
 _at, _right_adamw, _right_correction = room._at, room._adamw, room._correction
+_right_first_step = room._first_step
 
 
 @triton.jit
@@ -41,14 +42,34 @@ def _rounded_by_cutting_off(value, KIND: tl.constexpr, ROUND_EXPLICITLY: tl.cons
     return value.to(KIND)
 
 
+@triton.jit
+def _first_step_without_decay(weight, gradient, factor, decay, rate, eps):
+    return _right_first_step(weight, gradient, factor, 1.0, rate, eps)
+
+
+@triton.jit
+def _first_step_uphill(weight, gradient, factor, decay, rate, eps):
+    return _right_first_step(weight, gradient, factor, decay, -rate, eps)
+
+
+@triton.jit
+def _first_step_without_eps(weight, gradient, factor, decay, rate, eps):
+    """The sign of the gradient, but where it is all but 0."""
+    return _right_first_step(weight, gradient, factor, decay, rate, 1e-30)
+
+
 MUTANTS = {
     "load mask dropped": ("_load", _load_without_mask),
     "wrong decay": ("_adamw", _adamw_with_coupled_decay),
     "no bias correction": ("_correction", _no_correction),
     "one history for all": ("_correction", _correction_for_one_history),
+    "no moments, no decay": ("_first_step", _first_step_without_decay),
+    "no moments, wrong sign": ("_first_step", _first_step_uphill),
+    "no moments, no eps": ("_first_step", _first_step_without_eps),
     "truncating cast": ("_rounded", _rounded_by_cutting_off),
 }
 ARITHMETIC = ("wrong decay", "no bias correction", "one history for all")
+WITHOUT_MOMENTS = ("no moments, wrong sign", "no moments, no decay", "no moments, no eps")
 
 
 def install(name: str) -> None:
