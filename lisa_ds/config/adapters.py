@@ -31,5 +31,5 @@ class AdaptersConfig(Section):
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
     def __str__(self) -> str:
-        """As it is compared when a run is resumed: what decides shapes."""
-        return f"rank {self.rank} on {self.targets}"
+        """As it is compared when a run is resumed: what decides shapes, and what the model computes."""
+        return f"rank {self.rank}, alpha {self.scale_numerator:g}, on {self.targets}"

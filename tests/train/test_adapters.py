@@ -64,6 +64,17 @@ def test_a_resumed_run_ends_with_the_same_bits(folder: Path) -> None:
     assert all(torch.equal(first[name], resumed[name]) for name in first)
 
 
+@pytest.mark.multirank
+@pytest.mark.more
+@pytest.mark.parametrize("changed", ["rank=4", "alpha=5"])
+def test_a_run_with_other_adapters_is_not_gone_on_with(folder: Path, changed: str) -> None:
+    given = [f"lisa.adapters.{changed}", "training.output_dir=other", "training.report_to=none"]
+    done = launch(folder, *given, "--resume", "first/checkpoint-3")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "lisa.adapters" in done.stderr
+    assert "rank 3, alpha 6, on all-linear" in done.stderr
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("unit", ["block", "matrix"])
 def test_adapters_are_a_role_and_merging_adds_what_forward_adds(kind: str, unit: str) -> None:
