@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,8 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from a checkout, installed or not
 
+from benchmarks.cpu_ranks import on_ranks
 from lisa_ds import records
-from lisa_ds.cluster.environment import free_port
 
 ARMS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
@@ -50,7 +49,8 @@ def main() -> None:
         arguments.into.write_text(json.dumps(measure(arguments.only, arguments.rounds)))
         os._exit(0)  # threads of libraries may abort an orderly exit, with all work done
     with tempfile.TemporaryDirectory() as folder:
-        found = on_ranks(arguments, Path(folder))
+        more = ["--rounds", str(arguments.rounds), "--only", *arguments.only]
+        found = on_ranks(__file__, arguments.ranks, Path(folder), more)
     if arguments.out:
         arguments.out.unlink(missing_ok=True)
     base: dict[tuple[str, str], float] = {}
@@ -93,23 +93,6 @@ def record(
             settings={**ARMS[arm], "phases": phases, "rows": ROWS, "tokens": TOKENS, "interleaved": arguments.only},
         ),
     )
-
-
-def on_ranks(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """What each rank measured."""
-    port, ranks = str(free_port()), []
-    for rank in range(arguments.ranks):
-        environment = os.environ | {
-            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(arguments.ranks)},
-            **{"LOCAL_WORLD_SIZE": str(arguments.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            **{"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        }
-        command = [sys.executable, __file__, "--into", str(folder / f"{rank}.json"), "--ranks", str(arguments.ranks)]
-        command += ["--rounds", str(arguments.rounds), "--only", *arguments.only]
-        ranks.append(subprocess.Popen(command, env=environment, stdout=None if rank == 0 else subprocess.DEVNULL))
-    if any([process.wait() for process in ranks]):
-        raise SystemExit("a rank failed")
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(arguments.ranks)]
 
 
 def measure(arms: list[str], rounds: int) -> dict[str, Any]:

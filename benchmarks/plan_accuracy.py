@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,8 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from a checkout, installed or not
 
+from benchmarks.cpu_ranks import on_ranks
 from lisa_ds import records
-from lisa_ds.cluster.environment import free_port
 from lisa_ds.config import GaloreConfig, LisaConfig, LoraConfig
 from lisa_ds.memory import Architecture, RunSettings, catalogue, forecast
 from lisa_ds.memory.gather import GatherSettings
@@ -323,23 +322,6 @@ def planned(run: Run, sampled: tuple[int, ...]) -> tuple[dict[str, int], dict[st
     return {phase: sum(parts.values()) for phase, parts in phases.items()}, state
 
 
-def on_ranks(run: Run, folder: Path) -> list[dict[str, Any]]:
-    """What each rank measured."""
-    port = str(free_port())
-    ranks = []
-    for rank in range(run.world_size):
-        environment = os.environ | {
-            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(run.world_size)},
-            **{"LOCAL_WORLD_SIZE": str(run.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            **{"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        }
-        command = [sys.executable, __file__, "--measure", str(RUNS.index(run)), "--into", str(folder / f"{rank}.json")]
-        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-    if any([process.wait() for process in ranks]):
-        raise SystemExit(f"{run.name}: a rank failed")
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(run.world_size)]
-
-
 def main() -> None:
     """Measure every run, or one on this rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -358,7 +340,8 @@ def main() -> None:
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            first, *_ = on_ranks(run, Path(folder))
+            measured = on_ranks(__file__, run.world_size, Path(folder), ["--measure", str(RUNS.index(run))])
+        first = measured[0]
         phases, state = planned(run, tuple(first["sampled"]))
         if "moments" in state:  # both in one
             counted = first["state"]
